@@ -1,0 +1,281 @@
+"""The sealed folder: its manifest, its digests, and what its safetensors headers say.
+
+Standard library and pydantic only, so that a server can read an artifact without torch. Reads
+headers, never tensors; trusts neither header sizes nor file names it finds.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+from quant.errors import ArtifactError
+from quant.headers import TensorHeader, read_headers
+
+MANIFEST = "quantserve.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+_CHUNK = 1 << 22
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Fingerprint(_Frozen):
+    """Identity of a parent model: its tensors before any merge, and its tokenizer files."""
+
+    weights: Sha256
+    tokenizer: Sha256
+
+
+class MergedAdapter(_Frozen):
+    name: str
+    digest: Sha256
+    rank: int
+    modules: int
+
+
+class LayerReport(_Frozen):
+    """Loss of the solved codes, and of plain rounding on the same Hessian in the same units."""
+
+    name: str
+    loss: float
+    rounding_loss: float
+    damping: float
+
+
+class CalibrationReport(_Frozen):
+    """What calibrated the model: `samples` rows holding `tokens` unmasked tokens in all."""
+
+    digest: Sha256
+    origin: Literal["file", "self-generated"]
+    samples: int
+    tokens: int
+
+
+class FileDigest(_Frozen):
+    sha256: Sha256
+    bytes: int
+
+
+class Manifest(_Frozen):
+    """What an artifact is, where it came from and what it cost; sizes in bytes, times in s."""
+
+    format: Literal[1] = 1
+    created: datetime
+    quantserve: str
+    architecture: str
+    source: str
+    parent: Fingerprint
+    adapters: tuple[MergedAdapter, ...] = ()
+    recipe: dict[str, JsonValue]
+    scheme: Literal["w4a16", "w8a16", "w8a8"]
+    bits: int
+    group_size: int
+    calibration: CalibrationReport
+    layers: tuple[LayerReport, ...]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    versions: dict[str, str]
+    files: dict[str, FileDigest] = {}
+
+
+def read(folder: Path) -> Manifest | None:
+    """The manifest of an artifact; None for a folder without one. ArtifactError when broken."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as fault:
+        first = fault.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ArtifactError(f"{path} is not a valid manifest: {place}: {first['msg']}") from fault
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Writes the manifest, with a digest of every file in the folder, and returns it.
+
+    The last step of making an artifact: the manifest is flushed to disk and renamed into place.
+    """
+    files = {name: _digest(folder / name) for name in _file_names(folder)}
+    sealed = manifest.model_copy(update={"files": files})
+    staged = folder / f".{MANIFEST}.partial"
+    with staged.open("w", encoding="utf-8") as out:
+        out.write(sealed.model_dump_json(indent=1) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    staged.replace(folder / MANIFEST)
+    return sealed
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """ArtifactError naming the first file that is missing, altered, or a stray shard."""
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; the manifest lists it")
+        if path.stat().st_size != expected.bytes:
+            raise ArtifactError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {expected.bytes}"
+            )
+        if _digest(path) != expected:
+            raise ArtifactError(f"{path} differs from what was sealed (sha256)")
+    for name in _file_names(folder):
+        # Loaders read every shard they find, so a shard nobody sealed would be served.
+        if name.endswith(".safetensors") and name not in manifest.files:
+            raise ArtifactError(f"{folder / name} is not part of the sealed artifact")
+
+
+def headers(folder: Path) -> dict[str, TensorHeader]:
+    """Every tensor of a model folder by name, single file or indexed shards, sorted by name.
+
+    ArtifactError names the file that is missing, truncated or corrupt.
+    """
+    found: dict[str, TensorHeader] = {}
+    for shard in _shards(folder):
+        for name, header in read_headers(folder / shard).items():
+            if name in found:
+                raise ArtifactError(f"{folder}: {name} is in {found[name].file} and in {shard}")
+            found[name] = header
+    _check_index(folder, found)
+    return dict(sorted(found.items()))
+
+
+def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Module name -> (out_features, in_features) of every two-dimensional weight.
+
+    Plain and compressed-tensors int-quantized weights as they are stored, GPTQ's `qweight`
+    [in * bits / 32, out] unpacked by the bits of config.json. Embeddings are among them: headers
+    alone cannot tell; nor can they tell a GPT-2 Conv1D, stored (in, out).
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    bits: int | None = None
+    for name, header in headers(folder).items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and len(header.shape) == 2:
+            shapes[module] = (header.shape[0], header.shape[1])
+        elif kind == "qweight" and len(header.shape) == 2:
+            bits = bits or _gptq_bits(folder)
+            shapes[module] = (header.shape[1], header.shape[0] * 32 // bits)
+    return shapes
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """sha256 over (name, dtype, shape, bytes) of every tensor in name order.
+
+    Independent of how the tensors are split into files. Reads every byte of the weights.
+    """
+    digest = hashlib.sha256()
+    for name, header in headers(folder).items():
+        digest.update(f"{name}\n{header.dtype}\n{header.shape}\n".encode())
+        with (folder / header.file).open("rb") as file:
+            file.seek(header.begin)
+            for chunk in _chunks(file, header.end - header.begin):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """sha256 over the names and bytes of the tokenizer files that are there."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}\n{_digest(folder / name).sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def quantization_config(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of config.json; None where there is none."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as fault:
+        raise ArtifactError(f"{path} cannot be read as JSON: {fault}") from fault
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path} is not a JSON object")
+    section = config.get("quantization_config")
+    return section if isinstance(section, dict) else None
+
+
+def _gptq_bits(folder: Path) -> int:
+    section = quantization_config(folder) or {}
+    bits = section.get("bits")
+    if not isinstance(bits, int) or bits not in (2, 4, 8):
+        raise ArtifactError(f"{folder / 'config.json'}: quantization_config.bits is {bits!r}")
+    return bits
+
+
+_INDEX = TypeAdapter(dict[str, str])
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """The shard of each tensor; None where one file holds all, which loaders prefer."""
+    path = folder / INDEX
+    if (folder / SINGLE).is_file() or not path.is_file():
+        return None
+    try:
+        index = _INDEX.validate_python(json.loads(path.read_bytes())["weight_map"])
+    except (ValueError, KeyError, TypeError) as fault:
+        raise ArtifactError(f"{path} is not a safetensors index: {fault}") from fault
+    for shard in set(index.values()):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ArtifactError(f"{path} points outside its folder: {shard!r}")
+    return index
+
+
+def _shards(folder: Path) -> list[str]:
+    index = _index(folder)
+    if index is not None:
+        return sorted(set(index.values()))
+    if not (folder / SINGLE).is_file():
+        raise ArtifactError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    return [SINGLE]
+
+
+def _check_index(folder: Path, found: dict[str, TensorHeader]) -> None:
+    for name, shard in (_index(folder) or {}).items():
+        if name not in found or found[name].file != shard:
+            raise ArtifactError(f"{folder / shard} lacks {name}, which {INDEX} promises")
+
+
+def _file_names(folder: Path) -> list[str]:
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in files if path.name != MANIFEST)
+
+
+def _digest(path: Path) -> FileDigest:
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for chunk in _chunks(file, size):
+            digest.update(chunk)
+    return FileDigest(sha256=digest.hexdigest(), bytes=size)
+
+
+def _chunks(file: Any, size: int) -> Iterator[bytes]:
+    while size > 0:
+        chunk: bytes = file.read(min(size, _CHUNK))
+        if not chunk:
+            raise ArtifactError(f"{file.name} ends {size} bytes early")
+        size -= len(chunk)
+        yield chunk

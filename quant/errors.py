@@ -1,0 +1,56 @@
+"""What can go wrong on the way to an artifact; the command line prints it and exits 2."""
+
+from __future__ import annotations
+
+
+class QuantError(Exception):
+    """The user can act on it: the message says what, where, and what was expected."""
+
+
+class RecipeError(QuantError):
+    """The recipe asks for something impossible or unknown."""
+
+
+class SourceError(QuantError):
+    """The model given is missing, damaged, or of a kind that cannot be quantized."""
+
+
+class AdapterError(QuantError):
+    """A LoRA folder that cannot be used, or does not fit the base.
+
+    `field` names what differs (a config key or a module), with what was expected and found, so
+    that an HTTP error body can carry the three apart from the sentence.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.field = field
+        self.expected = expected
+        self.found = found
+
+
+class CalibrationError(QuantError):
+    """The calibration file holds a malformed line, or nothing usable."""
+
+
+class SolveError(QuantError):
+    """A layer could not be solved; the message names it."""
+
+
+class ArtifactError(QuantError):
+    """A folder of weights is damaged, or disagrees with its manifest."""
+
+
+class SpaceError(QuantError):
+    """Not enough disk for the result."""
+
+
+class TargetExists(QuantError):
+    """The output folder is there already and was not asked to be replaced."""

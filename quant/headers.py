@@ -1,0 +1,84 @@
+"""The header of one safetensors file, read with the standard library and believed only after
+every size in it has been held against the file. Refuses truncated, overlapping and odd files.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from quant.errors import ArtifactError
+
+# The format's own limit on a header, which keeps a corrupt length from asking for all memory.
+_MAX_HEADER = 100_000_000
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F4": 4, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
+    "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+class TensorHeader(NamedTuple):
+    """Where a tensor lies: bytes [begin, end) of `file`, a name inside the model's folder."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dtype: str
+    shape: list[int]
+    data_offsets: Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+_HEADER = TypeAdapter(dict[str, _Entry])
+
+
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """Every tensor of one file, in file order. ArtifactError names the file and the fault."""
+    start, entries = _parse(path)
+    found: dict[str, TensorHeader] = {}
+    place = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
+        if begin != place or end < begin or min(entry.shape, default=0) < 0:
+            raise ArtifactError(f"{path} is corrupt: {name} lies at {begin}, expected {place}")
+        if (end - begin) * 8 != math.prod(entry.shape) * _BITS.get(entry.dtype, 0):
+            raise ArtifactError(
+                f"{path} is corrupt: {name} is {entry.dtype} {entry.shape} in {end - begin} bytes"
+            )
+        found[name] = TensorHeader(
+            entry.dtype, tuple(entry.shape), path.name, start + begin, start + end
+        )
+        place = end
+    size = path.stat().st_size
+    if size != start + place:
+        kind = "truncated" if size < start + place else "corrupt"
+        raise ArtifactError(f"{path} is {kind}: {size} bytes, its header says {start + place}")
+    return found
+
+
+def _parse(path: Path) -> tuple[int, dict[str, _Entry]]:
+    """Offset of the data, and the raw entries."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
+                raise ArtifactError(f"{path} is truncated or not safetensors (header of {length})")
+            raw = json.loads(file.read(length))
+        if isinstance(raw, dict):
+            raw.pop("__metadata__", None)
+        return 8 + length, _HEADER.validate_python(raw)
+    except OSError as fault:
+        raise ArtifactError(f"{path} cannot be read: {fault.strerror}") from fault
+    except (ValidationError, ValueError) as fault:
+        raise ArtifactError(f"{path} is corrupt: its header is not a tensor table") from fault

@@ -1,0 +1,118 @@
+"""What PEFT's adapter_config.json asks for; refuses every field that would change the answer
+and that plain LoRA on linear layers does not have. Field meanings: PEFT 0.21, LoraConfig.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quant.errors import AdapterError
+
+# Keys that say how an adapter was trained, or where, and not what it computes.
+_HARMLESS = frozenset({
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
+})  # fmt: skip
+_REASONS = {
+    "use_dora": "DoRA rescales whole rows of the base weight",
+    "modules_to_save": "it replaces whole modules of the base",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "target_parameters": "it adapts fused expert parameters",
+    "layer_replication": "it repeats layers of the base",
+    "alora_invocation_tokens": "activated LoRA switches on inside a prompt",
+    "lora_bias": "it adds to the biases of the base",
+}
+# Starting points that change the base weights themselves: the saved pair is no delta of the
+# published base, unless PEFT converted it while saving (it then stores `true` here).
+_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+class LoraConfig(BaseModel):
+    """The fields that decide what an adapter computes."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    peft_type: Literal["LORA"]
+    r: int = Field(default=8, ge=1)
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    fan_in_fan_out: bool = False
+    target_modules: str | tuple[str, ...] | None = None
+    bias: Literal["none"] = "none"
+    base_model_name_or_path: str | None = None
+    init_lora_weights: bool | str = True
+
+
+def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
+    """The configuration in `raw`, read from `path`; AdapterError names the field at fault."""
+    fields = {key: value for key, value in raw.items() if value is not None}
+    for key, value in fields.items():
+        # A key we do not know is harmless only while it is switched off.
+        if key not in LoraConfig.model_fields and key not in _HARMLESS and value:
+            reason = _REASONS.get(key, "it is not known here")
+            raise AdapterError(
+                f"{path}: {key} is not supported: {reason}",
+                field=key,
+                expected="not set",
+                found=json.dumps(value)[:100],
+            )
+    try:
+        config = LoraConfig.model_validate(fields)
+    except ValidationError as fault:
+        first = fault.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise AdapterError(
+            f"{path}: {field}: {first['msg']}",
+            field=field,
+            expected=str(first.get("ctx", {}).get("expected", first["type"])),
+            found=repr(first["input"])[:100],
+        ) from fault
+    _check_start(path, config)
+    _check_patterns(path, "rank_pattern", config.rank_pattern, least=1)
+    _check_patterns(path, "alpha_pattern", config.alpha_pattern, least=None)
+    return config
+
+
+def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first pattern that matches the name, or its tail after a dot."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _check_start(path: Path, config: LoraConfig) -> None:
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(_MUTATING):
+        raise AdapterError(
+            f"{path}: training started from {start!r}, which changed the base weights; save the"
+            " adapter again with path_initial_model_for_weight_conversion",
+            field="init_lora_weights",
+            expected="true",
+            found=start,
+        )
+
+
+def _check_patterns(
+    path: Path, field: str, patterns: Mapping[str, float], *, least: int | None
+) -> None:
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as fault:
+            raise AdapterError(f"{path}: {field}: {pattern!r}: {fault}", field=field) from fault
+        if least is not None and value < least:
+            raise AdapterError(
+                f"{path}: {field}: {pattern!r} is {value}",
+                field=field,
+                expected=f"at least {least}",
+                found=str(value),
+            )
