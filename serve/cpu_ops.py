@@ -1,0 +1,41 @@
+"""vLLM's own C++ RMSNorm for x86 CPUs, which its eager path leaves to PyTorch.
+
+The CPU extension ships `rms_norm` and `fused_add_rms_norm`, but vLLM 0.32 calls them only on GPUs:
+an eager CPU layer runs six small PyTorch operators instead. With one token in flight such
+operators cost more than the arithmetic. What the kernel does not take (a variance override, mixed
+dtypes, strided input) still goes the stock way.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.model_executor.custom_op import CustomOp, op_registry_oot
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+
+class CpuRMSNorm(RMSNorm):  # type: ignore[misc]
+    """RMSNorm on `_C.rms_norm`; x [tokens, hidden], in place when a residual is given."""
+
+    def forward_cpu(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        weight = self.weight.data
+        if (
+            not self.has_weight
+            or self.variance_size_override is not None
+            or weight.dtype != x.dtype
+            or not x.is_contiguous()
+        ):
+            return self.forward_native(x, residual)  # type: ignore[no-any-return]
+        if residual is None:
+            out = torch.empty_like(x)
+            torch.ops._C.rms_norm(out, x, weight, self.variance_epsilon)
+            return out
+        torch.ops._C.fused_add_rms_norm(x, residual, weight, self.variance_epsilon)
+        return x, residual
+
+
+def register() -> None:
+    """Put it in vLLM's out-of-tree registry. Idempotent; call on the CPU platform only."""
+    if RMSNorm.__name__ not in op_registry_oot:
+        CustomOp.register_oot(CpuRMSNorm, name=RMSNorm.__name__)
