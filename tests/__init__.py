@@ -1,0 +1,1 @@
+"""One file per module of the product; `from tests.<file> import ...` shares what they build."""
