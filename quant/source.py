@@ -1,0 +1,213 @@
+"""Opens the model a user has: a Hugging Face folder, a GGUF file, a hub id, or `demo`.
+
+Tensors are read one at a time, adapters merged into them on the way. Refuses damaged shards,
+models that are quantized already, and anything but a decoder-only language model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from quant import adapter as lora
+from quant import artifact, gguf, merge
+from quant.adapter import Adapter
+from quant.artifact import Fingerprint
+from quant.errors import AdapterError, ArtifactError, SourceError
+from quant.headers import TensorHeader
+
+DEMO = "demo"
+CACHE = Path("~/.cache/quantserve")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+Say = Callable[[str], None]  # one line about what is happening now
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """The parent's tensors, read when asked for; every call reads anew and keeps nothing."""
+
+    folder: Path
+    headers: Mapping[str, TensorHeader]
+    adapters: tuple[Adapter, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.headers)
+
+    def get(self, name: str) -> Tensor:
+        """In the stored dtype, or in float32 where an adapter is merged into it."""
+        header = self._header(name)
+        with safe_open(self.folder / header.file, framework="pt") as file:
+            stored: Tensor = file.get_tensor(name)
+        module = name.removesuffix(".weight")
+        if self.is_merged(name):
+            return merge.merged_weight(stored, self.adapters, module)
+        return stored
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that `get` returns."""
+        return torch.float32 if self.is_merged(name) else _dtype(name, self._header(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._header(name).shape
+
+    def is_merged(self, name: str) -> bool:
+        module = name.removesuffix(".weight")
+        return module != name and any(module in adapter.pairs for adapter in self.adapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    def _header(self, name: str) -> TensorHeader:
+        if name not in self.headers:
+            raise SourceError(f"{self.folder} has no tensor named {name}")
+        return self.headers[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """`fingerprint` is of the parent alone; `dtype` is what the parent is served in."""
+
+    folder: Path
+    spec: str
+    config: PretrainedConfig
+    dtype: torch.dtype
+    fingerprint: Fingerprint
+    adapters: tuple[Adapter, ...]
+    tensors: Tensors
+    cache: Path
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config.architectures[0])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the parent's tensors on disk."""
+        return sum(header.end - header.begin for header in self.tensors.headers.values())
+
+
+def quiet(_line: str) -> None:
+    """A `Say` for callers with nobody to tell."""
+
+
+def open(
+    spec: str, *, adapters: Sequence[Path] = (), cache: Path | None = None, say: Say = quiet
+) -> Source:
+    """The model behind `spec`, checked whole, with `adapters` merged as its tensors are read.
+
+    Reads every byte of the weights once, for the fingerprint. `cache` keeps converted GGUF
+    files. SourceError or AdapterError name what is missing, damaged or does not fit.
+    """
+    cache = (cache or CACHE).expanduser().absolute()
+    folder = _folder(spec, cache, say)
+    config = _config(folder)
+    try:
+        headers = artifact.headers(folder)
+        shapes = artifact.linear_shapes(folder) if adapters else {}
+        fingerprint = Fingerprint(
+            weights=artifact.weights_fingerprint(folder),
+            tokenizer=artifact.tokenizer_fingerprint(folder),
+        )
+    except ArtifactError as fault:
+        raise SourceError(str(fault)) from fault
+    opened = _adapters(adapters, shapes, fingerprint)
+    dtype = _served_dtype(folder, config, headers)
+    tensors = Tensors(folder, headers, opened)
+    return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache)
+
+
+def _folder(spec: str, cache: Path, say: Say) -> Path:
+    path = Path(spec).expanduser()
+    if spec == DEMO and not path.exists():
+        return gguf.folder(gguf.demo(), cache, say)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return gguf.folder(path, cache, say)
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise SourceError(f"{path} is neither a model folder nor a .gguf file")
+    if not _HUB_ID.match(spec):
+        raise SourceError(f"{path} does not exist")
+    say(f"looking for {spec} on the hub")
+    try:
+        return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
+    except (OSError, HFValidationError) as fault:
+        reason = str(fault).partition("\n")[0]
+        raise SourceError(f"{spec} is no folder here, and the hub said: {reason}") from fault
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        if artifact.quantization_config(folder) is not None:
+            raise SourceError(f"{path} has a quantization_config: the model is quantized already")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ArtifactError as fault:
+        raise SourceError(str(fault)) from fault
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as fault:
+        raise SourceError(f"{path} is not of a known architecture: {_brief(fault)}") from fault
+    _check_decoder(path, config)
+    return config
+
+
+def _check_decoder(path: Path, config: PretrainedConfig) -> None:
+    names = config.architectures or []
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if config.is_encoder_decoder or not names or names[0] not in known:
+        raise SourceError(
+            f"{path}: {', '.join(names) or config.model_type} is not a decoder-only language model"
+            " that transformers knows"
+        )
+
+
+def _adapters(
+    folders: Sequence[Path], shapes: Mapping[str, tuple[int, int]], parent: Fingerprint
+) -> tuple[Adapter, ...]:
+    opened = tuple(lora.read(folder) for folder in folders)
+    for place, adapter in enumerate(opened):
+        lora.validate(adapter, shapes, max_rank=None, base_weights_fingerprint=parent.weights)
+        if adapter.digest in {other.digest for other in opened[:place]}:
+            raise AdapterError(f"adapter {adapter.folder} is given twice", field="adapter")
+    return opened
+
+
+def _served_dtype(
+    folder: Path, config: PretrainedConfig, headers: Mapping[str, TensorHeader]
+) -> torch.dtype:
+    """What config.json says, else the dtype that most weights are stored in."""
+    stored = {name: _dtype(name, header) for name, header in headers.items()}
+    odd = [name for name, dtype in stored.items() if not dtype.is_floating_point]
+    if odd:
+        raise SourceError(f"{folder}: {odd[0]} is {stored[odd[0]]}: not full-precision weights")
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    sizes: Counter[torch.dtype] = Counter()
+    for name, header in headers.items():
+        sizes[stored[name]] += header.end - header.begin
+    return sizes.most_common(1)[0][0]
+
+
+def _dtype(name: str, header: TensorHeader) -> torch.dtype:
+    if header.dtype not in _DTYPES:
+        raise SourceError(f"{name} is stored as {header.dtype}: not full-precision weights")
+    return _DTYPES[header.dtype]
+
+
+def _brief(fault: Exception) -> str:
+    return " ".join(str(fault).split())[:300]
