@@ -1,0 +1,302 @@
+"""LoRA on vLLM's CPU platform: right in mixed batches, and paid for only by the rows that use it.
+
+vLLM's own CPU wrapper gathers one padded copy of the adapter per token and applies the last slot
+to the base-model rows of a mixed batch. Here rows are grouped by adapter once per batch, and each
+layer keeps a float32 copy of every slot, trimmed to the rank the adapter really has. Float32,
+because small bfloat16 products are slower than float32 ones on every x86 CPU measured, and far
+slower on those without native bfloat16.
+
+`register()` replaces parts of vLLM, so it first compares them with what this module was written
+for and refuses to go on where they differ. On other platforms it does nothing.
+"""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from vllm.lora import utils as lora_utils
+from vllm.lora.layers import (
+    ColumnParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+    base_linear,
+    fused_moe,
+)
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms import current_platform
+
+WRAPPER: Final = "serve.lora_cpu.GroupedPunica"
+
+# The rows of a batch that use one adapter: all of them (None), one run (slice), or scattered.
+Rows = slice | Tensor | None
+
+
+class LoraInternalsChanged(RuntimeError):
+    """This vLLM's LoRA code is not the one this module knows how to replace."""
+
+
+def register() -> None:
+    """Put the grouped wrapper and layers in the place of vLLM's; idempotent, CPU only.
+
+    Raises LoraInternalsChanged when a function that is replaced or relied on has a new signature.
+    """
+    platform = type(current_platform)
+    if not current_platform.is_cpu() or platform.get_punica_wrapper() == WRAPPER:
+        return
+    check_signatures(KNOWN)
+    platform.get_punica_wrapper = classmethod(lambda _: WRAPPER)
+    lora_utils._all_lora_classes = tuple(map(_replacement, lora_utils._all_lora_classes))
+    # vLLM asks a weight for its device; oneDNN's int8 layers have set theirs to None by then.
+    for module in (base_linear, fused_moe):
+        module._get_lora_device = _device
+
+
+def _replacement(layer: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(layer, BaseLinearLayerWithLoRA):
+        return type(layer.__name__, (GroupedLinear, layer), {})
+    return IdleEmbedding if layer is VocabParallelEmbeddingWithLoRA else layer
+
+
+def _device(base_layer: nn.Module) -> torch.device:  # noqa: ARG001 - vLLM's signature
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rows of one batch that one adapter slot applies to."""
+
+    slot: int
+    rows: Rows
+
+
+def group(slots: Tensor) -> tuple[Group, ...]:
+    """Rows by adapter from one slot per row, int64 [rows]; rows of slot -1 (base) are left out."""
+    used = set(slots.tolist()) - {-1}
+    return tuple(Group(slot, _rows(slots == slot)) for slot in sorted(used))
+
+
+def _rows(member: Tensor) -> Rows:
+    index = member.nonzero()[:, 0]
+    if len(index) == len(member):
+        return None
+    first, end = int(index[0]), int(index[-1]) + 1
+    return slice(first, end) if end - first == len(index) else index
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One adapter's change to one layer: float32, without the padding of its slot."""
+
+    down: Tensor  # [inputs, sum of ranks]: the slices' A, side by side
+    ups: tuple[Tensor, ...]  # per slice: B as [rank, outputs]
+    ranks: tuple[int, ...]  # per slice; 0 where the adapter leaves the slice alone
+    widths: tuple[int, ...]  # per slice: outputs
+
+    @classmethod
+    def read(cls, lora_a: Iterable[Tensor], lora_b: Iterable[Tensor]) -> "Delta | None":
+        """From one slot's A [rank, inputs] and B [outputs, rank] per slice; None if all zero."""
+        pairs = [(a, b, a.any(1) & b.any(0)) for a, b in zip(lora_a, lora_b, strict=True)]
+        ups = tuple(b[:, used].float().t().contiguous() for _, b, used in pairs)
+        ranks = tuple(len(up) for up in ups)
+        if not any(ranks):
+            return None
+        down = torch.cat([a[used] for a, _, used in pairs]).float().t().contiguous()
+        return cls(down, ups, ranks, tuple(up.shape[1] for up in ups))
+
+    def add(self, output: Tensor, inputs: Tensor, rows: Rows) -> None:
+        """output [tokens, sum of widths] += inputs [tokens, inputs] @ A @ B, on those rows."""
+        hidden = torch.mm(_gather(inputs, rows), self.down)  # [rows, sum of ranks]
+        wide = _gather(output, rows)
+        if len(self.ups) == 1:
+            wide.addmm_(hidden, self.ups[0])
+        else:
+            outputs = wide.split_with_sizes(self.widths, 1)
+            hiddens = hidden.split_with_sizes(self.ranks, 1)
+            for part, of_slice, up in zip(outputs, hiddens, self.ups, strict=True):
+                part.addmm_(of_slice, up)
+        _scatter(output, rows, wide)
+
+
+def _gather(batch: Tensor, rows: Rows) -> Tensor:
+    """Those rows as float32; a view where no copy is needed."""
+    if isinstance(rows, Tensor):
+        return batch.index_select(0, rows).float()
+    return (batch if rows is None else batch[rows]).float()
+
+
+def _scatter(batch: Tensor, rows: Rows, wide: Tensor) -> None:
+    """Put back what `_gather` took, unless it was a view; rounds once to the batch's dtype."""
+    if isinstance(rows, Tensor):
+        batch.index_copy_(0, rows, wide.to(batch.dtype))
+    elif batch.dtype is not torch.float32:
+        (batch if rows is None else batch[rows]).copy_(wide)
+
+
+def _add(output: Tensor, inputs: Tensor, groups: Iterable[Group], *stacks: Tensor) -> None:
+    """output += inputs @ stack.T @ ..., per group, straight from slots [slot, 1, out, in]."""
+    width = min(output.shape[1], stacks[-1].shape[-2])  # either may be padded
+    part = output[:, :width]
+    for each in groups:
+        product = _gather(inputs, each.rows)
+        for stack in stacks:
+            product = product @ stack[each.slot, 0].float().t()
+        wide = _gather(part, each.rows)
+        wide += product[:, :width]
+        _scatter(part, each.rows, wide)
+
+
+class GroupedPunica(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped
+    """The row groups of the current batch, and vLLM's punica operations over them.
+
+    Linear layers ask only for `idle` and `groups`; the operations serve whatever else calls
+    punica: fully sharded layers, embeddings, logits and classification heads.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups: tuple[Group, ...] = ()  # over token rows
+        self.prompt_groups: tuple[Group, ...] = ()  # over sampled rows
+        self.idle = True  # no row of the batch uses an adapter
+
+    def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
+        super().update_metadata(mapping, *args, **kwargs)
+        self.groups = group(self.token_lora_indices)
+        self.prompt_groups = group(self.sampler_indices)
+        self.idle = not self.groups and not self.prompt_groups
+
+    def _apply_shrink(self, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
+        _add(y, x * scale, self.groups, w_t_all)
+
+    def _apply_expand(  # noqa: PLR0913 - vLLM's signature
+        self,
+        y: Tensor,
+        x: Tensor,
+        w_t_all: Tensor,
+        y_offset: int,
+        y_slice_size: int,
+        add_inputs: bool = True,  # noqa: FBT001, FBT002 - vLLM's signature
+    ) -> None:
+        part = y[:, y_offset : y_offset + y_slice_size]
+        if not add_inputs:
+            part.zero_()
+        _add(part, x, self.groups, w_t_all)
+
+    def add_lora_embedding(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_b_stacked: Tensor,
+        add_inputs: bool = True,  # noqa: FBT001, FBT002 - vLLM's signature
+        **_: Any,
+    ) -> None:
+        self._apply_expand(y, x, lora_b_stacked, 0, y.shape[-1], add_inputs)
+
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float
+    ) -> None:
+        _add(
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]) * scale,
+            self.prompt_groups,
+            lora_a_stacked,
+            lora_b_stacked,
+        )
+
+
+class GroupedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is untyped
+    """Put before one of vLLM's linear LoRA layers: the base layer as it is, then the deltas."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        # Bound once: a submodule is found through two failed attribute look-ups at every call.
+        self._base_forward = base_layer.forward
+        self._deltas: dict[int, Delta] = {}
+
+    def reset_lora(self, index: int) -> None:
+        self._deltas.pop(index, None)
+        super().reset_lora(index)
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        super().set_lora(index, lora_a, lora_b)
+        slot_a = [stack[index, 0] for stack in self.lora_a_stacked]
+        slot_b = [stack[index, 0] for stack in self.lora_b_stacked]
+        if any(len(a) != b.shape[1] for a, b in zip(slot_a, slot_b, strict=True)):
+            return  # A is split by rank: such a layer goes through the wrapper's operations
+        delta = Delta.read(slot_a, slot_b)
+        if delta is not None:
+            self._deltas[index] = delta
+
+    def forward(self, input_: Tensor) -> Any:
+        if self.punica_wrapper.idle:
+            return self._base_forward(input_)
+        if self.tp_size > 1:  # the delta is added before outputs are gathered or reduced
+            return super().forward(input_)
+        result = self._base_forward(input_)
+        self._add_deltas(input_, result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
+        self._add_deltas(x, output)
+        return output
+
+    def _add_deltas(self, inputs: Tensor, output: Tensor) -> None:
+        if inputs.ndim > 2:  # [1, tokens, width] in models that transformers runs
+            inputs, output = inputs.flatten(0, -2), output.flatten(0, -2)
+        for each in self.punica_wrapper.groups:
+            delta = self._deltas.get(each.slot)
+            if delta is not None:
+                delta.add(output, inputs, each.rows)
+
+
+class IdleEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]  # vLLM is untyped
+    """Skips the look-up of adapter rows in batches that use no adapter."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.base_layer(x) if self.punica_wrapper.idle else super().forward(x)
+
+
+# What is overridden, called or passed through above: (owner, function, parameter names).
+KNOWN: Final = (
+    (type(current_platform), "get_punica_wrapper", ""),
+    (lora_utils, "from_layer", "layer max_loras lora_config packed_modules_list model_config"),
+    (base_linear, "_get_lora_device", "base_layer"),
+    (fused_moe, "_get_lora_device", "base_layer"),
+    (
+        PunicaWrapperCPU,
+        "update_metadata",
+        "self mapping lora_index_to_id max_loras vocab_size kwargs",
+    ),
+    (PunicaWrapperCPU, "_apply_shrink", "self y x w_t_all scale"),
+    (PunicaWrapperCPU, "_apply_expand", "self y x w_t_all y_offset y_slice_size add_inputs"),
+    (PunicaWrapperCPU, "add_lora_embedding", "self y x lora_b_stacked add_inputs kwargs"),
+    (
+        PunicaWrapperCPU,
+        "add_lora_logits",
+        "self y x lora_a_stacked lora_b_stacked scale buffer kwargs",
+    ),
+    (BaseLinearLayerWithLoRA, "__init__", "self base_layer"),
+    (BaseLinearLayerWithLoRA, "reset_lora", "self index"),
+    (BaseLinearLayerWithLoRA, "set_lora", "self index lora_a lora_b"),
+    (BaseLinearLayerWithLoRA, "_apply_lora_to_output", "self x output"),
+    (ColumnParallelLinearWithLoRA, "forward", "self input_"),
+    (RowParallelLinearWithLoRA, "forward", "self input_"),
+    (ReplicatedLinearWithLoRA, "forward", "self input_"),
+    (VocabParallelEmbeddingWithLoRA, "forward", "self x"),
+)
+
+
+def check_signatures(known: Iterable[tuple[Any, str, str]]) -> None:
+    """Compare (owner, function, parameter names) with vLLM; raises LoraInternalsChanged."""
+    for owner, name, expected in known:
+        if name not in dir(owner):
+            raise LoraInternalsChanged(f"{owner.__name__}.{name} is not in this vLLM")
+        found = " ".join(inspect.signature(getattr(owner, name)).parameters)
+        if found != expected:
+            raise LoraInternalsChanged(
+                f"{owner.__name__}.{name} takes ({found}) in this vLLM; known is ({expected})"
+            )
