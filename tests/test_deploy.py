@@ -180,6 +180,33 @@ def test_hadolint_finds_nothing() -> None:
     assert run(hadolint, "deploy/Dockerfile") == ""
 
 
+# A misspelled key is ignored by nobody but the reader; `docker compose config` would refuse it.
+SERVICE_KEYS = {
+    *("build", "cap_drop", "command", "depends_on", "deploy", "environment", "healthcheck"),
+    *("image", "init", "ports", "read_only", "restart", "secrets", "security_opt", "shm_size"),
+    *("stop_grace_period", "tmpfs", "volumes"),
+}
+
+
+def test_compose_uses_known_words() -> None:
+    for file in ("compose.yaml", "compose.gpu.yaml"):
+        told = compose(file)
+        assert set(told) <= {"name", "services", "secrets", "volumes"}
+        strangers = {key for service in told["services"].values() for key in service} - SERVICE_KEYS
+        assert not strangers, f"{file}: {strangers}"
+
+
+def test_compose_itself_accepts_the_files() -> None:
+    docker = shutil.which("docker")
+    if (
+        docker is None
+        or subprocess.run([docker, "compose", "version"], capture_output=True).returncode
+    ):
+        pytest.skip("no docker compose here")
+    both = ("-f", "deploy/compose.yaml", "-f", "deploy/compose.gpu.yaml")
+    assert "quantserve:gpu" in run("env", "MODEL_DIR=/tmp", docker, "compose", *both, "config")
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_service_is_pinned_watched_and_restarted(service: str) -> None:
     told = SERVICES[service]
