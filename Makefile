@@ -1,15 +1,20 @@
-# One virtual environment in the project folder; every target prepares what it needs.
+# One virtual environment in the project folder; every target prepares what it needs and says so.
 PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
+ARTIFACT ?= .demo/smollm2-w4a16
 
-.PHONY: setup setup-dev demo serve test check bench
+.PHONY: help setup setup-dev demo serve test check lint bench
 
+help:
+	@grep -E '^## ' Makefile | sed 's/^## //'
+
+## setup   create .venv with the pinned CPU environment
 setup: .venv/cpu.stamp
 setup-dev: .venv/dev.stamp
 
 .venv/cpu.stamp: requirements/cpu.txt pyproject.toml
-	@echo "quantserve: creating .venv and installing the pinned CPU environment (2-4 minutes, once)"
+	@echo "quantserve: installing the pinned CPU environment into .venv (2-4 minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
 	@$(BIN)/pip install -q --no-deps $$(grep ^torch== requirements/cpu.txt) 2>/dev/null \
 	  || $(BIN)/pip install -q --no-deps --index-url $(TORCH_INDEX) $$(grep ^torch== requirements/cpu.txt)
@@ -18,6 +23,34 @@ setup-dev: .venv/dev.stamp
 	@touch $@
 
 .venv/dev.stamp: .venv/cpu.stamp requirements/dev.txt
-	@echo "quantserve: adding the test tools"
+	@echo "quantserve: adding the test tools to .venv"
 	@$(BIN)/pip install -q --no-deps -r requirements/dev.txt
 	@touch $@
+
+## demo    train a small LoRA, quantize, serve, ask, swap the adapter in, show metrics
+demo: setup
+	@$(BIN)/python -m bench.demo
+
+## serve   serve the demo's artifact (ARTIFACT=DIR for another) on 127.0.0.1:8000
+serve: setup
+	@test -d $(ARTIFACT) || $(BIN)/quantserve quantize demo --out $(ARTIFACT)
+	@$(BIN)/quantserve serve $(ARTIFACT)
+
+## test    everything: lint, types, unit tests, and the real server under real clients
+test: lint
+	@tests/setup-prometheus.sh
+	@$(BIN)/python -m pytest
+
+## check   what to run before a commit: lint, types, unit tests
+check: lint
+	@$(BIN)/python -m pytest -m "not e2e"
+
+lint: setup-dev
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy
+
+## bench   the published numbers: kernels, then serving beside plain vLLM (see bench/)
+bench: setup
+	@$(BIN)/python -m bench.kernels
+	@for s in w4a16 w8a16 w8a8; do test -d .demo/smollm2-$$s \
+	  || $(BIN)/quantserve quantize demo --scheme $$s --out .demo/smollm2-$$s || exit; done
+	@$(BIN)/python -m bench.serve --w4a16 .demo/smollm2-w4a16 --w8a16 .demo/smollm2-w8a16 --w8a8 .demo/smollm2-w8a8

@@ -4,10 +4,10 @@ Each server is started in turn on a free port, warmed up, loaded by closed loops
 streams and stopped; one table at the end, every row as a ratio to plain vLLM in float32.
 Prompts are 64 random words (so no prefix is shared), answers 64 tokens with EOS ignored.
 
-    python bench/serve.py --model FOLDER --w4a16 DIR --w8a16 DIR --w8a8 DIR
-    python bench/serve.py --model FOLDER --only plain-float32,ours-float32  # our layer's overhead
-    python bench/serve.py ... --isa avx2                # every server as an AVX2-only machine
-    python bench/serve.py ... --llama-server "python -m llama_cpp.server --model FILE.gguf"
+    python -m bench.serve --w4a16 DIR --w8a16 DIR --w8a8 DIR
+    python -m bench.serve --only plain-float32,ours-float32  # our layer's overhead
+    python -m bench.serve ... --isa avx2                # every server as an AVX2-only machine
+    python -m bench.serve ... --llama-server "python -m llama_cpp.server --model FILE.gguf"
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import aiohttp
+
+from quant import source
 
 BASELINE = "plain-float32"
 AVX2 = {
@@ -94,7 +96,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--model", required=True, help="the full-precision parent folder")
+    parser.add_argument("--model", default="demo", help="the full-precision parent, or `demo`")
     for scheme in ("w4a16", "w8a16", "w8a8"):
         parser.add_argument(f"--{scheme}", help=f"our {scheme} artifact of the same model")
     parser.add_argument("--llama-server", help="command of an OpenAI-style llama.cpp server")
@@ -103,7 +105,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--isa", choices=["auto", "avx2"], default="auto")
     parser.add_argument("--json", help="also write the figures here")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.model = str(source.open(args.model).folder)
+    return args
 
 
 def _servers(args: argparse.Namespace) -> list[Server]:
