@@ -1,32 +1,164 @@
-"""Calibration tokens: from a JSONL file, or written by the model itself from our prompts.
+"""Calibration tokens: from a JSONL file, or written by the model itself when there is none.
 
-(The signatures other modules code against; `prepare` is filled in next.)
+Owns the file's format, the chat template and BOS, and the packing into rows. A malformed line
+is refused with its number; a set that comes out shorter than asked is reported and used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import jinja2
+import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from quant import scribe, tokens
 from quant.artifact import CalibrationReport
+from quant.errors import CalibrationError, RecipeError
 from quant.recipe import Recipe
 from quant.source import Source
 
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """Token rows and which of their tokens count."""
+    """Token rows, and which of their tokens count.
+
+    Real tokens are a prefix of each row, so causal attention needs no further mask.
+    """
 
     input_ids: Tensor  # [samples, length] int64
-    mask: Tensor  # [samples, length] bool; true where a token is real, always a prefix of a row
+    mask: Tensor  # [samples, length] bool, true where a token is real
     report: CalibrationReport
+
+
+class Record(BaseModel):
+    """One line: a text, or a chat. Keys beyond the two are the file owner's business."""
+
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
 
 
 def prepare(
     source: Source, recipe: Recipe, file: Path | None, say: Callable[[str], None]
 ) -> Batches:
-    """Rows for the recipe: the file's, or the model's own when there is none (cached)."""
-    raise NotImplementedError
+    """At most `recipe.samples` rows of `recipe.length` tokens, the same for the same seed.
+
+    CalibrationError names the line that is malformed, or says that none is usable. Without a
+    file the model writes the rows (cached in the source's cache folder).
+    """
+    text_config = source.config.get_text_config()
+    if recipe.length > text_config.max_position_embeddings:
+        raise RecipeError(
+            f"length {recipe.length} exceeds the model's {text_config.max_position_embeddings}"
+            " positions"
+        )
+    tokenizer = tokens.load_tokenizer(source.folder)
+    if file is None:
+        ids = scribe.rows(source, tokenizer, recipe, say)
+        batches = _batches(list(ids.tolist()), recipe.length, "self-generated")
+    else:
+        batches = _batches(_from_file(file, tokenizer, recipe), recipe.length, "file")
+    if int(batches.input_ids.max()) >= text_config.vocab_size:
+        raise CalibrationError(
+            f"token {int(batches.input_ids.max())} is beyond the model's vocabulary of"
+            f" {text_config.vocab_size}: the tokenizer is another model's"
+        )
+    if batches.report.samples < recipe.samples:
+        say(
+            f"calibration has {batches.report.samples} rows of {recipe.length} tokens,"
+            f" fewer than the {recipe.samples} asked for"
+        )
+    return batches
+
+
+def pack(
+    streams: Iterator[list[int]], length: int, samples: int, bos: list[int]
+) -> list[list[int]]:
+    """Documents one after the other, cut into rows of `length`; the last row may be shorter.
+
+    A row that starts inside a document gets `bos` before it, as every served sequence does.
+    """
+    rows: list[list[int]] = []
+    row: list[int] = []
+    for stream in streams:
+        rest = stream
+        while rest:
+            room = length - len(row)
+            row, rest = row + rest[:room], rest[room:]
+            if len(row) == length:
+                rows.append(row)
+                row = list(bos) if rest else []
+            if len(rows) == samples:
+                return rows
+    return [*rows, row] if row else rows
+
+
+def _from_file(file: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[list[int]]:
+    usable = [(number, record) for number, record in _records(file) if _is_usable(record)]
+    if not usable:
+        raise CalibrationError(f'{file} has no usable line: {{"text": ...}} or {{"messages": ...}}')
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(recipe.seed))
+    bos = tokens.of_text("", tokenizer)
+    # A tokenizer that also ends documents leaves [BOS, EOS] of an empty one.
+    bos = bos[:1] if bos[:1] == [tokenizer.bos_token_id] else []
+
+    def streams() -> Iterator[list[int]]:
+        for place in order.tolist():
+            number, record = usable[place]
+            try:
+                yield _encode(record, tokenizer)
+            except (jinja2.TemplateError, TypeError) as fault:
+                raise CalibrationError(
+                    f"{file}:{number}: the chat template refuses these messages: {fault}"
+                ) from fault
+
+    return pack(streams(), recipe.length, recipe.samples, bos)
+
+
+def _encode(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if record.messages is not None:
+        return tokens.of_chat(record.messages, tokenizer, asks=False)
+    return tokens.of_text(record.text or "", tokenizer)
+
+
+def _records(file: Path) -> Iterator[tuple[int, Record]]:
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as fault:
+        raise CalibrationError(f"{file} cannot be read: {fault.strerror}") from fault
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = Record.model_validate_json(line)
+        except ValidationError as fault:
+            reason = fault.errors(include_url=False)[0]["msg"]
+            raise CalibrationError(f"{file}:{number}: malformed line: {reason}") from fault
+        if (record.text is None) == (record.messages is None):
+            raise CalibrationError(f'{file}:{number}: a line has either "text" or "messages"')
+        yield number, record
+
+
+def _is_usable(record: Record) -> bool:
+    return record.messages is not None or bool((record.text or "").strip())
+
+
+def _batches(
+    rows: list[list[int]], length: int, origin: Literal["file", "self-generated"]
+) -> Batches:
+    input_ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        input_ids[place, : len(row)] = torch.tensor(row)
+        mask[place, : len(row)] = True
+    digest = hashlib.sha256(input_ids.numpy().tobytes() + mask.numpy().tobytes()).hexdigest()
+    report = CalibrationReport(
+        digest=digest, origin=origin, samples=len(rows), tokens=int(mask.sum())
+    )
+    return Batches(input_ids, mask, report)

@@ -1,0 +1,169 @@
+"""The model writes its own calibration text from our prompts.
+
+What a chat model says to a chat prompt is closer to what it will be asked to compute than any
+corpus we could ship. Rows decode together, one token a step. A row's prompt tokens are fed to it
+in the same steps in which other rows sample, and a row whose answer ends begins the next prompt,
+so there is no padding, no prefill and no finished row that idles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as chatter
+
+from quant import tokens
+from quant.errors import SourceError
+from quant.recipe import Recipe
+from quant.source import Source
+
+PROMPTS = Path(__file__).with_name("prompts.jsonl")
+_TOP_K, _TEMPERATURE = 40, 0.8
+# More rows at once cost memory for keys and values and no longer gain speed.
+_ROWS_AT_ONCE = 128
+_FLOAT32_LIMIT = 4 << 30  # bytes of parent up to which a CPU decodes in float32: it is faster
+_METHOD = 1  # raised when the same inputs would give other text
+
+Say = Callable[[str], None]
+
+
+def rows(source: Source, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, say: Say) -> Tensor:
+    """[samples, length] int64, every token real; from the cache where the same was written.
+
+    The key is all that decides the text: parent, adapters, seed, sizes, prompts and versions.
+    """
+    kept = source.cache / "calibration" / f"{_key(source, recipe)}.safetensors"
+    if kept.is_file():
+        try:
+            return load_file(kept)["input_ids"]
+        except SafetensorError:
+            say(f"{kept} is damaged; writing it again")
+    say(f"the model writes {recipe.samples} x {recipe.length} tokens of calibration text")
+    model = _load(source, recipe.device)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    prompts = _prompts(tokenizer, generator)
+    parts = [
+        _write(model, prompts, (count, recipe.length), generator, say)
+        for count in _portions(recipe.samples)
+    ]
+    ids = torch.cat(parts)
+    _keep(kept, ids)
+    return ids
+
+
+def _key(source: Source, recipe: Recipe) -> str:
+    facts = [
+        _METHOD,
+        source.fingerprint.model_dump(),
+        [adapter.digest for adapter in source.adapters],
+        [recipe.samples, recipe.length, recipe.seed, recipe.device],
+        hashlib.sha256(PROMPTS.read_bytes()).hexdigest(),
+        [torch.__version__, transformers.__version__],
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+def _load(source: Source, device: str) -> PreTrainedModel:
+    small = source.bytes <= _FLOAT32_LIMIT
+    dtype = torch.float32 if device == "cpu" and small else source.dtype
+    bars = chatter.is_progress_bar_enabled()
+    chatter.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError) as fault:
+        reason = " ".join(str(fault).split())[:300]
+        raise SourceError(f"{source.folder} cannot be loaded: {reason}") from fault
+    finally:
+        if bars:
+            chatter.enable_progress_bar()
+    for name in source.tensors.names():
+        if source.tensors.is_merged(name):
+            model.get_parameter(name).data.copy_(source.tensors.get(name))
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> Iterator[list[int]]:
+    """Our prompts as token ids in a seeded order, again and again."""
+    texts = [json.loads(line)["text"] for line in PROMPTS.read_text("utf-8").splitlines()]
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    turns = ([{"role": "user", "content": texts[place]}] for place in order)
+    return itertools.cycle([tokens.of_chat(turn, tokenizer, asks=True) for turn in turns])
+
+
+def _portions(samples: int) -> list[int]:
+    """Nearly equal parts of at most _ROWS_AT_ONCE."""
+    parts = -(-samples // _ROWS_AT_ONCE)
+    return [samples // parts + (place < samples % parts) for place in range(parts)]
+
+
+@torch.inference_mode()
+def _write(
+    model: PreTrainedModel,
+    prompts: Iterator[list[int]],
+    shape: tuple[int, int],
+    generator: torch.Generator,
+    say: Say,
+) -> Tensor:
+    count, length = shape
+    ends = _ends(model)
+    due = [deque(next(prompts)) for _ in range(count)]
+    ids = torch.empty(shape, dtype=torch.int64)
+    ids[:, 0] = torch.tensor([queue.popleft() for queue in due])
+    cache = DynamicCache(config=model.config)
+    for place in range(1, length):
+        step: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        logits = model(input_ids=ids[:, place - 1 : place].to(model.device), **step).logits
+        sampled = _sample(logits[:, -1].float().cpu(), generator)
+        for row, token in enumerate(sampled.tolist()):
+            if due[row]:
+                ids[row, place] = due[row].popleft()
+                continue
+            ids[row, place] = token
+            if token in ends:
+                due[row].extend(next(prompts))
+        if place % 64 == 0:
+            say(f"calibration text: {place * 100 // length}% of {count} x {length} tokens")
+    return ids
+
+
+def _ends(model: PreTrainedModel) -> set[int]:
+    end = model.generation_config.eos_token_id
+    if end is None:
+        return set()
+    return set(end) if isinstance(end, list) else {end}
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token of each row's _TOP_K likeliest, [rows]."""
+    values, choices = logits.topk(min(_TOP_K, logits.shape[-1]))
+    chances = torch.softmax(values / _TEMPERATURE, dim=-1)
+    picked = torch.multinomial(chances, 1, generator=generator)
+    return choices.gather(1, picked)[:, 0]
+
+
+def _keep(path: Path, ids: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({"input_ids": ids}, staged)
+    staged.replace(path)
