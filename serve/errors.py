@@ -1,0 +1,71 @@
+"""What can go wrong while serving, as nouns with a status; the one table is the class attributes.
+
+Every error a client sees is OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ServeError(Exception):
+    """Base of this package's errors. `param` names the offending field, where there is one."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI error object."""
+        fault = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        return {"error": fault}
+
+
+class SettingsError(ServeError):
+    """The operator's flags, environment or key file; the command exits with 2."""
+
+
+class InvalidKey(ServeError):
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class Forbidden(ServeError):
+    status, type, code = 403, "permission_error", "insufficient_scope"
+
+
+class NotFound(ServeError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class ModelNotFound(ServeError):
+    status, type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class BadRequest(ServeError):
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class AdapterRefused(ServeError):
+    """The folder cannot be served on this base; `param` is the field that differs."""
+
+    status, type, code = 422, "invalid_request_error", "adapter_refused"
+
+
+class NotReady(ServeError):
+    status, type, code = 503, "server_error", "server_not_ready"
+    retry_after_s = 2
+
+
+class Draining(ServeError):
+    status, type, code = 503, "server_error", "server_draining"
+    retry_after_s = 5
+
+
+class AdapterSlotsFull(ServeError):
+    status, type, code = 503, "server_error", "adapter_slots_full"
+    retry_after_s = 5

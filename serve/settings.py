@@ -1,0 +1,107 @@
+"""The only reader of the environment: QUANTSERVE_* into one frozen object, strangers refused.
+
+The parent builds a Settings from its command line over its environment and hands it to the worker
+as environment again, so both sides read the same names. Refuses unknown QUANTSERVE_* names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from serve.errors import SettingsError
+
+PREFIX = "QUANTSERVE_"
+AVX2_LIMITS = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
+
+class Settings(BaseModel):
+    """Everything an operator can set; times in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    artifact: Path = Field(Path(), description="the folder to serve")
+    model_name: str = Field("", description="model id of the base; default: the folder's name")
+    host: str = Field("127.0.0.1", description="address to bind; others than loopback need keys")
+    port: int = Field(8000, ge=0, le=65535, description="port to bind")
+    api_key_file: Path | None = Field(None, description="bearer keys; none: loopback only")
+    state_dir: Path | None = Field(
+        None, description="where loaded adapters are kept; none: for this run only"
+    )
+    adapters: dict[str, Path] = Field({}, description="JSON object of alias: PEFT folder")
+    max_adapters: int = Field(4, ge=0, description="adapter slots of a batch; 0: LoRA off")
+    max_lora_rank: int = Field(16, ge=1, description="largest rank an adapter may have")
+    kv_cache_bytes: int = Field(512 << 20, ge=1 << 20, description="KV cache size on CPU")
+    threads: int = Field(0, ge=0, description="threads of the model on CPU; 0: every core")
+    drain_timeout: float = Field(30.0, ge=0, description="seconds in-flight requests may take")
+    max_cpu_isa: Literal["auto", "avx2"] = Field(
+        "auto", description="avx2: behave as the oldest machine of the fleet"
+    )
+    vllm_flags: tuple[str, ...] = Field((), description="JSON array of further vLLM flags")
+
+    @field_validator("adapters", mode="after")
+    @classmethod
+    def _aliases(cls, adapters: dict[str, Path]) -> dict[str, Path]:
+        return {check_alias(alias): path for alias, path in adapters.items()}
+
+    def environment(self) -> dict[str, str]:
+        """These settings as QUANTSERVE_* variables, what `load` reads back."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return {PREFIX + name.upper(): _text(value) for name, value in values.items()}
+
+
+def check_alias(alias: str) -> str:
+    """An alias is letters, digits and `._-/`: `:` and `@` belong to versions."""
+    if not alias or not all(c.isalnum() or c in "._-/" for c in alias) or not alias.isascii():
+        raise ValueError(f"adapter alias {alias!r}: use letters, digits and . _ - /")
+    return alias
+
+
+def load(env: Mapping[str, str] = os.environ, **given: object) -> Settings:
+    """Settings from `env`, with `given` (the command line) over it; None means not given.
+
+    SettingsError names each unknown or unusable setting.
+    """
+    names = {PREFIX + name.upper(): name for name in Settings.model_fields}
+    if strangers := sorted(key for key in env if key.startswith(PREFIX) and key not in names):
+        raise SettingsError(f"unknown settings: {', '.join(strangers)}; known: {', '.join(names)}")
+    told = {names[key]: _parsed(names[key], env[key]) for key in env if key in names}
+    told |= {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings.model_validate(told)
+    except ValidationError as fault:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in fault.errors()]
+        raise SettingsError("; ".join(lines)) from fault
+
+
+def inherited(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The parent's own environment without our settings, for a child to add to."""
+    return {key: value for key, value in env.items() if not key.startswith(PREFIX)}
+
+
+def _parsed(name: str, text: str) -> object:
+    """JSON settings from their text; pydantic parses the rest."""
+    if name not in ("adapters", "vllm_flags"):
+        return text
+    try:
+        return Settings.model_validate_json(f'{{"{name}": {text}}}').model_dump()[name]
+    except ValidationError as fault:
+        raise SettingsError(f"{PREFIX}{name.upper()} is not {_SHAPES[name]}: {text!r}") from fault
+
+
+_SHAPES = {"adapters": "a JSON object of alias: folder", "vllm_flags": "a JSON array of strings"}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return str(value)
