@@ -14,6 +14,7 @@ import multiprocessing
 from multiprocessing import forkserver
 
 ENGINE_MODULES = [
+    "serve.isa",  # first: it decides which extension vLLM loads
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.executor.uniproc_executor",
@@ -21,6 +22,7 @@ ENGINE_MODULES = [
     "vllm.model_executor.model_loader.default_loader",
     "vllm.model_executor.models.llama",
     "vllm.lora.worker_manager",
+    "serve.vllm_compat",
 ]
 
 

@@ -1,0 +1,177 @@
+"""The `quantserve` command: `serve`, and the commands of `quant.cli` beside it.
+
+Every mistake of the operator's is one line on stderr and exit status 2. Nothing heavy is imported
+here: `quantserve --help` and the parent of a server stay light.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quant import adapter, artifact
+from quant import cli as quant_cli
+from quant.errors import QuantError
+from serve import settings as serve_settings
+from serve.errors import ServeError, SettingsError
+from serve.settings import Settings
+from serve.supervisor import Supervisor
+
+app = typer.Typer(
+    name="quantserve",
+    help="From a fine-tuned model to a quantized, monitored OpenAI-compatible server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.registered_commands += quant_cli.app.registered_commands
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except (QuantError, ServeError) as fault:
+        sys.stderr.write(f"quantserve: {fault}\n")
+        sys.exit(2)
+
+
+@app.command()
+def serve(
+    artifact_folder: Annotated[
+        Path,
+        typer.Argument(metavar="ARTIFACT", help="what `quantize` wrote, or any model folder"),
+    ],
+    vllm_flags: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- VLLM FLAGS]", help="passed to vLLM; win")
+    ] = None,
+    adapter_flags: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="ALIAS=PATH", help="serve this PEFT LoRA; repeatable"),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="address to bind [127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="port to bind [8000]")] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="model id of the base [the folder's name]")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="a line per key, NAME:SCOPES:KEY, scopes of inference, metrics, admin; "
+            "required to bind anything but loopback"
+        ),
+    ] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="keep loaded adapters here across runs [this run only]")
+    ] = None,
+    max_adapters: Annotated[
+        int | None, typer.Option(help="adapters in memory at once; 0 turns LoRA off [4]")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(help="largest rank an adapter may have [16]")
+    ] = None,
+    kv_cache_bytes: Annotated[
+        int | None, typer.Option(help="KV cache on CPU, in bytes [512 MiB]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="threads of the model on CPU [every core]")
+    ] = None,
+    drain_timeout: Annotated[
+        float | None, typer.Option(help="seconds running requests get after SIGTERM [30]")
+    ] = None,
+    max_cpu_isa: Annotated[
+        str | None, typer.Option(help="auto, or avx2: behave as the oldest machine [auto]")
+    ] = None,
+    verbose: Annotated[bool, typer.Option(help="pass on all of vLLM's log")] = False,
+) -> None:
+    """Serve ARTIFACT behind the OpenAI API, adapters hot-swappable, metrics at /metrics.
+
+    Every option has a QUANTSERVE_* variable of the same name; the option wins. Stops on SIGTERM or
+    Ctrl-C after running requests have ended; a second signal stops at once.
+    """
+    settings = serve_settings.load(
+        artifact=artifact_folder.resolve(),
+        adapters=_adapters(adapter_flags),
+        vllm_flags=tuple(vllm_flags) if vllm_flags else None,
+        host=host,
+        port=port,
+        model_name=model_name,
+        api_key_file=api_key_file.resolve() if api_key_file else None,
+        state_dir=state_dir.resolve() if state_dir else None,
+        max_adapters=max_adapters,
+        max_lora_rank=max_lora_rank,
+        kv_cache_bytes=kv_cache_bytes,
+        threads=threads,
+        drain_timeout=drain_timeout,
+        max_cpu_isa=max_cpu_isa,
+    )
+    _check(settings)
+    with ExitStack() as kept:
+        if settings.state_dir is None:
+            folder = kept.enter_context(tempfile.TemporaryDirectory(prefix="quantserve-"))
+            settings = settings.model_copy(update={"state_dir": Path(folder)})
+        code = asyncio.run(Supervisor(settings, _say, verbose=verbose).run())
+    raise typer.Exit(code)
+
+
+def _adapters(flags: list[str] | None) -> dict[str, Path] | None:
+    if flags is None:
+        return None
+    chosen = {}
+    for flag in flags:
+        alias, separator, path = flag.partition("=")
+        if not separator or not path:
+            raise SettingsError(f"--adapter {flag!r}: expected ALIAS=PATH")
+        chosen[alias] = Path(path).resolve()
+    return chosen
+
+
+def _check(settings: Settings) -> None:
+    """Refuse before loading anything what would be refused after it."""
+    if settings.api_key_file is None and not _loopback(settings.host):
+        raise SettingsError(
+            f"refusing to listen on {settings.host} without keys: give --api-key-file, "
+            "or bind 127.0.0.1"
+        )
+    if not settings.artifact.is_dir():
+        raise SettingsError(f"{settings.artifact} is not a folder")
+    artifact.read(settings.artifact)
+    if settings.adapters and not settings.max_adapters:
+        raise SettingsError("--adapter needs at least one slot: --max-adapters is 0")
+    if len(settings.adapters) > settings.max_adapters:
+        raise SettingsError(
+            f"{len(settings.adapters)} adapters need --max-adapters {len(settings.adapters)}"
+        )
+    shapes = artifact.linear_shapes(settings.artifact) if settings.adapters else {}
+    for path in settings.adapters.values():
+        adapter.validate(
+            adapter.read(path),
+            shapes,
+            max_rank=settings.max_lora_rank,
+            base_weights_fingerprint=None,
+        )
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"quantserve: {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

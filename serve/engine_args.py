@@ -1,0 +1,148 @@
+"""What vLLM is started with: its flags and its environment, from our settings and this machine.
+
+The CPU defaults were found by measurement (DECISIONS.md); a flag the operator gives after `--`
+comes last and wins. Refuses, before anything is loaded, what this machine cannot run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from serve import settings as serve_settings
+from serve.errors import SettingsError
+from serve.settings import AVX2_LIMITS, Settings
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+                "qkv_proj", "gate_up_proj")  # fmt: skip
+# vLLM allocates every slot at one of these ranks.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+QUANTIZED = ("gptq", "compressed-tensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the served folder is and where it will run."""
+
+    on_cpu: bool
+    cpu_flags: frozenset[str]
+    quantization: str | None  # `quant_method` of its config.json
+
+
+def inspect(settings: Settings) -> Facts:
+    """Read the folder's config and this machine. SettingsError when they cannot go together."""
+    config = settings.artifact / "config.json"
+    if not config.is_file():
+        raise SettingsError(
+            f"{settings.artifact} is not a model folder: it has no config.json. Give the folder "
+            "that `quantserve quantize --out` wrote, or a Hugging Face folder"
+        )
+    try:
+        method = json.loads(config.read_text()).get("quantization_config", {}).get("quant_method")
+    except (json.JSONDecodeError, AttributeError) as fault:
+        raise SettingsError(f"{config} is not a model configuration: {fault}") from fault
+    facts = Facts(_on_cpu(), _cpu_flags(Path("/proc/cpuinfo")), method)
+    if facts.on_cpu:
+        _refuse(facts)
+    return facts
+
+
+def flags(settings: Settings, facts: Facts) -> list[str]:
+    """vLLM's command line."""
+    name = settings.model_name or settings.artifact.resolve().name
+    given = ["--model", str(settings.artifact), "--served-model-name", name]
+    given += ["--middleware", "serve.worker.Announce", "--middleware", "serve.access.Gate"]
+    given += ["--host", settings.host, "--port", str(settings.port), "--disable-fastapi-docs"]
+    given += ["--shutdown-timeout", str(round(settings.drain_timeout)), "--max-model-len", "-1"]
+    given += ["--generation-config", "auto", "--disable-uvicorn-access-log"]
+    if settings.max_adapters:
+        given += _lora_flags(settings)
+    if facts.on_cpu:
+        given += ["--enforce-eager", "--dtype", _cpu_dtype(settings, facts)]
+        given += ["--kv-cache-memory-bytes", str(settings.kv_cache_bytes)]
+    return [*given, *settings.vllm_flags]
+
+
+def environment(settings: Settings, facts: Facts) -> dict[str, str]:
+    """The worker's whole environment: the parent's, ours, and what vLLM reads from there."""
+    env = {**serve_settings.inherited(), **settings.environment()}
+    env |= {
+        "VLLM_PLUGINS": "quantserve",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "NO_COLOR": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if facts.on_cpu:
+        env |= _cpu_environment(settings, env)
+    return env
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _refuse(facts: Facts) -> None:
+    if "avx2" not in facts.cpu_flags and facts.cpu_flags:
+        raise SettingsError("vLLM on CPU needs AVX2, which this processor does not have")
+    if facts.quantization not in (None, *QUANTIZED):
+        raise SettingsError(
+            f"quantization {facts.quantization!r} has no CPU kernel here; known: "
+            f"{', '.join(QUANTIZED)}. Quantize the full-precision model with `quantserve quantize`"
+        )
+
+
+def _lora_flags(settings: Settings) -> list[str]:
+    rank = next((rank for rank in LORA_RANKS if rank >= settings.max_lora_rank), None)
+    if rank is None:
+        raise SettingsError(f"max_lora_rank {settings.max_lora_rank} exceeds {LORA_RANKS[-1]}")
+    slots = str(settings.max_adapters)
+    return ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots,
+            "--max-lora-rank", str(rank), "--lora-target-modules", *LORA_TARGETS]  # fmt: skip
+
+
+def _cpu_dtype(settings: Settings, facts: Facts) -> str:
+    """bfloat16 where the processor multiplies it; everywhere else it is emulated, and slow."""
+    native = {"avx512_bf16", "amx_bf16"} & facts.cpu_flags
+    return "bfloat16" if native and settings.max_cpu_isa == "auto" else "float32"
+
+
+def _cpu_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
+    chosen = {
+        # Our own binding: vLLM's gives the model one of two cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(settings.threads or cores()),
+        # One engine process instead of an engine and a worker: a process and a queue hop less.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # What vLLM's CPU platform would set too late for the fork server.
+        "VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.is_file() and "LD_PRELOAD" not in env:
+        # Intel's OpenMP parks idle threads after 1 ms; GNU's spin beside the API process.
+        chosen |= {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "1"}
+    if settings.max_cpu_isa == "avx2":
+        chosen |= AVX2_LIMITS
+    return chosen
+
+
+def _on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    return any(found.metadata["Name"] == "vllm-cpu" for found in metadata.distributions())
+
+
+def _cpu_flags(cpuinfo: Path) -> frozenset[str]:
+    if not cpuinfo.is_file():
+        return frozenset()
+    for line in cpuinfo.read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()

