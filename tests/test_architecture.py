@@ -84,11 +84,17 @@ def functions(source: Source) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines from `def` to the last one; a docstring states a contract and is not counted."""
+    """Lines from `def` to the last one, without what only states a contract.
+
+    That is the docstring, and the signature of a command: there it is the table of its options.
+    """
     end = function.end_lineno or function.lineno
     first = function.body[0]
     described = ast.get_docstring(function, clean=False) is not None
-    return end - function.lineno + 1 - (((first.end_lineno or 0) - first.lineno + 1) * described)
+    calls = [d.func for d in function.decorator_list if isinstance(d, ast.Call)]
+    command = any(dotted(call).endswith(".command") for call in calls)
+    start = first.lineno - 1 if command else function.lineno
+    return end - start + 1 - (((first.end_lineno or 0) - first.lineno + 1) * described)
 
 
 def dotted(node: ast.AST) -> str:

@@ -5,6 +5,7 @@ What needs a running server is in tests/e2e/test_dashboard.py.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from serve.settings import Settings
+from serve.supervisor import STOP_GRACE_S
 from tests.promql import (
     DEPLOY,
     RULES,
@@ -233,6 +236,19 @@ def test_secrets_are_files_and_each_is_used() -> None:
     environment = [service.get("environment", {}) for service in SERVICES.values()]
     plain = [k for names in environment for k in names if re.search("PASSWORD$|KEY$|TOKEN$", k)]
     assert not plain, f"secrets in the environment: {plain}"
+
+
+def test_server_is_told_settings_that_exist() -> None:
+    told = SERVICES["server"]["environment"]
+    assert {name.removeprefix("QUANTSERVE_").lower() for name in told} <= set(Settings.model_fields)
+    command = json.loads(STAGES["cpu"].last("CMD").rest)
+    options = {word.removeprefix("--").replace("-", "_") for word in command if word[:2] == "--"}
+    assert options <= set(Settings.model_fields)
+
+
+def test_server_may_drain_before_it_is_killed() -> None:
+    grace = int(SERVICES["server"]["stop_grace_period"].removesuffix("s"))
+    assert grace > Settings().drain_timeout + STOP_GRACE_S
 
 
 def test_volumes_are_declared_or_shipped() -> None:
