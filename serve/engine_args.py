@@ -78,6 +78,7 @@ def environment(settings: Settings, facts: Facts) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "NO_COLOR": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
     }
     if facts.on_cpu:
         env |= _cpu_environment(settings, env)
@@ -103,7 +104,7 @@ def _lora_flags(settings: Settings) -> list[str]:
     rank = next((rank for rank in LORA_RANKS if rank >= settings.max_lora_rank), None)
     if rank is None:
         raise SettingsError(f"max_lora_rank {settings.max_lora_rank} exceeds {LORA_RANKS[-1]}")
-    slots = str(settings.max_adapters)
+    slots = str(settings.max_adapters + 1)  # one is free for a swap
     return ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots,
             "--max-lora-rank", str(rank), "--lora-target-modules", *LORA_TARGETS]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Turns a starting vLLM's log into a line per stage, and remembers why it failed.
 
-After the start, passes on what an operator must see (warnings, errors, tracebacks) and drops the
-rest; `verbose` passes on everything.
+Passes on what an operator must see (errors and tracebacks) and drops the rest, vLLM's many warnings
+about flags we chose among it; `verbose` passes on everything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STAGES = (
     ("Explicitly set", "allocating the KV cache"),
     ("Starting vLLM server", "starting the API"),
 )
-QUIET = re.compile(r"\b(INFO|DEBUG)\b|Loading safetensors|^\s*$|^\[W\d{4} ")
+QUIET = re.compile(r"\b(INFO|DEBUG|WARNING)\b|Loading safetensors|^\s*$|^\[W\d{4} ")
 CAUSE = re.compile(r"(?:^|\s)((?:[\w.]*\.)?\w*(?:Error|Exception|Refused)): (.+)$")
 EFFECTS = ("Engine core initialization failed", "EngineDeadError", "cancelled")
 

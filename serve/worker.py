@@ -60,7 +60,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _started(state: Any) -> None:
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, state.quantserve.drain)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: state.quantserve.drain())
     os.write(state.args.quantserve_ready_fd, b"ready\n")
 
 
