@@ -1,0 +1,273 @@
+"""Safetensors shards and `quantization_config` exactly as stock vLLM loads them, and back.
+
+W4A16 and W8A16 are AutoGPTQ checkpoints ("gptq", v1), W8A8 is compressed-tensors
+"int-quantized". Owns tensor names and dtypes; bit layout is `quant.packing`'s. Refuses to leave a
+layer behind that does not read back as what the solver chose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quant import artifact, gptq, packing
+from quant.errors import ArtifactError, SpaceError
+from quant.recipe import Scheme
+
+SHARD_BYTES = 1 << 29  # what is held before it is written
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A quantized linear layer: signed codes int8 [out, in], scale [out, groups] as stored."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def digest(self) -> str:
+        digest = hashlib.sha256(self.codes.contiguous().numpy().tobytes())
+        digest.update(self.scale.float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def weight(self) -> Tensor:
+        """float32 [out, in]."""
+        return gptq.dequantize(self.codes, self.scale)
+
+
+def encode(scheme: Scheme, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of one layer by the last part of their names; scales in `dtype` where they may."""
+    return _ENCODERS[scheme](layer, dtype)
+
+
+def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Layer:
+    """The layer that `encode` was given."""
+    if scheme == "w8a8":
+        return Layer(tensors["weight"], tensors["weight_scale"])
+    bits = _BITS[scheme]
+    codes = packing.unpack_gptq(tensors["qweight"], bits).to(torch.int16) - (1 << (bits - 1))
+    return Layer(codes.to(torch.int8), tensors["scales"].T)
+
+
+def layer_bytes(scheme: Scheme, shape: tuple[int, int], group: int) -> int:
+    """Bytes that a layer of shape (out, in) takes on disk."""
+    rows, columns = shape
+    if scheme == "w8a8":
+        return rows * columns + 4 * rows
+    bits, groups = _BITS[scheme], 1 if group < 0 else columns // group
+    return rows * columns * bits // 8 + groups * rows * (2 + bits // 8) + 4 * columns
+
+
+def quantization_config(scheme: Scheme, group: int) -> dict[str, Any]:
+    """What config.json says about the weights; every key is one that vLLM reads."""
+    if scheme == "w8a8":
+        return _INT8_CONFIG
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": _BITS[scheme],
+        "group_size": group,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+    }
+
+
+class Writer:
+    """Collects tensors into shards of a folder; `close` writes the rest and the index."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._limit = folder, shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.nbytes
+        if self._held and sum(t.nbytes for t in self._held.values()) + size > self._limit:
+            self._flush()
+        self._held[name] = tensor.detach().cpu().contiguous()
+        self._bytes += size
+
+    def close(self) -> int:
+        """Bytes of all tensors."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            (self._folder / _part(0)).rename(self._folder / artifact.SINGLE)
+            return self._bytes
+        index: dict[str, str] = {}
+        for place, names in enumerate(self._shards):
+            final = f"model-{place + 1:05}-of-{count:05}.safetensors"
+            (self._folder / _part(place)).rename(self._folder / final)
+            index |= dict.fromkeys(names, final)
+        metadata = {"metadata": {"total_size": self._bytes}, "weight_map": index}
+        (self._folder / artifact.INDEX).write_text(json.dumps(metadata, indent=1) + "\n")
+        return self._bytes
+
+    def _flush(self) -> None:
+        path = self._folder / _part(len(self._shards))
+        try:
+            save_file(self._held, path, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as fault:
+            raise SpaceError(f"{path.parent} cannot hold the next shard: {fault}") from fault
+        self._shards.append(list(self._held))
+        self._held = {}
+
+
+def write_config(
+    parent: Path, folder: Path, section: Mapping[str, Any], dtype: torch.dtype
+) -> None:
+    """The parent's config.json with the quantization's section and the dtype to serve in."""
+    config = json.loads((parent / "config.json").read_bytes())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = dict(section)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(parent: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation configuration and licence travel along."""
+    for pattern in _COMPANIONS:
+        for path in sorted(parent.glob(pattern)):
+            if path.is_file() and path.name not in _OUR_OWN:
+                shutil.copyfile(path, folder / path.name)
+
+
+def read_layers(folder: Path) -> Iterator[tuple[str, Layer]]:
+    """Every quantized layer of a checkpoint by module name, unpacked from the written files."""
+    scheme = _scheme(folder)
+    for module, tensors in _modules(folder):
+        if _MARK[scheme] in tensors:
+            yield module, decode(scheme, tensors)
+
+
+def verify(folder: Path, chosen: Mapping[str, str]) -> None:
+    """Holds each layer in the files against the digest of what was chosen for it.
+
+    ArtifactError names the first layer that differs, is missing, or was not asked for.
+    """
+    missing = dict(chosen)
+    for name, layer in read_layers(folder):
+        if missing.pop(name, None) != layer.digest():
+            raise ArtifactError(f"{folder}: {name} does not read back as it was solved")
+    if missing:
+        raise ArtifactError(f"{folder} lacks the layer {min(missing)}")
+
+
+def dequantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a full-precision model with the artifact's weights, one at a time.
+
+    Names are those of the parent; quantized weights are float32, others as stored.
+    """
+    scheme = _scheme(folder)
+    for module, tensors in _modules(folder):
+        if _MARK[scheme] not in tensors:
+            yield from ((f"{module}.{leaf}", tensor) for leaf, tensor in tensors.items())
+            continue
+        yield f"{module}.weight", decode(scheme, tensors).weight()
+        if "bias" in tensors:
+            yield f"{module}.bias", tensors["bias"]
+
+
+_COMPANIONS = (
+    "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+_OUR_OWN = ("config.json", "quantize_config.json", artifact.INDEX, artifact.MANIFEST)
+
+_BITS: dict[Scheme, int] = {"w4a16": 4, "w8a16": 8, "w8a8": 8}
+_MARK: dict[Scheme, str] = {"w4a16": "qweight", "w8a16": "qweight", "w8a8": "weight_scale"}
+
+
+def _gptq(bits: int) -> Callable[[Layer, torch.dtype], dict[str, Tensor]]:
+    def encoded(layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+        middle = 1 << (bits - 1)
+        rows, columns = layer.codes.shape
+        groups = layer.scale.shape[1]
+        zeros = torch.full((groups, rows), middle, dtype=torch.int32)
+        return {
+            "qweight": packing.pack_gptq(layer.codes.to(torch.int16) + middle, bits),
+            "qzeros": packing.pack_zeros(zeros, bits),
+            "scales": layer.scale.T.to(dtype),
+            "g_idx": (torch.arange(columns) // (columns // groups)).to(torch.int32),
+        }
+
+    return encoded
+
+
+def _int8(layer: Layer, _dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"weight": layer.codes, "weight_scale": layer.scale.float()}
+
+
+_ENCODERS: dict[Scheme, Callable[[Layer, torch.dtype], dict[str, Tensor]]] = {
+    "w4a16": _gptq(4),
+    "w8a16": _gptq(8),
+    "w8a8": _int8,
+}
+
+_INT8_CONFIG: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "channel",
+                "dynamic": False,
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+            "output_activations": None,
+        }
+    },
+}
+
+
+def _part(place: int) -> str:
+    return f"part-{place:05}.safetensors"
+
+
+def _scheme(folder: Path) -> Scheme:
+    section = artifact.quantization_config(folder) or {}
+    for scheme in _BITS:
+        known = quantization_config(scheme, section.get("group_size", -1))
+        if all(section.get(key) == known[key] for key in ("quant_method",)) and section.get(
+            "bits"
+        ) == known.get("bits"):
+            return scheme
+    raise ArtifactError(f"{folder / 'config.json'}: not a quantization this program writes")
+
+
+def _modules(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Module name -> its own tensors, in name order."""
+    modules: dict[str, dict[str, str]] = {}
+    for name, header in artifact.headers(folder).items():
+        module, _, leaf = name.rpartition(".")
+        modules.setdefault(module, {})[leaf] = header.file
+    for module, leaves in modules.items():
+        tensors = {}
+        for leaf, file in leaves.items():
+            with safe_open(folder / file, framework="pt") as shard:
+                tensors[leaf] = shard.get_tensor(f"{module}.{leaf}")
+        yield module, tensors

@@ -1,0 +1,87 @@
+"""One forward over many batches in step: every batch stops before the same layer.
+
+A solver needs a layer's inputs from all batches before it can choose the weights that any of
+them goes on with. Each batch runs its forward on a thread of its own and hands control back at
+every stop; exactly one thread runs at a time, so each matrix product is computed once and only
+what the stopped forwards hold is kept. Refuses batches that do not stop at the same places.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_here = threading.local()
+
+
+class _Abandoned(Exception):
+    """Unwinds a stopped forward that nobody will resume."""
+
+
+class Lane:
+    """One batch's forward. `waiting` is what it stopped with; None once it has ended."""
+
+    def __init__(self, pool: ThreadPoolExecutor, forward: Callable[[], Tensor]) -> None:
+        self.waiting: Tensor | None = None
+        self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
+        self._abandoned = False
+        self._future = pool.submit(self._run, forward)
+        self._future.add_done_callback(lambda _: self._halted.release())
+
+    def advance(self) -> None:
+        """Runs to the next stop or to the end; raises what the forward raised."""
+        self.waiting = None
+        self._go.release()
+        self._halted.acquire()
+        if self._future.done():
+            self._future.result()
+
+    def result(self) -> Tensor:
+        """What the forward returned; it must have ended."""
+        assert self._future.done(), "the forward stopped more often than expected"
+        return self._future.result()
+
+    def close(self) -> None:
+        """Ends the forward wherever it is, and waits for it."""
+        self._abandoned = True
+        self._go.release()
+        self._future.exception()
+
+    def _run(self, forward: Callable[[], Tensor]) -> Tensor:
+        self._wait()
+        _here.lane = self
+        with torch.no_grad():  # the mode is per thread
+            return forward()
+
+    def _stop(self, inputs: Tensor) -> None:
+        self.waiting = inputs
+        self._halted.release()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._go.acquire()
+        if self._abandoned:
+            raise _Abandoned
+
+
+def stop(inputs: Tensor) -> None:
+    """Called inside a lane's forward: shows `inputs` and waits to be resumed."""
+    lane: Lane = _here.lane
+    lane._stop(inputs)  # noqa: SLF001 - the two halves of one hand-over
+
+
+@contextmanager
+def lanes(forwards: Sequence[Callable[[], Tensor]]) -> Iterator[list[Lane]]:
+    """A lane for each forward, none started; whatever happens, none outlives the block."""
+    with ThreadPoolExecutor(len(forwards), thread_name_prefix="lane") as pool:
+        started = [Lane(pool, forward) for forward in forwards]
+        try:
+            yield started
+        finally:
+            for lane in started:
+                lane.close()

@@ -1,0 +1,157 @@
+"""From a source to a sealed artifact: the one place where everything else meets, top to bottom.
+
+Streams: a block's weights are read, solved, written and dropped before the next one's are read.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from quant import artifact, blocks, calibration, checkpoint, source, staging
+from quant.artifact import Manifest, MergedAdapter
+from quant.blocks import Decoder
+from quant.calibration import Batches
+from quant.checkpoint import Writer
+from quant.errors import RecipeError
+from quant.layers import Layers, Progress
+from quant.recipe import Recipe, choose_group_size
+from quant.source import Source
+
+_STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
+_MARGIN = 32 << 20  # bytes beside the tensors: tokenizer, configuration, headers
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to quantize, from where to where."""
+
+    spec: str
+    target: Path
+    adapters: tuple[Path, ...] = ()
+    calibration_file: Path | None = None
+    cache: Path | None = None
+    force: bool = False
+
+
+def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
+    """Quantizes a model into a new folder and returns its manifest.
+
+    Any QuantError, and Ctrl-C, leave neither a target nor a partial one behind.
+    """
+    began = time.monotonic()
+    device = _device(recipe.device)
+    target = order.target.expanduser().absolute()
+    staging.check_target(target, force=order.force)
+    progress.say(f"opening {order.spec}")
+    opened = source.open(order.spec, adapters=order.adapters, cache=order.cache, say=progress.say)
+    decoder = blocks.skeleton(opened, device)
+    layers = _layers(recipe, opened, decoder, progress)
+    staging.check_space(target.parent, layers.bytes_after(opened) + _MARGIN)
+    with staging.staged(target) as folder:
+        rows = calibration.prepare(opened, recipe, order.calibration_file, progress.say)
+        writer = Writer(folder)
+        _solve(layers, decoder, opened, writer, rows)
+        size = writer.close()
+        section = checkpoint.quantization_config(layers.scheme, layers.group)
+        checkpoint.write_config(opened.folder, folder, section, layers.dtype)
+        checkpoint.copy_companions(opened.folder, folder)
+        progress.say("reading back every layer")
+        checkpoint.verify(folder, layers.digests)
+        facts = _facts(recipe, order, opened, rows)
+        return artifact.seal(
+            folder,
+            facts.model_copy(
+                update={
+                    "group_size": layers.group,
+                    "layers": tuple(layers.reports),
+                    "bytes_after": size,
+                    "seconds": round(time.monotonic() - began, 1),
+                }
+            ),
+        )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as fault:
+        raise RecipeError(f"{name!r} is not a device torch knows") from fault
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r}: cpu or cuda is needed")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device {name!r}: this torch sees no CUDA device")
+    return device
+
+
+def _layers(recipe: Recipe, opened: Source, decoder: Decoder, progress: Progress) -> Layers:
+    shapes = decoder.linears()
+    group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
+    # Kernels and scales are 16-bit: a float32 parent is served in bfloat16.
+    half = opened.dtype if opened.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    return Layers(recipe, group, half, shapes, progress)
+
+
+def _solve(layers: Layers, decoder: Decoder, opened: Source, writer: Writer, rows: Batches) -> None:
+    """Writes every tensor of the parent, the blocks' linear layers quantized."""
+    for name in opened.tensors.names():
+        if not name.startswith(decoder.prefix) and not _is_tied_copy(name, opened):
+            writer.add(name, layers.kept(opened, name))
+    per_stream = max(1, _STREAM_TOKENS // rows.input_ids.shape[1])
+    batches = zip(rows.input_ids.split(per_stream), rows.mask.split(per_stream), strict=True)
+    streams = blocks.embed(decoder, opened, list(batches))
+    for place in range(len(decoder.blocks)):
+        visit = partial(layers.visit, decoder, place)
+        blocks.run(decoder, place, opened, streams=streams, visit=visit, seen=layers.seen)
+        prefix = f"{decoder.prefix}{place}."
+        for name in opened.tensors.names():
+            if name.startswith(prefix):
+                for written, tensor in layers.encoded(opened, name):
+                    writer.add(written, tensor)
+
+
+def _is_tied_copy(name: str, opened: Source) -> bool:
+    """An output head that is the embedding: loaders tie it again."""
+    return name == "lm_head.weight" and bool(opened.config.get_text_config().tie_word_embeddings)
+
+
+def _facts(recipe: Recipe, order: Order, opened: Source, rows: Batches) -> Manifest:
+    merged = (
+        MergedAdapter(
+            name=adapter.folder.name,
+            digest=adapter.digest,
+            rank=max(pair.rank for pair in adapter.pairs.values()),
+            modules=len(adapter.pairs),
+        )
+        for adapter in opened.adapters
+    )
+    return Manifest(
+        created=datetime.now(UTC),
+        quantserve=version("quantserve"),
+        architecture=opened.architecture,
+        source=order.spec,
+        parent=opened.fingerprint,
+        adapters=tuple(merged),
+        recipe=recipe.model_dump(mode="json"),
+        scheme=recipe.scheme,
+        bits=recipe.bits,
+        group_size=-1,
+        calibration=rows.report,
+        layers=(),
+        bytes_before=opened.bytes,
+        bytes_after=0,
+        seconds=0.0,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "safetensors": version("safetensors"),
+        },
+    )
