@@ -40,11 +40,11 @@ class Gate:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _announcing(scope, send))
             return
         serving: Serving = scope["app"].state.quantserve
         turn = Turn()
-        exit_ = _Exit(serving, turn, send, _header(scope, b"x-request-id"), scope["path"])
+        exit_ = _Exit(serving, turn, scope, send)
         try:
             _admit(serving, scope)
         except ServeError as fault:
@@ -63,6 +63,17 @@ class Gate:
             current.reset(token)
             if turn.version is not None:
                 serving.pool.release(turn.version)
+
+
+def _announcing(scope: Message, send: Send) -> Send:
+    """Tell the supervisor when the app has started; uvicorn accepts connections right after."""
+
+    async def announcing(message: Message) -> None:
+        await send(message)
+        if message["type"] == "lifespan.startup.complete":
+            scope["app"].state.quantserve.announce()
+
+    return announcing
 
 
 def _admit(serving: Serving, scope: Message) -> None:
@@ -98,11 +109,11 @@ def _preflight(scope: Message) -> bool:
 class _Exit:
     """The way out of one request: request id, version header, error shape, first token, counts."""
 
-    def __init__(
-        self, serving: Serving, turn: Turn, send: Send, request_id: str | None, path: str
-    ) -> None:
+    def __init__(self, serving: Serving, turn: Turn, scope: Message, send: Send) -> None:
         self._serving, self._turn, self._send = serving, turn, send
-        self._request_id, self._path = request_id or turn.id, path
+        self._path = scope["path"]
+        self._request_id = _header(scope, b"x-request-id") or turn.id
+        self._counted = scope.get("method") == "POST" and _scope_of(self._path) == "inference"
         self._held: Message | None = None  # the start of an error answer, until its body is whole
         self._body = b""
         self._streams = False
@@ -160,13 +171,15 @@ class _Exit:
         ]
         if status == 503 and not any(name == b"retry-after" for name, _ in start["headers"]):
             start["headers"].append((b"retry-after", b"2"))
-        self._serving.metrics.errors.labels(self._alias(), told["error"]["code"]).inc()
         self._count(status)
+        if self._counted:
+            self._serving.metrics.errors.labels(self._alias(), told["error"]["code"]).inc()
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 
     def _count(self, status: int) -> None:
-        self._serving.metrics.requests.labels(self._alias(), str(status)).inc()
+        if self._counted:
+            self._serving.metrics.requests.labels(self._alias(), str(status)).inc()
 
     def _alias(self) -> str:
         return self._turn.alias or NO_ALIAS

@@ -8,6 +8,8 @@ API of vLLM's resolves aliases, streams included, without a second parse of anyt
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -93,9 +95,10 @@ class Published(dict[str, LoRARequest]):
 class Serving:
     """What every request needs: `app.state.quantserve`."""
 
-    def __init__(self, chosen: Settings, engine_client: Any, base_name: str) -> None:
+    def __init__(self, chosen: Settings, engine_client: Any, args: Any) -> None:
         state_dir = chosen.state_dir or Path("/nonexistent")  # the supervisor always sets one
-        self.settings, self.base_name = chosen, base_name
+        self.settings, self.base_name = chosen, str(args.served_model_name[0])
+        self._ready_fd: int | None = vars(args).get("quantserve_ready_fd")
         self.keys = keys.load(chosen.api_key_file)
         self.metrics: Metrics = stats.metrics
         base = base_of(chosen.artifact, chosen.max_lora_rank)
@@ -104,6 +107,12 @@ class Serving:
         )
         self.draining = False
         self.started = int(time.time())
+
+    def announce(self) -> None:
+        """Tell the supervisor, where there is one, that the app has started; drain on SIGUSR1."""
+        if self._ready_fd is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.drain)
+            os.write(self._ready_fd, b"ready\n")
 
     def drain(self) -> None:
         """Admit nothing new from now on."""
@@ -115,7 +124,7 @@ class Endpoints:
     """The plugin. vLLM calls `attach_router` when it builds the app, then `init_state`."""
 
     name = "quantserve"
-    required_tasks = ()
+    required_tasks = None  # every task has models, keys and health
 
     def attach_router(self, app: FastAPI) -> None:
         def serving() -> Serving:
@@ -124,15 +133,16 @@ class Endpoints:
 
         app.include_router(_admin_routes(app))
         app.include_router(_model_routes(app))
-        probe = lambda: app.state.engine_client.list_loras()  # noqa: E731
-        if not settings.load().max_adapters:
-            probe = lambda: app.state.engine_client.is_paused()  # noqa: E731
+
+        def probe() -> Any:
+            return app.state.engine_client.is_paused()
+
         app.include_router(health.routes(lambda: not serving().draining, probe))
         app.add_exception_handler(ServeError, _answer_error)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         chosen = settings.load()
-        serving = Serving(chosen, engine_client, args.served_model_name[0])
+        serving = Serving(chosen, engine_client, args)
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
         _note_requests(engine_client, serving.base_name)
