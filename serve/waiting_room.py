@@ -32,6 +32,7 @@ async def answers(host: str, port: int, path: str) -> bool:
             )
             status = await reader.readline()
             writer.close()
+            await writer.wait_closed()
             return b" 200 " in status
     return False
 
@@ -47,6 +48,8 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
             with suppress(TimeoutError):
                 await asyncio.wait_for(reader.read(HEAD_LIMIT), LINGER_S)
     writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
 
 
 def response(path: str) -> bytes:

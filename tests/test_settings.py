@@ -1,0 +1,51 @@
+"""Settings: the command line over the environment, strangers refused, and back again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serve import settings
+from serve.errors import SettingsError
+
+
+def test_the_command_line_wins_over_the_environment() -> None:
+    env = {"QUANTSERVE_PORT": "9000", "QUANTSERVE_THREADS": "1", "PATH": "/bin"}
+    chosen = settings.load(env, port=9001, host=None)
+    assert (chosen.port, chosen.threads, chosen.host) == (9001, 1, "127.0.0.1")
+
+
+def test_the_child_reads_what_the_parent_chose() -> None:
+    chosen = settings.load(
+        {},
+        artifact=Path("/models/a"),
+        adapters={"legal": Path("/adapters/legal")},
+        vllm_flags=("--max-num-seqs", "8"),
+        drain_timeout=1.5,
+    )
+    assert settings.load(chosen.environment()) == chosen
+
+
+def test_an_unknown_name_is_refused_and_the_known_are_told() -> None:
+    with pytest.raises(SettingsError, match=r"QUANTSERVE_PROT.*known:.*QUANTSERVE_PORT"):
+        settings.load({"QUANTSERVE_PROT": "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PORT", "many"), ("MAX_CPU_ISA", "sse"), ("ADAPTERS", "[1]"), ("VLLM_FLAGS", "x")],
+)
+def test_an_unusable_value_names_its_setting(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"(?i){name}"):
+        settings.load({f"QUANTSERVE_{name}": value})
+
+
+@pytest.mark.parametrize("alias", ["a:b", "a@b", "", "a b", "ü"])
+def test_an_alias_that_looks_like_a_version_is_refused(alias: str) -> None:
+    with pytest.raises(SettingsError, match="alias"):
+        settings.load({}, adapters={alias: Path("/x")})
+
+
+def test_children_inherit_everything_but_our_settings() -> None:
+    assert settings.inherited({"HOME": "/root", "QUANTSERVE_PORT": "1"}) == {"HOME": "/root"}
