@@ -1,10 +1,9 @@
 """LoRA on vLLM's CPU platform: right in mixed batches, and paid for only by the rows that use it.
 
 vLLM's own CPU wrapper gathers one padded copy of the adapter per token and applies the last slot
-to the base-model rows of a mixed batch. Here rows are grouped by adapter once per batch, and each
-layer keeps a float32 copy of every slot, trimmed to the rank the adapter really has. Float32,
-because small bfloat16 products are slower than float32 ones on every x86 CPU measured, and far
-slower on those without native bfloat16.
+to the base-model rows of a mixed batch. Here rows are grouped by adapter once per batch, each
+layer keeps every slot trimmed to the rank the adapter really has (`serve.lora_delta`), and a batch
+without adapters goes straight to the base layers.
 
 `register()` replaces parts of vLLM, so it first compares them with what this module was written
 for and refuses to go on where they differ. On other platforms it does nothing.
@@ -12,7 +11,6 @@ for and refuses to go on where they differ. On other platforms it does nothing.
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -30,10 +28,10 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
-WRAPPER: Final = "serve.lora_cpu.GroupedPunica"
+from serve import lora_delta
+from serve.lora_delta import Delta, Group
 
-# The rows of a batch that use one adapter: all of them (None), one run (slice), or scattered.
-Rows = slice | Tensor | None
+WRAPPER: Final = "serve.lora_cpu.GroupedPunica"
 
 
 class LoraInternalsChanged(RuntimeError):
@@ -66,90 +64,6 @@ def _device(base_layer: nn.Module) -> torch.device:  # noqa: ARG001 - vLLM's sig
     return torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The rows of one batch that one adapter slot applies to."""
-
-    slot: int
-    rows: Rows
-
-
-def group(slots: Tensor) -> tuple[Group, ...]:
-    """Rows by adapter from one slot per row, int64 [rows]; rows of slot -1 (base) are left out."""
-    used = set(slots.tolist()) - {-1}
-    return tuple(Group(slot, _rows(slots == slot)) for slot in sorted(used))
-
-
-def _rows(member: Tensor) -> Rows:
-    index = member.nonzero()[:, 0]
-    if len(index) == len(member):
-        return None
-    first, end = int(index[0]), int(index[-1]) + 1
-    return slice(first, end) if end - first == len(index) else index
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """One adapter's change to one layer: float32, without the padding of its slot."""
-
-    down: Tensor  # [inputs, sum of ranks]: the slices' A, side by side
-    ups: tuple[Tensor, ...]  # per slice: B as [rank, outputs]
-    ranks: tuple[int, ...]  # per slice; 0 where the adapter leaves the slice alone
-    widths: tuple[int, ...]  # per slice: outputs
-
-    @classmethod
-    def read(cls, lora_a: Iterable[Tensor], lora_b: Iterable[Tensor]) -> "Delta | None":
-        """From one slot's A [rank, inputs] and B [outputs, rank] per slice; None if all zero."""
-        pairs = [(a, b, a.any(1) & b.any(0)) for a, b in zip(lora_a, lora_b, strict=True)]
-        ups = tuple(b[:, used].float().t().contiguous() for _, b, used in pairs)
-        ranks = tuple(len(up) for up in ups)
-        if not any(ranks):
-            return None
-        down = torch.cat([a[used] for a, _, used in pairs]).float().t().contiguous()
-        return cls(down, ups, ranks, tuple(up.shape[1] for up in ups))
-
-    def add(self, output: Tensor, inputs: Tensor, rows: Rows) -> None:
-        """output [tokens, sum of widths] += inputs [tokens, inputs] @ A @ B, on those rows."""
-        hidden = torch.mm(_gather(inputs, rows), self.down)  # [rows, sum of ranks]
-        wide = _gather(output, rows)
-        if len(self.ups) == 1:
-            wide.addmm_(hidden, self.ups[0])
-        else:
-            outputs = wide.split_with_sizes(self.widths, 1)
-            hiddens = hidden.split_with_sizes(self.ranks, 1)
-            for part, of_slice, up in zip(outputs, hiddens, self.ups, strict=True):
-                part.addmm_(of_slice, up)
-        _scatter(output, rows, wide)
-
-
-def _gather(batch: Tensor, rows: Rows) -> Tensor:
-    """Those rows as float32; a view where no copy is needed."""
-    if isinstance(rows, Tensor):
-        return batch.index_select(0, rows).float()
-    return (batch if rows is None else batch[rows]).float()
-
-
-def _scatter(batch: Tensor, rows: Rows, wide: Tensor) -> None:
-    """Put back what `_gather` took, unless it was a view; rounds once to the batch's dtype."""
-    if isinstance(rows, Tensor):
-        batch.index_copy_(0, rows, wide.to(batch.dtype))
-    elif batch.dtype is not torch.float32:
-        (batch if rows is None else batch[rows]).copy_(wide)
-
-
-def _add(output: Tensor, inputs: Tensor, groups: Iterable[Group], *stacks: Tensor) -> None:
-    """output += inputs @ stack.T @ ..., per group, straight from slots [slot, 1, out, in]."""
-    width = min(output.shape[1], stacks[-1].shape[-2])  # either may be padded
-    part = output[:, :width]
-    for each in groups:
-        product = _gather(inputs, each.rows)
-        for stack in stacks:
-            product = product @ stack[each.slot, 0].float().t()
-        wide = _gather(part, each.rows)
-        wide += product[:, :width]
-        _scatter(part, each.rows, wide)
-
-
 class GroupedPunica(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped
     """The row groups of the current batch, and vLLM's punica operations over them.
 
@@ -162,15 +76,17 @@ class GroupedPunica(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped
         self.groups: tuple[Group, ...] = ()  # over token rows
         self.prompt_groups: tuple[Group, ...] = ()  # over sampled rows
         self.idle = True  # no row of the batch uses an adapter
+        self.native_add = lora_delta.native()
 
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(mapping, *args, **kwargs)
-        self.groups = group(self.token_lora_indices)
-        self.prompt_groups = group(self.sampler_indices)
+        few = 0 if self.native_add is None else lora_delta.FEW
+        self.groups = lora_delta.group(self.token_lora_indices, few)
+        self.prompt_groups = lora_delta.group(self.sampler_indices, 0)
         self.idle = not self.groups and not self.prompt_groups
 
     def _apply_shrink(self, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
-        _add(y, x * scale, self.groups, w_t_all)
+        lora_delta.add_slots(y, x * scale, self.groups, w_t_all)
 
     def _apply_expand(  # noqa: PLR0913 - vLLM's signature
         self,
@@ -184,7 +100,7 @@ class GroupedPunica(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped
         part = y[:, y_offset : y_offset + y_slice_size]
         if not add_inputs:
             part.zero_()
-        _add(part, x, self.groups, w_t_all)
+        lora_delta.add_slots(part, x, self.groups, w_t_all)
 
     def add_lora_embedding(
         self,
@@ -199,7 +115,7 @@ class GroupedPunica(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float
     ) -> None:
-        _add(
+        lora_delta.add_slots(
             y.view(-1, y.shape[-1]),
             x.view(-1, x.shape[-1]) * scale,
             self.prompt_groups,
@@ -249,7 +165,11 @@ class GroupedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is u
             inputs, output = inputs.flatten(0, -2), output.flatten(0, -2)
         for each in self.punica_wrapper.groups:
             delta = self._deltas.get(each.slot)
-            if delta is not None:
+            if delta is None:
+                continue
+            if each.few:
+                self.punica_wrapper.native_add(output, inputs, delta.down, delta.ups, each.rows)
+            else:
                 delta.add(output, inputs, each.rows)
 
 

@@ -32,7 +32,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from serve import lora_cpu
+from serve import lora_cpu, lora_delta
 
 INPUTS = 48
 MAX_RANK = 16
@@ -131,7 +131,7 @@ class Bench:
         return torch.stack(rows)
 
 
-def bench(kind: str, dtype: torch.dtype = torch.float32) -> Bench:
+def bench(kind: str, dtype: torch.dtype = torch.float32, *, native: bool = True) -> Bench:
     base = base_layer(kind, dtype)
     weight = base.weight.detach().float().clone()
     base.quant_method.process_weights_after_loading(base)
@@ -139,6 +139,8 @@ def bench(kind: str, dtype: torch.dtype = torch.float32) -> Bench:
     layer: Any = from_layer(base, len(IDS), config, SHAPES[kind][0], None)
     punica: Any = get_punica_wrapper(TOKENS, max_batches=TOKENS, device="cpu", lora_config=config)
     layer.set_mapping(punica)
+    if not native:
+        punica.native_add = None  # as on a machine without a compiler
     made = Bench(kind, layer, punica, weight, {})
     for adapter_id, rank in RANKS.items():
         rounded = [
@@ -159,8 +161,9 @@ MIXED = [BASE, 7, 7, 8, BASE, 9, 7, BASE, 8, 9]
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", SHAPES)
-def test_mixed_batch_is_plain_float32_maths(kind: str, dtype: torch.dtype) -> None:
-    made, inputs = bench(kind, dtype), tokens(len(MIXED), dtype)
+@pytest.mark.parametrize("native", [True, False], ids=["c++", "torch"])
+def test_mixed_batch_is_plain_float32_maths(kind: str, dtype: torch.dtype, *, native: bool) -> None:
+    made, inputs = bench(kind, dtype, native=native), tokens(len(MIXED), dtype)
     output = made.run(inputs, MIXED)
     assert output.dtype is dtype
     error = (output.float() - made.expected(inputs, MIXED)).abs().max()
@@ -178,8 +181,9 @@ def test_mixed_batch_equals_separate_runs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_base_rows_are_untouched_to_the_bit(dtype: torch.dtype) -> None:
-    made, inputs = bench("qkv", dtype), tokens(len(MIXED), dtype)
+@pytest.mark.parametrize("native", [True, False], ids=["c++", "torch"])
+def test_base_rows_are_untouched_to_the_bit(dtype: torch.dtype, *, native: bool) -> None:
+    made, inputs = bench("qkv", dtype, native=native), tokens(len(MIXED), dtype)
     plain = made.layer.base_layer(inputs)[0]
     base_rows = [row for row, used in enumerate(MIXED) if used == BASE]
     assert torch.equal(made.run(inputs, MIXED)[base_rows], plain[base_rows])
@@ -194,23 +198,25 @@ def test_base_batch_after_an_adapter_batch_is_the_base_layer() -> None:
 
 
 @cache
-def shared_qkv() -> Bench:
-    return bench("qkv")
+def shared_qkv(*, native: bool) -> Bench:
+    return bench("qkv", native=native)
 
 
 @settings(max_examples=60, deadline=None)
-@given(ids=st.lists(st.sampled_from((BASE, *IDS)), min_size=1, max_size=TOKENS))
-def test_any_mapping_is_plain_maths(ids: list[int]) -> None:
-    made, inputs = shared_qkv(), tokens(len(ids))
+@given(
+    ids=st.lists(st.sampled_from((BASE, *IDS)), min_size=1, max_size=TOKENS), native=st.booleans()
+)
+def test_any_mapping_is_plain_maths(ids: list[int], *, native: bool) -> None:
+    made, inputs = shared_qkv(native=native), tokens(len(ids))
     torch.testing.assert_close(
         made.run(inputs, ids), made.expected(inputs, ids), atol=1e-5, rtol=1e-4
     )
 
 
-@given(slots=st.lists(st.integers(-1, 3), min_size=1, max_size=40))
-def test_groups_partition_the_rows_that_use_an_adapter(slots: list[int]) -> None:
+@given(slots=st.lists(st.integers(-1, 3), min_size=1, max_size=40), few=st.integers(0, 8))
+def test_groups_partition_the_rows_that_use_an_adapter(slots: list[int], few: int) -> None:
     seen = torch.full((len(slots),), -1)
-    for each in lora_cpu.group(torch.tensor(slots)):
+    for each in lora_delta.group(torch.tensor(slots), few):
         seen[slice(None) if each.rows is None else each.rows] = each.slot
     assert seen.tolist() == slots
 

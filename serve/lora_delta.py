@@ -1,0 +1,118 @@
+"""An adapter's change to a layer, over the rows of a batch that use it. Knows nothing of vLLM.
+
+Weights are kept in float32: small bfloat16 products are slower on every x86 CPU measured, and far
+slower on those without native bfloat16. A few rows (decoding) take one C++ call (lora_cpu.cpp)
+where it could be built; more rows, or a machine without a compiler, take PyTorch's products.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from serve import kernels_native
+
+FEW: Final = 16  # rows up to which the C++ call beats PyTorch's products
+
+# The rows of a batch that use one adapter: all of them (None), one run (slice), or scattered.
+Rows = slice | Tensor | None
+NativeAdd = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Rows], None]
+
+
+@cache
+def native() -> NativeAdd | None:
+    """The call of lora_cpu.cpp, compiled on the machine's first use; None where it cannot be."""
+    if not kernels_native.load() or not hasattr(torch.ops.quantserve, "lora_add"):
+        return None
+    call: NativeAdd = torch.ops.quantserve.lora_add.default
+    return call
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rows of one batch that one adapter slot applies to."""
+
+    slot: int
+    rows: Rows
+    few: bool  # not more than the C++ call is for; then rows are no slice, which it cannot take
+
+
+def group(slots: Tensor, few: int) -> tuple[Group, ...]:
+    """Rows by adapter from one slot per row, int64 [rows]; rows of slot -1 (base) are left out."""
+    used = sorted(set(slots.tolist()) - {-1})
+    return tuple(_group(slot, (slots == slot).nonzero()[:, 0], len(slots), few) for slot in used)
+
+
+def _group(slot: int, index: Tensor, total: int, few: int) -> Group:
+    rows: Rows = index
+    first, end = int(index[0]), int(index[-1]) + 1
+    if len(index) == total:
+        rows = None
+    elif len(index) > few and end - first == len(index):
+        rows = slice(first, end)
+    return Group(slot, rows, len(index) <= few)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One adapter's change to one layer: float32, without the padding of its slot."""
+
+    down: Tensor  # [sum of ranks, inputs]: the slices' A, one below the other
+    ups: tuple[Tensor, ...]  # per slice: B as [rank, outputs]
+    ranks: tuple[int, ...]  # per slice; 0 where the adapter leaves the slice alone
+    widths: tuple[int, ...]  # per slice: outputs
+
+    @classmethod
+    def read(cls, lora_a: Iterable[Tensor], lora_b: Iterable[Tensor]) -> "Delta | None":
+        """From one slot's A [rank, inputs] and B [outputs, rank] per slice; None if all zero."""
+        pairs = [(a, b, a.any(1) & b.any(0)) for a, b in zip(lora_a, lora_b, strict=True)]
+        ups = tuple(b[:, used].float().t().contiguous() for _, b, used in pairs)
+        ranks = tuple(len(up) for up in ups)
+        if not any(ranks):
+            return None
+        down = torch.cat([a[used] for a, _, used in pairs]).float().contiguous()
+        return cls(down, ups, ranks, tuple(up.shape[1] for up in ups))
+
+    def add(self, output: Tensor, inputs: Tensor, rows: Rows) -> None:
+        """output [tokens, sum of widths] += inputs [tokens, inputs] @ A @ B, on those rows."""
+        hidden = torch.mm(_gather(inputs, rows), self.down.t())  # [rows, sum of ranks]
+        wide = _gather(output, rows)
+        if len(self.ups) == 1:
+            wide.addmm_(hidden, self.ups[0])
+        else:
+            outputs = wide.split_with_sizes(self.widths, 1)
+            hiddens = hidden.split_with_sizes(self.ranks, 1)
+            for part, of_slice, up in zip(outputs, hiddens, self.ups, strict=True):
+                part.addmm_(of_slice, up)
+        _scatter(output, rows, wide)
+
+
+def add_slots(output: Tensor, inputs: Tensor, groups: Iterable[Group], *stacks: Tensor) -> None:
+    """output += inputs @ stack.T @ ..., per group, straight from slots [slot, 1, out, in]."""
+    width = min(output.shape[1], stacks[-1].shape[-2])  # either may be padded
+    part = output[:, :width]
+    for each in groups:
+        product = _gather(inputs, each.rows)
+        for stack in stacks:
+            product = product @ stack[each.slot, 0].float().t()
+        wide = _gather(part, each.rows)
+        wide += product[:, :width]
+        _scatter(part, each.rows, wide)
+
+
+def _gather(batch: Tensor, rows: Rows) -> Tensor:
+    """Those rows as float32; a view where no copy is needed."""
+    if isinstance(rows, Tensor):
+        return batch.index_select(0, rows).float()
+    return (batch if rows is None else batch[rows]).float()
+
+
+def _scatter(batch: Tensor, rows: Rows, wide: Tensor) -> None:
+    """Put back what `_gather` took, unless it was a view; rounds once to the batch's dtype."""
+    if isinstance(rows, Tensor):
+        batch.index_copy_(0, rows, wide.to(batch.dtype))
+    elif batch.dtype is not torch.float32:
+        (batch if rows is None else batch[rows]).copy_(wide)
