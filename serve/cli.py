@@ -18,7 +18,6 @@ import typer
 
 from quant import adapter, artifact
 from quant import cli as quant_cli
-from quant.errors import QuantError
 from serve import settings as serve_settings
 from serve.errors import ServeError, SettingsError
 from serve.settings import Settings
@@ -29,6 +28,7 @@ app = typer.Typer(
     help="From a fine-tuned model to a quantized, monitored OpenAI-compatible server.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.registered_commands += quant_cli.app.registered_commands
@@ -37,8 +37,8 @@ app.registered_commands += quant_cli.app.registered_commands
 def main() -> None:
     """The console script."""
     try:
-        app()
-    except (QuantError, ServeError) as fault:
+        quant_cli.main(app)
+    except ServeError as fault:
         sys.stderr.write(f"quantserve: {fault}\n")
         sys.exit(2)
 

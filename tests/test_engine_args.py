@@ -71,9 +71,9 @@ def test_an_instruction_limit_reaches_every_library(model: Path) -> None:
 def test_every_core_is_used_unless_told(model: Path) -> None:
     env = engine_args.environment(Settings(artifact=model), AVX2)
     assert env["OMP_NUM_THREADS"] == str(engine_args.cores())
-    assert engine_args.environment(Settings(artifact=model, threads=1), AVX2)[
-        "OMP_NUM_THREADS"
-    ] == "1"
+    assert (
+        engine_args.environment(Settings(artifact=model, threads=1), AVX2)["OMP_NUM_THREADS"] == "1"
+    )
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""One artifact per scheme and one server, shared by every end-to-end test.
+
+Artifacts are made by the command line from the embedded model, and kept in .cache/e2e under a hash
+of the code that makes them: a second run of the tests finds them there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from quant import artifact
+from tests.e2e.server import KEY, QUANTSERVE, Server, serving
+from tests.lora import write_lora
+
+ROOT = Path(__file__).parents[2]
+CALIBRATION = ("--samples", "12", "--length", "128")
+
+
+@pytest.fixture(scope="session")
+def artifacts() -> Callable[[str], Path]:
+    """scheme -> the embedded model in that scheme."""
+    code = b"".join(path.read_bytes() for path in sorted((ROOT / "quant").glob("*.py")))
+    cache = ROOT / ".cache" / "e2e" / hashlib.sha256(code).hexdigest()[:12]
+
+    def made(scheme: str) -> Path:
+        target = cache / scheme
+        if not target.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [QUANTSERVE, "quantize", "demo", "--scheme", scheme, "--out", str(target)]
+            subprocess.run([*command, *CALIBRATION], check=True)
+        return target
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def w4a16(artifacts: Callable[[str], Path]) -> Path:
+    return artifacts("w4a16")
+
+
+@pytest.fixture(scope="session")
+def loras(w4a16: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three adapters of different ranks that change what the model says."""
+    shapes = artifact.linear_shapes(w4a16)
+    every_other = {name: size for place, (name, size) in enumerate(sorted(shapes.items()))
+                   if place % 2}  # fmt: skip
+    folder = tmp_path_factory.mktemp("loras")
+    return [
+        write_lora(folder / f"lora{seed}", every_other, rank=rank, seed=seed, strength=0.04)
+        for seed, rank in enumerate((4, 8, 16))
+    ]
+
+
+@pytest.fixture(scope="session")
+def server(
+    w4a16: Path, loras: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The int4 model, `first` given at start."""
+    folder = tmp_path_factory.mktemp("server")
+    flags = ("--model-name", "base", "--adapter", f"first={loras[0]}")
+    with serving(w4a16, folder, *flags) as started:
+        started.until_ready()
+        yield started
+
+
+@pytest.fixture(scope="session")
+def key() -> str:
+    return KEY
+
+
+@pytest.fixture(scope="session")
+def api(server: Server) -> Iterator[httpx.Client]:
+    with server.http() as client:
+        yield client

@@ -1,0 +1,95 @@
+"""Starts the real `quantserve serve` and asks it through real clients."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+
+QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
+KEY = "sk-test-everything-0123456789"
+APP_KEY = "sk-test-inference-0123456789"
+KEYS = f"tests:admin:{KEY}\napp:inference:{APP_KEY}\n"
+QUESTION = "What is the capital of France?"
+START_TIMEOUT_S = 180
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; `log` is what its parent said."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def http(self) -> httpx.Client:
+        headers = {"authorization": f"Bearer {KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+
+    def client(self, key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=120
+        )
+
+    def answer(self, model: str, question: str = QUESTION) -> str:
+        """The whole answer at temperature 0."""
+        with self.client() as client:
+            reply = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question}],
+                max_tokens=24,
+                temperature=0,
+            )
+        return reply.choices[0].message.content or ""
+
+    def until_ready(self, seconds: float = START_TIMEOUT_S) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+            try:
+                if httpx.get(f"{self.url}/readyz", timeout=30).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(f"not ready after {seconds} s:\n{self.log.read_text()}")
+
+
+@contextmanager
+def serving(artifact: Path, folder: Path, *flags: str, isa: str = "avx2") -> Iterator[Server]:
+    """`quantserve serve ARTIFACT` with keys, by default as on an AVX2-only machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "keys").write_text(KEYS)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    log = folder / "server.log"
+    command = [QUANTSERVE, "serve", str(artifact), "--port", str(port), *flags]
+    command += ["--api-key-file", str(folder / "keys"), "--max-cpu-isa", isa]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=sink, start_new_session=True, env=dict(os.environ)
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

@@ -1,0 +1,133 @@
+"""Tiny random models, tokenizers and LoRA adapters, written as a trainer would leave them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
+BOS, EOS, TURN, END = "<s>", "</s>", "<|im_start|>", "<|im_end|>"
+VOCAB = 320
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
+    " + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_TEXT = (
+    "the quick brown fox jumps over the lazy dog and runs through the green forest at night",
+    "what is the capital of france? the capital of france is paris, a city on the seine.",
+    "def add(left, right): return left + right  # a function of two numbers",
+)
+_OF_FAMILY: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 16},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 16, "sliding_window_pattern": 2},
+    "phi3": {"original_max_position_embeddings": 512},
+}
+
+
+def tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCAB tokens that puts BOS first, saved into `folder`."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(
+        _TEXT,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB,
+            special_tokens=[BOS, EOS, TURN, END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, raw.token_to_id(BOS))]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=BOS, eos_token=END, pad_token=EOS, unk_token=EOS
+    )
+    if chat:
+        made.chat_template = CHAT_TEMPLATE
+    made.save_pretrained(folder)
+    return made
+
+
+def model(
+    family: str = "llama", *, hidden: int = 64, layers: int = 2, tied: bool = False, seed: int = 0
+) -> PreTrainedModel:
+    """Float32, with weights large enough that layers matter and norms that are not all ones."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 3,
+        "pad_token_id": 1,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.05,
+        **_OF_FAMILY[family],
+    }
+    torch.manual_seed(seed)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            assert parameter.isfinite().all(), name
+    return made.eval()
+
+
+def model_folder(
+    folder: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: str | None = None,
+    chat: bool = True,
+    **shape: Any,
+) -> Path:
+    """A model and its tokenizer on disk; `shard` such as "50KB" splits it; `shape` as `model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer(folder, chat=chat)
+    model(family, **shape).to(dtype).save_pretrained(folder, max_shard_size=shard or "1GB")
+    return folder
+
+
+def adapter_folder(
+    folder: Path, base: Path, *, targets: Any = ("q_proj", "v_proj", "down_proj"), **lora: Any
+) -> Path:
+    """A random PEFT LoRA on the model in `base`, saved by PEFT; `lora` as peft.LoraConfig."""
+    seed = lora.pop("seed", 0)
+    parent = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 8, **lora}
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        target_modules=list(targets), init_lora_weights=False, task_type="CAUSAL_LM", **settings
+    )
+    get_peft_model(parent, config).save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets keys of a JSON object on disk; a change of None removes the key."""
+    content = {**json.loads(path.read_text("utf-8")), **changes}
+    kept = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(kept), "utf-8")
