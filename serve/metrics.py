@@ -19,15 +19,22 @@ class Metrics:
     """The instruments, on one registry."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        def counter(name: str, told: str, labels: tuple[str, ...]) -> Counter:
-            return Counter(f"quantserve_{name}", told, labels, registry=registry)
-
         self.ready = Gauge("quantserve_ready", "1 while requests are admitted", registry=registry)
-        self.requests = counter("requests", "Requests answered", ("alias", "status"))
-        self.errors = counter("errors", "Requests refused or failed", ("alias", "code"))
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed", ("alias",))
-        self.generation_tokens = counter("generation_tokens", "Tokens generated", ("alias",))
-        self.swaps = counter("adapter_swaps", "Adapter loads and swaps", ("result",))
+        self.requests = Counter(
+            "quantserve_requests_total", "Requests answered", ("alias", "status"), registry=registry
+        )
+        self.errors = Counter(
+            "quantserve_errors_total", "Requests refused", ("alias", "code"), registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "quantserve_prompt_tokens_total", "Prompt tokens", ("alias",), registry=registry
+        )
+        self.generation_tokens = Counter(
+            "quantserve_generation_tokens_total", "Tokens generated", ("alias",), registry=registry
+        )
+        self.swaps = Counter(
+            "quantserve_adapter_swaps_total", "Loads and swaps", ("result",), registry=registry
+        )
         self.in_flight = Gauge(
             "quantserve_requests_in_flight", "Requests being answered", registry=registry
         )
@@ -52,7 +59,12 @@ class Metrics:
 
     def forget(self, alias: str) -> None:
         """Drop the series of an alias that is served no more."""
-        for family in (self.prompt_tokens, self.generation_tokens, self.ttft):
-            family.remove_by_labels({"alias": alias})
-        for family in (self.requests, self.errors):
+        per_alias = (
+            self.requests,
+            self.errors,
+            self.prompt_tokens,
+            self.generation_tokens,
+            self.ttft,
+        )
+        for family in per_alias:
             family.remove_by_labels({"alias": alias})
