@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -24,10 +24,6 @@ from quant.source import Source
 
 _PROBE_TOKENS = 8
 
-# What a linear layer computes with, given its input: W8A8 rounds it, weight-only schemes do not.
-Seen = Callable[[Tensor], Tensor]
-# Chooses new weights for layers that share the input [tokens, columns], and writes them.
-Visit = Callable[[Sequence[str], Iterator[Tensor]], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -68,8 +64,23 @@ class Decoder:
         }
 
 
+class Solver(Protocol):
+    """Who chooses the weights of the linear layers."""
+
+    def seen(self, inputs: Tensor) -> Tensor:
+        """What a layer computes with: W8A8 rounds its input, weight-only schemes do not."""
+
+    def visit(
+        self, decoder: Decoder, place: int, names: Sequence[str], inputs: Iterator[Tensor]
+    ) -> None:
+        """Sets the weights of block `place`'s layers `names`, which read [tokens, columns]."""
+
+
 def skeleton(source: Source, device: torch.device) -> Decoder:
-    """The source's architecture without weights, to be run on `device`. SourceError where its blocks cannot be solved."""
+    """The source's architecture without weights, to be run on `device`.
+
+    SourceError where its blocks cannot be solved.
+    """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             source.config, attn_implementation="sdpa", dtype=torch.float32
@@ -110,12 +121,10 @@ def run(
     decoder: Decoder,
     place: int,
     source: Source,
-    *,
     streams: tuple[Sequence[Stream], Stream],
-    visit: Visit,
-    seen: Seen,
+    solver: Solver,
 ) -> None:
-    """Runs block `place` over the streams once, `visit` choosing its weights on the way.
+    """Runs block `place` over the streams once, `solver` choosing its weights on the way.
 
     Layers are visited in the order the block calls them, those that share an input together;
     everything downstream already sees the chosen weights. `hidden` of each stream moves on.
@@ -131,9 +140,9 @@ def run(
                 f"{decoder.prefix}{place}.{min(unreached)}: no calibration token reached it"
             )
         forwards = [partial(_forward, block, stream, place) for stream in through]
-        with _stops(block, groups, seen), lockstep.lanes(forwards) as lanes:
+        with _stops(block, groups, solver), lockstep.lanes(forwards) as lanes:
             for group in groups:
-                visit(group, _inputs(lanes, through))
+                solver.visit(decoder, place, group, _inputs(lanes, through))
             for lane, stream in zip(lanes, through, strict=True):
                 lane.advance()
                 stream.hidden = lane.result()
@@ -231,12 +240,12 @@ def _groups(block: nn.Module, forward: Callable[[], Tensor]) -> list[list[str]]:
 
 
 @contextmanager
-def _stops(block: nn.Module, groups: Sequence[Sequence[str]], seen: Seen) -> Iterator[None]:
+def _stops(block: nn.Module, groups: Sequence[Sequence[str]], solver: Solver) -> Iterator[None]:
     """The first layer of each group stops its lane; every layer computes with what it sees."""
     leaders = {group[0] for group in groups}
 
     def meet(_module: nn.Module, args: tuple[Tensor], *, leads: bool) -> tuple[Tensor]:
-        inputs = seen(args[0])
+        inputs = solver.seen(args[0])
         if leads:
             lockstep.stop(inputs)
         return (inputs,)

@@ -94,7 +94,7 @@ class Solution:
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """Signed codes [rows, columns] times scale [rows, groups], in float32."""
-    grouped = codes.float().unflatten(1, (scale.shape[1], -1))  # [rows, groups, size]
+    grouped = codes.float().reshape(*scale.shape, -1)  # [rows, groups, size]
     return (grouped * scale.float()[..., None]).flatten(1)
 
 
@@ -203,10 +203,9 @@ def _quantize_panel(panel: _Panel, feedback: Tensor, scale: Tensor, levels: Leve
 
 def _rounded(weight: Tensor, size: int, levels: Levels) -> tuple[Tensor, Tensor]:
     """Codes and scale of plain rounding."""
-    columns = weight.unflatten(1, (-1, size)).permute(2, 0, 1).flatten(1)  # [size, rows * groups]
+    columns = weight.reshape(-1, size).T  # [size, rows * groups]
     scale = levels.stored(grid.largest_fits(columns, levels))
-    steps = grid.to_steps(columns, scale, levels).to(torch.int8)
-    codes = steps.unflatten(1, (weight.shape[0], -1)).permute(1, 2, 0).flatten(1)
+    codes = grid.to_steps(columns, scale, levels).to(torch.int8).T.reshape(weight.shape)
     return codes, scale.view(weight.shape[0], -1)
 
 

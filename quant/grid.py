@@ -13,8 +13,11 @@ from torch import Tensor
 
 # Ratios to the scale that just fits the largest weight. Below one, large weights are clipped for
 # the sake of the others; what lies outside this range never won on the layers measured.
-_COARSE = {4: (0.55, 1.05, 14), 8: (0.88, 1.0, 6)}
-_FINE_STEPS = 4
+_COARSE = {4: (0.55, 1.05, 9), 8: (0.9, 1.0, 4)}
+_FINE_STEPS = 3
+# Weights searched at a time on a CPU: they stay in its cache for all candidates, where a whole
+# layer would be read from memory for each (measured: four times slower).
+_TILE = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,12 @@ def search(columns: Tensor, importance: Tensor, levels: Levels) -> Tensor:
     costs. A coarse sweep, a fine one around its best, then the least-squares scale of the steps
     found, kept where it is better still (QUANT literature: weighted MSE grids, NeUQI).
     """
+    tile = max(1, _TILE // columns.shape[0]) if columns.device.type == "cpu" else columns.shape[1]
+    tiles = (part.contiguous() for part in torch.split(columns, tile, dim=1))
+    return torch.cat([_search(part, importance, levels) for part in tiles])
+
+
+def _search(columns: Tensor, importance: Tensor, levels: Levels) -> Tensor:
     widest = largest_fits(columns, levels)
     first, last, count = _COARSE[levels.bits]
     step = (last - first) / (count - 1)
@@ -82,16 +91,17 @@ class _Best:
 
     def __init__(self, columns: Tensor, importance: Tensor, levels: Levels) -> None:
         self._columns, self._importance, self._levels = columns, importance, levels
-        self._steps = torch.empty_like(columns)
+        self._steps, self._nearest = torch.empty_like(columns), torch.empty_like(columns)
         self._loss = columns.new_full((columns.shape[1],), torch.inf)
         self.scale = columns.new_ones(columns.shape[1])
 
     def offer(self, scale: Tensor) -> None:
+        # In units of a step, and without a division: this is where a search spends its time.
         scale = self._levels.stored(scale)
-        torch.div(self._columns, scale, out=self._steps)
-        self._steps.round_().clamp_(self._levels.low, self._levels.high)
-        torch.addcmul(self._columns, self._steps, scale, value=-1, out=self._steps).square_()
-        loss = self._importance @ self._steps
+        steps = torch.mul(self._columns, scale.reciprocal(), out=self._steps)
+        torch.clamp(steps, self._levels.low, self._levels.high, out=self._nearest).round_()
+        steps.sub_(self._nearest).square_()
+        loss = (self._importance @ steps).mul_(scale.square())
         better = loss < self._loss
         self._loss = torch.where(better, loss, self._loss)
         self.scale = torch.where(better, scale, self.scale)

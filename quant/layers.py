@@ -18,7 +18,6 @@ from quant.blocks import Decoder
 from quant.checkpoint import Layer
 from quant.errors import SolveError
 from quant.gptq import Factor, Hessian, Solution
-from quant.grid import Levels
 from quant.recipe import Recipe
 from quant.source import Source
 

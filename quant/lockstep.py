@@ -72,7 +72,7 @@ class Lane:
 def stop(inputs: Tensor) -> None:
     """Called inside a lane's forward: shows `inputs` and waits to be resumed."""
     lane: Lane = _here.lane
-    lane._stop(inputs)  # noqa: SLF001 - the two halves of one hand-over
+    lane._stop(inputs)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import platform
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -105,11 +104,12 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, writer: Writer, row
         if not name.startswith(decoder.prefix) and not _is_tied_copy(name, opened):
             writer.add(name, layers.kept(opened, name))
     per_stream = max(1, _STREAM_TOKENS // rows.input_ids.shape[1])
-    batches = zip(rows.input_ids.split(per_stream), rows.mask.split(per_stream), strict=True)
+    batches = zip(
+        torch.split(rows.input_ids, per_stream), torch.split(rows.mask, per_stream), strict=True
+    )
     streams = blocks.embed(decoder, opened, list(batches))
     for place in range(len(decoder.blocks)):
-        visit = partial(layers.visit, decoder, place)
-        blocks.run(decoder, place, opened, streams=streams, visit=visit, seen=layers.seen)
+        blocks.run(decoder, place, opened, streams, layers)
         prefix = f"{decoder.prefix}{place}."
         for name in opened.tensors.names():
             if name.startswith(prefix):

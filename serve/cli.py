@@ -18,6 +18,7 @@ import typer
 
 from quant import adapter, artifact
 from quant import cli as quant_cli
+from serve import keys
 from serve import settings as serve_settings
 from serve.errors import ServeError, SettingsError
 from serve.settings import Settings
@@ -140,6 +141,7 @@ def _check(settings: Settings) -> None:
             f"refusing to listen on {settings.host} without keys: give --api-key-file, "
             "or bind 127.0.0.1"
         )
+    keys.load(settings.api_key_file)
     if not settings.artifact.is_dir():
         raise SettingsError(f"{settings.artifact} is not a folder")
     artifact.read(settings.artifact)

@@ -1,0 +1,88 @@
+"""`quantserve serve`: what an operator gets wrong is one line and exit status 2, at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.lora import write_lora
+
+QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file({f"{MODULE}.weight": torch.zeros(8, 6)}, folder / "model.safetensors")
+    return folder
+
+
+def refused(*words: str | Path, **env: str) -> str:
+    """The one line that `quantserve serve` says before it exits with 2."""
+    done = subprocess.run(
+        [QUANTSERVE, "serve", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={**os.environ, **env},
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    assert "is not a folder" in refused(tmp_path / "nowhere")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert "no config.json" in refused(tmp_path)
+
+
+def test_a_public_address_without_keys(model: Path) -> None:
+    assert "--api-key-file" in refused(model, "--host", "0.0.0.0")
+
+
+def test_an_unknown_setting(model: Path) -> None:
+    assert "QUANTSERVE_PROT" in refused(model, QUANTSERVE_PROT="1")
+
+
+def test_a_broken_manifest(model: Path) -> None:
+    (model / "quantserve.json").write_text("{}")
+    assert "not a valid manifest" in refused(model)
+
+
+def test_an_adapter_for_another_base(model: Path, tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", {MODULE: (8, 7)})
+    said = refused(model, "--adapter", f"legal={lora}")
+    assert MODULE in said and "8x6" in said
+
+
+def test_an_adapter_without_a_path(model: Path) -> None:
+    assert "ALIAS=PATH" in refused(model, "--adapter", "legal")
+
+
+def test_an_alias_that_looks_like_a_version(model: Path, tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", {MODULE: (8, 6)})
+    assert "alias" in refused(model, "--adapter", f"legal@1={lora}")
+
+
+def test_more_adapters_than_slots(model: Path, tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", {MODULE: (8, 6)})
+    said = refused(model, "--adapter", f"a={lora}", "--adapter", f"b={lora}", "--max-adapters", "1")
+    assert "--max-adapters 2" in said
+
+
+def test_a_key_file_with_a_bad_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("app:everything:sk-0123456789abcdef\n")
+    assert "keys:1" in refused(model, "--api-key-file", tmp_path / "keys")
