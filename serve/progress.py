@@ -32,9 +32,8 @@ class Progress:
         self._stages = list(STAGES)
         self.reason = ""
 
-    async def follow(self, stream: asyncio.StreamReader | None) -> None:
+    async def follow(self, stream: asyncio.StreamReader) -> None:
         """Read until the worker has closed its output."""
-        assert stream is not None
         self._say("waiting for: importing vLLM")
         while raw := await stream.readline():
             self.line(raw.decode(errors="replace").rstrip())

@@ -38,6 +38,7 @@ class Worker:
     """A started worker process; `ready` is set when its app has started."""
 
     process: asyncio.subprocess.Process
+    output: asyncio.StreamReader
     ready: asyncio.Event
     started: float
 
@@ -95,7 +96,7 @@ class Supervisor:
         progress = Progress(self._say, verbose=self._verbose)
         room = await waiting_room.open_on(listener)
         worker = await self._start(listener)
-        output = asyncio.create_task(progress.follow(worker.process.stdout))
+        output = asyncio.create_task(progress.follow(worker.output))
         ended = asyncio.create_task(worker.process.wait())
         stop = asyncio.create_task(self._stop.wait())
         ready = asyncio.create_task(worker.ready.wait())
@@ -120,19 +121,22 @@ class Supervisor:
         return served_s, progress.reason or f"exit status {worker.process.returncode}"
 
     async def _start(self, listener: socket.socket) -> Worker:
+        # Pipes of our own: asyncio's would let `wait` sleep until the worker's own children, which
+        # inherit its output, have ended as well.
         read_fd, write_fd = os.pipe()
+        output_fd, output_end = os.pipe()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "serve.worker", str(listener.fileno()), str(write_fd),
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+            stdout=output_end,
+            stderr=output_end,
             env=engine_args.environment(self._settings, self._facts),
             pass_fds=(listener.fileno(), write_fd),
             start_new_session=True,
-            limit=1 << 20,
         )  # fmt: skip
         os.close(write_fd)
-        worker = Worker(process, asyncio.Event(), time.monotonic())
+        os.close(output_end)
+        worker = Worker(process, await _lines(output_fd), asyncio.Event(), time.monotonic())
         loop = asyncio.get_running_loop()
 
         def told() -> None:
@@ -169,6 +173,14 @@ class Supervisor:
         limit = self._settings.drain_timeout + STOP_GRACE_S
         await asyncio.wait({ended, forced}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
+
+
+async def _lines(fd: int) -> asyncio.StreamReader:
+    """What is written into the other end of a pipe; closes `fd` at its end."""
+    reader = asyncio.StreamReader(limit=1 << 20)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(fd, "rb"))
+    return reader
 
 
 def bind(host: str, port: int) -> socket.socket:
