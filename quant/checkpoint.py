@@ -64,7 +64,7 @@ def layer_bytes(scheme: Scheme, shape: tuple[int, int], group: int) -> int:
     if scheme == "w8a8":
         return rows * columns + 4 * rows
     bits, groups = _BITS[scheme], 1 if group < 0 else columns // group
-    return rows * columns * bits // 8 + groups * rows * (2 + bits // 8) + 4 * columns
+    return rows * columns * bits // 8 + groups * rows * (16 + bits) // 8 + 4 * columns
 
 
 def quantization_config(scheme: Scheme, group: int) -> dict[str, Any]:

@@ -1,0 +1,257 @@
+"""`quant.checkpoint`: what is written reads back, here and by those who defined the formats."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quant import artifact, checkpoint
+from quant.checkpoint import Layer, Writer
+from quant.errors import ArtifactError, SpaceError
+from quant.recipe import Scheme
+from tests import tiny
+from tests.test_packing import autogptq_dequantize
+
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+BITS = {"w4a16": 4, "w8a16": 8}
+ROWS, COLUMNS, GROUP = 24, 64, 32
+
+
+def layer(scheme: Scheme, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Layer:
+    draw = torch.Generator().manual_seed(seed)
+    top = 7 if scheme == "w4a16" else 127
+    low = -top if scheme == "w8a8" else -top - 1
+    codes = torch.randint(low, top + 1, (ROWS, COLUMNS), generator=draw, dtype=torch.int8)
+    scale = torch.rand(ROWS, 1 if scheme == "w8a8" else COLUMNS // GROUP, generator=draw) + 0.01
+    return Layer(codes, scale if scheme == "w8a8" else scale.to(dtype).float())
+
+
+def written(folder: Path, scheme: Scheme, count: int = 3, shard_bytes: int = 1 << 20) -> list[str]:
+    """A checkpoint of `count` layers with a norm between them; the layers' names."""
+    folder.mkdir()
+    writer = Writer(folder, shard_bytes)
+    names = [f"model.layers.{place}.proj" for place in range(count)]
+    for place, name in enumerate(names):
+        for kind, tensor in checkpoint.encode(scheme, layer(scheme, place), torch.bfloat16).items():
+            writer.add(f"{name}.{kind}", tensor)
+        writer.add(f"{name}.bias", torch.full((ROWS,), float(place)))
+        writer.add(f"model.layers.{place}.norm.weight", torch.ones(COLUMNS).bfloat16())
+    writer.close()
+    section = checkpoint.quantization_config(scheme, -1 if scheme == "w8a8" else GROUP)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": section}))
+    return names
+
+
+def digests(scheme: Scheme, names: list[str]) -> dict[str, str]:
+    return {name: layer(scheme, place).digest() for place, name in enumerate(names)}
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """Writes beyond `size` fail with EFBIG, as they fail with ENOSPC on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_comes_back_from_its_tensors(scheme: Scheme, dtype: torch.dtype) -> None:
+    chosen = layer(scheme, dtype=dtype)
+    back = checkpoint.decode(scheme, checkpoint.encode(scheme, chosen, dtype))
+    assert torch.equal(back.codes, chosen.codes) and torch.equal(back.scale.float(), chosen.scale)
+    assert back.digest() == chosen.digest()
+    assert torch.equal(back.weight(), chosen.weight())
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
+def test_autogptqs_formula_reads_the_same_weights(scheme: Scheme) -> None:
+    chosen = layer(scheme)
+    tensors = checkpoint.encode(scheme, chosen, torch.bfloat16)
+    assert {kind: tensor.dtype for kind, tensor in tensors.items()} == {
+        "qweight": torch.int32,
+        "qzeros": torch.int32,
+        "scales": torch.bfloat16,
+        "g_idx": torch.int32,
+    }
+    theirs = autogptq_dequantize(tensors, BITS[scheme])
+    assert torch.equal(theirs.float(), chosen.weight())
+
+
+def test_compressed_tensors_reads_the_same_weights() -> None:
+    chosen = layer("w8a8")
+    config = QuantizationConfig.model_validate(checkpoint.quantization_config("w8a8", -1))
+    assert config.format == "int-quantized" and config.ignore == ["lm_head"]
+    scheme = config.config_groups["group_0"]
+    tensors = checkpoint.encode("w8a8", chosen, torch.bfloat16)
+    assert set(tensors) == set(IntQuantizationCompressor.compression_param_names(scheme))
+    theirs = IntQuantizationCompressor.decompress(tensors, scheme)
+    assert torch.equal(theirs["weight"].float(), chosen.weight())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_size_of_a_layer_is_known_before_it_is_made(scheme: Scheme) -> None:
+    tensors = checkpoint.encode(scheme, layer(scheme), torch.bfloat16)
+    group = -1 if scheme == "w8a8" else GROUP
+    size = checkpoint.layer_bytes(scheme, (ROWS, COLUMNS), group)
+    assert size == sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(("scheme", "bits"), BITS.items())
+def test_the_gptq_section_says_what_vllm_reads(scheme: Scheme, bits: int) -> None:
+    assert checkpoint.quantization_config(scheme, 64) == {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": 64,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+    }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_checkpoint_verifies_against_what_was_chosen(scheme: Scheme, tmp_path: Path) -> None:
+    names = written(tmp_path / "out", scheme)
+    checkpoint.verify(tmp_path / "out", digests(scheme, names))
+    assert [name for name, _ in checkpoint.read_layers(tmp_path / "out")] == names
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_one_flipped_bit_is_found(scheme: Scheme, part: str, tmp_path: Path) -> None:
+    names = written(tmp_path / "out", scheme)
+    leaf = {"codes": "weight", "scales": "weight_scale"}[part]
+    if scheme != "w8a8":
+        leaf = {"codes": "qweight", "scales": "scales"}[part]
+    header = artifact.headers(tmp_path / "out")[f"{names[1]}.{leaf}"]
+    with (tmp_path / "out" / header.file).open("r+b") as file:
+        file.seek(header.begin + 5)
+        byte = file.read(1)[0]
+        file.seek(header.begin + 5)
+        file.write(bytes([byte ^ 0b10]))
+    with pytest.raises(ArtifactError, match=f"{names[1]} does not read back"):
+        checkpoint.verify(tmp_path / "out", digests(scheme, names))
+
+
+def test_a_layer_that_was_never_written_is_found(tmp_path: Path) -> None:
+    names = written(tmp_path / "out", "w4a16")
+    chosen = digests("w4a16", names) | {"model.layers.9.proj": "0" * 64}
+    with pytest.raises(ArtifactError, match=r"lacks the layer model\.layers\.9\.proj"):
+        checkpoint.verify(tmp_path / "out", chosen)
+
+
+def test_a_layer_nobody_chose_is_found(tmp_path: Path) -> None:
+    names = written(tmp_path / "out", "w4a16")
+    chosen = digests("w4a16", names)
+    del chosen[names[2]]
+    with pytest.raises(ArtifactError, match=names[2]):
+        checkpoint.verify(tmp_path / "out", chosen)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dequantized_tensors_carry_the_parents_names(scheme: Scheme, tmp_path: Path) -> None:
+    names = written(tmp_path / "out", scheme)
+    plain = dict(checkpoint.dequantized(tmp_path / "out"))
+    norms = {f"model.layers.{place}.norm.weight" for place in range(3)}
+    assert set(plain) == {f"{n}.{leaf}" for n in names for leaf in ("weight", "bias")} | norms
+    for place, name in enumerate(names):
+        assert torch.equal(plain[f"{name}.weight"], layer(scheme, place).weight())
+        assert bool((plain[f"{name}.bias"] == place).all())
+
+
+def test_a_folder_quantized_by_others_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "out", "w4a16")
+    tiny.edit_json(tmp_path / "out" / "config.json", quantization_config={"quant_method": "awq"})
+    with pytest.raises(ArtifactError, match="not a quantization this program writes"):
+        list(checkpoint.read_layers(tmp_path / "out"))
+
+
+def test_little_is_written_as_one_file(tmp_path: Path) -> None:
+    written(tmp_path / "out", "w4a16")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+    }
+
+
+def test_much_is_written_as_indexed_shards(tmp_path: Path) -> None:
+    limit = 3000
+    written(tmp_path / "out", "w8a8", count=5, shard_bytes=limit)
+    index = json.loads((tmp_path / "out" / artifact.INDEX).read_text())
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    count = len(shards)
+    assert shards == [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    found: dict[str, Tensor] = {}
+    for shard in shards:
+        held = load_file(tmp_path / "out" / shard)
+        assert {index["weight_map"][name] for name in held} == {shard}
+        assert sum(tensor.nbytes for tensor in held.values()) <= limit
+        found |= held
+    assert set(found) == set(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    whole = tmp_path / "whole"
+    written(whole, "w8a8", count=5)
+    assert artifact.weights_fingerprint(whole) == artifact.weights_fingerprint(tmp_path / "out")
+
+
+def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, shard_bytes=100)
+    for name in ("a", "b"):
+        writer.add(name, torch.ones(1000))
+    assert writer.close() == 8000
+    assert len(list(tmp_path.glob("model-*-of-00002.safetensors"))) == 2
+
+
+def test_a_shard_the_disk_cannot_hold_is_named(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    writer.add("a", torch.ones(100_000))
+    with (
+        no_file_larger_than(10_000),
+        pytest.raises(SpaceError, match=f"{tmp_path} cannot hold the next shard"),
+    ):
+        writer.close()
+
+
+def test_config_keeps_what_the_parent_says(tmp_path: Path) -> None:
+    parent, out = tmp_path / "parent", tmp_path / "out"
+    for folder in (parent, out):
+        folder.mkdir()
+    (parent / "config.json").write_text(
+        json.dumps({"rope_theta": 5e5, "model_type": "llama", "torch_dtype": "float32"})
+    )
+    checkpoint.write_config(parent, out, {"quant_method": "gptq"}, torch.bfloat16)
+    assert json.loads((out / "config.json").read_text()) == {
+        "rope_theta": 5e5,
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "gptq"},
+    }
+
+
+def test_companions_travel_and_weights_do_not(tmp_path: Path) -> None:
+    parent, out = tmp_path / "parent", tmp_path / "out"
+    for folder in (parent, out, parent / "nested.json"):
+        folder.mkdir()
+    travels = {"tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt",
+               "spiece.model", "merges.txt", "vocab.json", "USE_POLICY.md"}  # fmt: skip
+    stays = {"config.json", "model.safetensors", artifact.INDEX, artifact.MANIFEST,
+             "quantize_config.json", "optimizer.pt", "train.py", "README.md"}  # fmt: skip
+    for name in travels | stays:
+        (parent / name).write_text(name)
+    checkpoint.copy_companions(parent, out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {n: n for n in travels}
