@@ -77,7 +77,7 @@ class PackedGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, **_: object
     ) -> str | None:
         wanted = (None, "gptq", "auto_gptq", GPTQ)
-        ours = hf_quant_cfg.get("quant_method") == "gptq" and user_quant in wanted
+        ours = hf_quant_cfg.get("quant_method", "").lower() == "gptq" and user_quant in wanted
         return GPTQ if ours else None
 
     def get_quant_method(self, layer: Layer, prefix: str) -> object:
@@ -114,7 +114,7 @@ class PackedGroupKernel(MPLinearKernel):  # type: ignore[misc]
         return True, None
 
     def process_weights_after_loading(self, layer: Layer) -> None:
-        words, scales, _ = self._get_weight_params(layer)
+        words, scales, zeros = self._get_weight_params(layer)
         # gptq stores words [K / codes per word, N] and scales [G, N]; pack-quantized the transpose
         codes = _unpack(words.data.t() if words.input_dim == 0 else words.data, self.bits)
         rows = scales.data.t() if scales.output_dim == 1 else scales.data
@@ -122,7 +122,7 @@ class PackedGroupKernel(MPLinearKernel):  # type: ignore[misc]
         # LoRA asks the packed weight for its device, so it stays; the rest lives in `packed`.
         _replace(layer, self.w_q_name, layer.packed.codes)
         _replace(layer, self.w_s_name, None)
-        if self.w_zp_name is not None:
+        if zeros is not None:
             _replace(layer, self.w_zp_name, None)
 
     def apply_weights(

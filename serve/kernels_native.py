@@ -64,17 +64,17 @@ def load(folder: Path | None = None) -> bool:
         return False
     try:
         library = built(isa, folder or Path.home() / ".cache" / "quantserve" / "kernels")
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except (BuildError, OSError) as fault:
         logger.warning("native kernels unavailable, running on PyTorch's own, slower: %s", fault)
         return False
-    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     return True
 
 
-def built(isa: str, folder: Path) -> Path:
+def built(isa: str, folder: Path, sources: tuple[Path, ...] = SOURCES) -> Path:
     """The library for `isa`, compiled into `folder` unless it is there already. BuildError."""
-    name = f"kernels-{isa}-{_identity(isa)}.so"
-    shipped = SOURCE.with_name(name)
+    name = f"kernels-{isa}-{_identity(isa, sources)}.so"
+    shipped = sources[0].with_name(name)
     if shipped.is_file():
         return shipped
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -82,17 +82,17 @@ def built(isa: str, folder: Path) -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
-            _compile(isa, library)
+            _compile(isa, sources, library)
     return library
 
 
-def _identity(isa: str) -> str:
-    texts = [source.read_text() for source in SOURCES]
+def _identity(isa: str, sources: tuple[Path, ...]) -> str:
+    texts = [source.read_text() for source in sources]
     made_of = [*texts, torch.__version__, *FLAGS, *LEVELS[isa]]
     return hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
 
 
-def _compile(isa: str, library: Path) -> None:
+def _compile(isa: str, sources: tuple[Path, ...], library: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise BuildError("no C++ compiler (g++) on this machine")
@@ -100,7 +100,7 @@ def _compile(isa: str, library: Path) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         fresh = Path(scratch) / library.name
-        command = [compiler, *FLAGS, *LEVELS[isa], f"-I{root / 'include'}", *map(str, SOURCES),
+        command = [compiler, *FLAGS, *LEVELS[isa], f"-I{root / 'include'}", *map(str, sources),
                    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
                    f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(fresh)]  # fmt: skip
         try:

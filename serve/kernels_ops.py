@@ -78,8 +78,8 @@ PackedLinear = NativeLinear | AtenLinear
 
 def pack(codes: Tensor, scales: Tensor, bits: int, *, int8_rows: bool = False) -> PackedLinear:
     """codes: signed integers [N, K]; scales [N, G], G dividing K; int8_rows is W8A8 (G = 1)."""
-    make = _native if kernels_native.load() else _aten
-    return make(codes.to(torch.int8), scales.float(), bits, int8_rows)
+    make = native if kernels_native.load() else aten
+    return make(codes.to(torch.int8), scales.float(), bits, int8_rows=int8_rows)
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ def narrowest(weight: Tensor) -> Tensor | None:
     return None
 
 
-def _native(codes: Tensor, scales: Tensor, bits: int, per_token: bool) -> NativeLinear:  # noqa: FBT001
+def native(codes: Tensor, scales: Tensor, bits: int, *, int8_rows: bool) -> NativeLinear:
     outputs, inputs = codes.shape
     width = _chunk(inputs, scales.shape[1])
     padded = -(-outputs // BLOCK) * BLOCK
@@ -122,7 +122,7 @@ def _native(codes: Tensor, scales: Tensor, bits: int, per_token: bool) -> Native
         packed = blocks.permute(0, 2, 3, 1, 4).to(torch.int8).contiguous().view(torch.uint8)
     scale = functional.pad(scales, (0, 0, 0, padded - outputs))
     scale = scale.view(padded // BLOCK, BLOCK, -1).transpose(1, 2).contiguous()
-    return NativeLinear(packed.flatten(), scale, outputs, bits, width, per_token)
+    return NativeLinear(packed.flatten(), scale, outputs, bits, width, int8_rows)
 
 
 def _chunk(inputs: int, groups: int) -> int:
@@ -132,12 +132,12 @@ def _chunk(inputs: int, groups: int) -> int:
     return -(-math.ceil(inputs / math.ceil(inputs / WIDEST)) // 8) * 8
 
 
-def _aten(codes: Tensor, scales: Tensor, bits: int, per_token: bool) -> AtenLinear:  # noqa: FBT001
+def aten(codes: Tensor, scales: Tensor, bits: int, *, int8_rows: bool) -> AtenLinear:
     """Eight-bit codes are 16 * high + low: the same op on K high nibbles, then K low ones."""
     outputs, inputs = codes.shape
     group = inputs // scales.shape[1] if scales.shape[1] > 1 else 32
-    channel = scales[:, 0] if per_token else None
-    scale = torch.ones_like(scales) if per_token else scales
+    channel = scales[:, 0] if int8_rows else None
+    scale = torch.ones_like(scales) if int8_rows else scales
     scale = scale.expand(-1, -(-inputs // group)) if scales.shape[1] == 1 else scale
     codes = functional.pad(codes, (0, -inputs % group, 0, -outputs % BLOCK)).int()
     scale = functional.pad(scale, (0, 0, 0, -outputs % BLOCK)).t()  # [G, N]
@@ -155,5 +155,7 @@ def _aten(codes: Tensor, scales: Tensor, bits: int, per_token: bool) -> AtenLine
 def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric dynamic quantization: integers in [-127, 127] and one scale per row [M, 1]."""
     rows = rows.float()
-    scale = rows.abs().amax(dim=1, keepdim=True) / 127
-    return (rows / scale.clamp(min=1e-30)).round(), scale
+    most = rows.abs().amax(dim=1, keepdim=True)
+    # A plain `127 / most` is 127 times the reciprocal, which rounds twice; 1 / 1e-38 overflows.
+    inverse = torch.where(most > 1e-30, torch.full_like(most, 127) / most, 0)
+    return (rows * inverse).round(), most / 127
