@@ -126,7 +126,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} is larger than {_MAX_JSON} bytes", field=path.name)
     try:
         raw = json.loads(path.read_bytes())
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise AdapterError(f"{path} is not JSON: {fault}", field=path.name) from fault
     if not isinstance(raw, dict):
         raise AdapterError(f"{path} is not a JSON object", field=path.name)
@@ -151,10 +151,7 @@ def _pairs(path: Path, headers: dict[str, TensorHeader], config: LoraConfig) -> 
     for key, header in headers.items():
         match = _KEY.match(key)
         if match is None or header.dtype not in _EXPONENT or len(header.shape) != 2:
-            raise AdapterError(
-                f"{path}: {key} ({header.dtype} {list(header.shape)}) is not part of a plain LoRA",
-                field=key,
-            )
+            raise _stray(path, key, header)
         sides.setdefault(match["module"], {})[match["side"]] = key
     if not sides:
         raise AdapterError(f"{path} holds no LoRA weights", field=WEIGHTS)
@@ -169,6 +166,16 @@ def _pairs(path: Path, headers: dict[str, TensorHeader], config: LoraConfig) -> 
                 found=str(pair.rank),
             )
     return pairs
+
+
+def _stray(path: Path, key: str, header: TensorHeader) -> AdapterError:
+    # PEFT copies the base's own head or embedding into the file when it is a target.
+    copied = key.endswith(".base_layer.weight")
+    hint = "; save the adapter with save_embedding_layers=False" if copied else ""
+    return AdapterError(
+        f"{path}: {key} ({header.dtype} {list(header.shape)}) is not part of a plain LoRA{hint}",
+        field=key,
+    )
 
 
 def _pair(path: Path, keys: dict[str, str], headers: dict[str, TensorHeader]) -> Pair:

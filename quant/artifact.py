@@ -18,6 +18,7 @@ from quant.errors import ArtifactError
 from quant.headers import TensorHeader, read_headers
 
 MANIFEST = "quantserve.json"
+_PARTIAL = f".{MANIFEST}.partial"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
@@ -119,7 +120,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     """
     files = {name: _digest(folder / name) for name in _file_names(folder)}
     sealed = manifest.model_copy(update={"files": files})
-    staged = folder / f".{MANIFEST}.partial"
+    staged = folder / _PARTIAL
     with staged.open("w", encoding="utf-8") as out:
         out.write(sealed.model_dump_json(indent=1) + "\n")
         out.flush()
@@ -158,6 +159,8 @@ def headers(folder: Path) -> dict[str, TensorHeader]:
                 raise ArtifactError(f"{folder}: {name} is in {found[name].file} and in {shard}")
             found[name] = header
     _check_index(folder, found)
+    if not found:
+        raise ArtifactError(f"{folder} holds no tensors")
     return dict(sorted(found.items()))
 
 
@@ -209,7 +212,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise ArtifactError(f"{path} cannot be read as JSON: {fault}") from fault
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} is not a JSON object")
@@ -235,7 +238,7 @@ def _index(folder: Path) -> dict[str, str] | None:
         return None
     try:
         index = _INDEX.validate_python(json.loads(path.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError) as fault:
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
         raise ArtifactError(f"{path} is not a safetensors index: {fault}") from fault
     for shard in set(index.values()):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
@@ -260,7 +263,7 @@ def _check_index(folder: Path, found: dict[str, TensorHeader]) -> None:
 
 def _file_names(folder: Path) -> list[str]:
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in files if path.name != MANIFEST)
+    return sorted(path.as_posix() for path in files if path.name not in (MANIFEST, _PARTIAL))
 
 
 def _digest(path: Path) -> FileDigest:

@@ -80,5 +80,5 @@ def _parse(path: Path) -> tuple[int, dict[str, _Entry]]:
         return 8 + length, _HEADER.validate_python(raw)
     except OSError as fault:
         raise ArtifactError(f"{path} cannot be read: {fault.strerror}") from fault
-    except (ValidationError, ValueError) as fault:
+    except (ValidationError, ValueError, RecursionError) as fault:
         raise ArtifactError(f"{path} is corrupt: its header is not a tensor table") from fault

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from quant.errors import AdapterError
 
@@ -40,10 +40,10 @@ class LoraConfig(BaseModel):
 
     peft_type: Literal["LORA"]
     r: int = Field(default=8, ge=1)
-    lora_alpha: float = 8
+    lora_alpha: FiniteFloat = 8
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[str, FiniteFloat] = {}
     fan_in_fan_out: bool = False
     target_modules: str | tuple[str, ...] | None = None
     bias: Literal["none"] = "none"

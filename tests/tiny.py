@@ -117,11 +117,9 @@ def adapter_folder(
     """A random PEFT LoRA on the model in `base`, saved by PEFT; `lora` as peft.LoraConfig."""
     seed = lora.pop("seed", 0)
     parent = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = {"r": 4, "lora_alpha": 8, **lora}
+    settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **lora}
     torch.manual_seed(seed)
-    config = LoraConfig(
-        target_modules=list(targets), init_lora_weights=False, task_type="CAUSAL_LM", **settings
-    )
+    config = LoraConfig(target_modules=list(targets), task_type="CAUSAL_LM", **settings)
     get_peft_model(parent, config).save_pretrained(folder)
     return folder
 

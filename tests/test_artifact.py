@@ -1,0 +1,308 @@
+"""The sealed folder: what the manifest vouches for, and what is read without loading a tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quant import artifact
+from quant.artifact import INDEX, MANIFEST, SINGLE, CalibrationReport, Fingerprint, Manifest
+from quant.errors import ArtifactError
+from tests import tiny
+
+FACTS = Manifest(
+    created=datetime(2026, 1, 1, tzinfo=UTC),
+    quantserve="0.1.0",
+    architecture="LlamaForCausalLM",
+    source="tests",
+    parent=Fingerprint(weights="a" * 64, tokenizer="b" * 64),
+    recipe={"scheme": "w4a16", "group_size": None},
+    scheme="w4a16",
+    bits=4,
+    group_size=64,
+    calibration=CalibrationReport(digest="c" * 64, origin="file", samples=2, tokens=512),
+    layers=(),
+    bytes_before=4000,
+    bytes_after=1000,
+    seconds=1.5,
+    versions={"torch": "2"},
+)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights twice: `single`, one file, and `sharded`, many."""
+    top = tmp_path_factory.mktemp("models")
+    tiny.model_folder(top / "single")
+    tiny.model_folder(top / "sharded", shard="50KB")
+    assert len(list((top / "sharded").glob("*.safetensors"))) > 2
+    return top
+
+
+@pytest.fixture
+def single(models: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models / "single", tmp_path / "single"))
+
+
+@pytest.fixture
+def sharded(models: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models / "sharded", tmp_path / "sharded"))
+
+
+def plain(folder: Path, **tensors: torch.Tensor) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / SINGLE)
+    return folder
+
+
+def test_what_is_sealed_is_read_back(single: Path) -> None:
+    sealed = artifact.seal(single, FACTS)
+    assert artifact.read(single) == sealed
+    assert sealed.model_copy(update={"files": {}}) == FACTS
+
+
+def test_every_file_is_vouched_for_but_the_manifest(single: Path) -> None:
+    (single / "extra").mkdir()
+    (single / "extra" / "notes.txt").write_text("hello")
+    files = artifact.seal(single, FACTS).files
+    expected = {
+        p.relative_to(single).as_posix(): p.stat().st_size
+        for p in single.rglob("*")
+        if p.is_file() and p.name != MANIFEST
+    }
+    assert {name: file.bytes for name, file in files.items()} == expected
+    assert "extra/notes.txt" in files
+
+
+def test_sealing_again_after_a_crash_holds(single: Path) -> None:
+    (single / f".{MANIFEST}.partial").write_text("half a mani")
+    for _ in range(2):
+        sealed = artifact.seal(single, FACTS)
+        artifact.verify(single, sealed)
+        assert not [name for name in sealed.files if MANIFEST in name]
+
+
+def test_a_folder_that_is_no_artifact_has_no_manifest(single: Path) -> None:
+    assert artifact.read(single) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"bits": "four"}, "bits"),
+        ({"format": 2}, "format"),
+        ({"colour": "red"}, "colour"),
+        ({"parent": {"weights": "XYZ", "tokenizer": "b" * 64}}, "parent.weights"),
+        ({"scheme": None}, "scheme"),
+    ],
+)
+def test_a_wrong_field_of_the_manifest_is_named(
+    single: Path, change: dict[str, object], place: str
+) -> None:
+    artifact.seal(single, FACTS)
+    tiny.edit_json(single / MANIFEST, **change)
+    with pytest.raises(ArtifactError, match=rf"{MANIFEST} is not a valid manifest: {place}: "):
+        artifact.read(single)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[]"])
+def test_a_broken_manifest_is_named(single: Path, text: bytes) -> None:
+    (single / MANIFEST).write_bytes(text)
+    with pytest.raises(ArtifactError, match=rf"{MANIFEST} is not a valid manifest: the file: "):
+        artifact.read(single)
+
+
+def test_what_was_sealed_verifies(sharded: Path) -> None:
+    sealed = artifact.seal(sharded, FACTS)
+    assert artifact.read(sharded) == sealed
+    artifact.verify(sharded, sealed)
+    (sharded / "README.md").write_text("a note of the owner's is nobody's business")
+    artifact.verify(sharded, sealed)
+
+
+def test_a_sealed_file_that_is_missing_is_named(single: Path) -> None:
+    sealed = artifact.seal(single, FACTS)
+    (single / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing"):
+        artifact.verify(single, sealed)
+
+
+def test_a_file_of_another_size_is_named(single: Path) -> None:
+    sealed = artifact.seal(single, FACTS)
+    with (single / "config.json").open("a") as file:
+        file.write(" ")
+    size = sealed.files["config.json"].bytes
+    with pytest.raises(ArtifactError, match=rf"config\.json has {size + 1} .* says {size}"):
+        artifact.verify(single, sealed)
+
+
+def test_one_altered_byte_is_found(single: Path) -> None:
+    sealed = artifact.seal(single, FACTS)
+    raw = bytearray((single / SINGLE).read_bytes())
+    raw[-1] ^= 1
+    (single / SINGLE).write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors differs from what was sealed"):
+        artifact.verify(single, sealed)
+
+
+def test_a_shard_that_nobody_sealed_is_found(single: Path) -> None:
+    sealed = artifact.seal(single, FACTS)
+    save_file({"x": torch.zeros(1)}, single / "model-00002.safetensors")
+    with pytest.raises(ArtifactError, match=r"model-00002\.safetensors is not part of"):
+        artifact.verify(single, sealed)
+
+
+def test_shards_hold_what_one_file_holds(single: Path, sharded: Path) -> None:
+    whole, split = artifact.headers(single), artifact.headers(sharded)
+    assert list(whole) == list(split) == sorted(whole)
+    assert [h[:2] for h in whole.values()] == [h[:2] for h in split.values()]
+    assert {header.file for header in whole.values()} == {SINGLE}
+
+
+def test_one_file_wins_over_an_index_as_loaders_have_it(single: Path) -> None:
+    (single / INDEX).write_text('{"weight_map": {"ghost": "ghost.safetensors"}}')
+    assert "ghost" not in artifact.headers(single)
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"{tmp_path} holds neither {SINGLE} nor {INDEX}"):
+        artifact.headers(tmp_path)
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"holds no tensors"):
+        artifact.headers(plain(tmp_path / "empty"))
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    lost = sorted(sharded.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(ArtifactError, match=f"{lost} cannot be read: No such file"):
+        artifact.headers(sharded)
+
+
+def test_a_truncated_shard_is_named(sharded: Path) -> None:
+    hurt = sorted(sharded.glob("*.safetensors"))[1]
+    hurt.write_bytes(hurt.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match=f"{hurt} is truncated"):
+        artifact.headers(sharded)
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    both = load_file(first) | load_file(second)
+    save_file(both, second)
+    with pytest.raises(ArtifactError, match=rf"is in {first.name} and in {second.name}"):
+        artifact.headers(sharded)
+
+
+def test_a_tensor_that_the_index_promises_has_to_be_there(sharded: Path) -> None:
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    shard = next(iter(weight_map.values()))
+    tiny.edit_json(sharded / INDEX, weight_map={**weight_map, "ghost.weight": shard})
+    with pytest.raises(ArtifactError, match=rf"{shard} lacks ghost\.weight"):
+        artifact.headers(sharded)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../secret.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin", ".."]
+)
+def test_an_index_does_not_point_outside_its_folder(sharded: Path, shard: str) -> None:
+    tiny.edit_json(sharded / INDEX, weight_map={"a": shard})
+    with pytest.raises(ArtifactError, match=rf"{INDEX} points outside its folder: '{shard}'"):
+        artifact.headers(sharded)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000],
+    ids=["cut", "list", "empty", "map", "number", "deep"],
+)
+def test_a_broken_index_is_named(sharded: Path, text: str) -> None:
+    (sharded / INDEX).write_text(text)
+    with pytest.raises(ArtifactError, match=rf"{INDEX} is not a safetensors index"):
+        artifact.headers(sharded)
+
+
+def test_plain_weights_have_the_shapes_that_are_stored(single: Path) -> None:
+    shapes = artifact.linear_shapes(single)
+    assert shapes["model.layers.1.mlp.down_proj"] == (64, 128)
+    assert shapes["model.layers.0.self_attn.k_proj"] == (32, 64)
+    assert not any("norm" in module for module in shapes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_words_are_unpacked(tmp_path: Path, bits: int) -> None:
+    words = torch.zeros(64 * bits // 32, 48, dtype=torch.int32)  # [in * bits / 32, out]
+    scales = torch.zeros(2, 48)
+    folder = plain(tmp_path, **{"m.q_proj.qweight": words, "m.q_proj.scales": scales})
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"bits": bits}}))
+    assert artifact.linear_shapes(folder) == {"m.q_proj": (48, 64)}
+
+
+def test_int8_weights_have_the_shapes_that_are_stored(tmp_path: Path) -> None:
+    codes, scale = torch.zeros(48, 64, dtype=torch.int8), torch.zeros(48, 1)
+    folder = plain(tmp_path, **{"m.q_proj.weight": codes, "m.q_proj.weight_scale": scale})
+    assert artifact.linear_shapes(folder) == {"m.q_proj": (48, 64)}
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": {"bits": "four"}}])
+def test_gptq_words_without_their_bits_are_refused(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    folder = plain(tmp_path, **{"m.qweight": torch.zeros(8, 48, dtype=torch.int32)})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"config\.json: quantization_config\.bits is"):
+        artifact.linear_shapes(folder)
+
+
+def test_shards_have_the_fingerprint_of_one_file(single: Path, sharded: Path) -> None:
+    assert artifact.weights_fingerprint(single) == artifact.weights_fingerprint(sharded)
+
+
+def test_the_weights_fingerprint_follows_bytes_names_shapes_and_types(tmp_path: Path) -> None:
+    value = torch.arange(6, dtype=torch.float16).reshape(2, 3)
+    other = value.clone()
+    other[1, 2] += 1
+    same_bytes = {"a": value.reshape(3, 2)}, {"b": value}, {"a": value.view(torch.bfloat16)}
+    prints = [
+        artifact.weights_fingerprint(plain(tmp_path / str(place), **tensors))
+        for place, tensors in enumerate([{"a": value}, {"a": other}, *same_bytes])
+    ]
+    assert len(set(prints)) == len(prints)
+
+
+def test_the_tokenizer_fingerprint_follows_its_files_alone(single: Path) -> None:
+    before = artifact.tokenizer_fingerprint(single)
+    (single / "config.json").write_text("{}")
+    assert artifact.tokenizer_fingerprint(single) == before
+    tiny.edit_json(single / "tokenizer_config.json", eos_token="</s>")
+    after = artifact.tokenizer_fingerprint(single)
+    (single / "tokenizer_config.json").unlink()
+    assert len({before, after, artifact.tokenizer_fingerprint(single)}) == 3
+
+
+def test_the_quantization_config_is_the_section_or_none(single: Path) -> None:
+    assert artifact.quantization_config(single) is None
+    tiny.edit_json(single / "config.json", quantization_config={"quant_method": "gptq"})
+    assert artifact.quantization_config(single) == {"quant_method": "gptq"}
+
+
+@pytest.mark.parametrize("text", [None, "{", "[" * 100_000], ids=["none", "cut", "deep"])
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"config\.json cannot be read as JSON"):
+        artifact.quantization_config(tmp_path)
+
+
+def test_a_config_that_is_no_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"config\.json is not a JSON object"):
+        artifact.quantization_config(tmp_path)

@@ -1,0 +1,163 @@
+"""adapter_config.json: what PEFT writes is understood, and what we cannot compute is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft.utils.other import get_pattern_key
+
+from quant.errors import AdapterError
+from quant.lora_config import LoraConfig, by_pattern, parse
+
+PATH = Path("legal/adapter_config.json")
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+
+
+def refused(raw: dict[str, Any]) -> AdapterError:
+    with pytest.raises(AdapterError) as caught:
+        parse(PATH, raw)
+    assert str(caught.value).startswith(f"{PATH}: ")
+    return caught.value
+
+
+def saved_by_peft(folder: Path, **settings: Any) -> dict[str, Any]:
+    peft.LoraConfig(task_type="CAUSAL_LM", **settings).save_pretrained(str(folder))
+    raw: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return raw
+
+
+def test_what_peft_writes_is_understood(tmp_path: Path) -> None:
+    raw = saved_by_peft(
+        tmp_path,
+        r=16,
+        lora_alpha=32,
+        use_rslora=True,
+        target_modules=["q_proj"],
+        rank_pattern={"layers.1": 4},
+        alpha_pattern={"q_proj": 12.5},
+        base_model_name_or_path="org/base",
+        lora_dropout=0.1,
+        layers_to_transform=[0, 1],
+        init_lora_weights="gaussian",
+    )
+    config = parse(PATH, raw)
+    assert (config.r, config.lora_alpha, config.use_rslora) == (16, 32, True)
+    assert config.rank_pattern == {"layers.1": 4} and config.alpha_pattern == {"q_proj": 12.5}
+    assert config.target_modules == ("q_proj",)
+    assert config.base_model_name_or_path == "org/base"
+    assert not config.fan_in_fan_out
+
+
+def test_a_config_of_few_words_has_pefts_defaults(tmp_path: Path) -> None:
+    assert parse(PATH, {"peft_type": "LORA"}) == parse(PATH, saved_by_peft(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("use_dora", True, "DoRA"),
+        ("modules_to_save", ["lm_head"], "whole modules"),
+        ("trainable_token_indices", [1, 2], "rows of the embedding"),
+        ("target_parameters", ["experts.gate_up_proj"], "fused expert"),
+        ("layer_replication", [[0, 2]], "repeats layers"),
+        ("alora_invocation_tokens", [1], "inside a prompt"),
+        ("lora_bias", True, "biases"),
+        ("use_qalora", True, "not known here"),
+        ("use_bdlora", {"x": 1}, "not known here"),
+        ("invented_in_2031", "yes", "not known here"),
+    ],
+)
+def test_a_field_that_changes_the_answer_is_refused(key: str, value: Any, reason: str) -> None:
+    fault = refused({**PLAIN, key: value})
+    assert (fault.field, fault.expected, fault.found) == (key, "not set", json.dumps(value))
+    assert f"{key} is not supported: " in str(fault) and reason in str(fault)
+
+
+@pytest.mark.parametrize("off", [None, False, [], {}, "", 0])
+def test_such_a_field_is_harmless_while_off(off: Any) -> None:
+    assert parse(PATH, {**PLAIN, "use_dora": off, "invented_in_2031": off}) == parse(PATH, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("r", 0),
+        ("r", "four"),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("use_rslora", "perhaps"),
+        ("rank_pattern", [1]),
+        ("target_modules", 7),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_field(key: str, value: Any) -> None:
+    fault = refused({**PLAIN, key: value})
+    assert fault.field is not None and fault.field.startswith(key)
+    assert fault.found == repr(value)
+    assert fault.expected
+
+
+def test_another_kind_of_adapter_says_what_was_expected() -> None:
+    assert refused({**PLAIN, "peft_type": "LOHA"}).expected == "'LORA'"
+    assert refused({"r": 4}).field == "peft_type"
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_a_start_that_changed_the_base_is_refused(start: str) -> None:
+    fault = refused({**PLAIN, "init_lora_weights": start})
+    assert (fault.field, fault.expected) == ("init_lora_weights", "true")
+    assert "path_initial_model_for_weight_conversion" in str(fault)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_start_that_left_the_base_alone_is_taken(start: Any) -> None:
+    assert parse(PATH, {**PLAIN, "init_lora_weights": start}).init_lora_weights == start
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_no_expression_is_refused(field: str) -> None:
+    fault = refused({**PLAIN, field: {"layers.(": 4}})
+    assert fault.field == field and "'layers.('" in str(fault)
+
+
+def test_a_rank_below_one_is_refused_in_a_pattern_too() -> None:
+    fault = refused({**PLAIN, "rank_pattern": {"q_proj": 0}})
+    assert (fault.field, fault.expected, fault.found) == ("rank_pattern", "at least 1", "0")
+
+
+def test_an_infinite_alpha_is_refused_in_a_pattern_too() -> None:
+    assert refused({**PLAIN, "alpha_pattern": {"q_proj": float("inf")}}).found == "inf"
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"q_proj": 2},
+        {"proj": 2},
+        {"self_attn.q_proj": 2, "q_proj": 3},
+        {"layers.1.self_attn.q_proj": 2},
+        {r"layers\.[02]\..*": 2, r".*q_proj": 3},
+        {"v_proj|q_proj": 2},
+        {"^model.layers.0.self_attn.q_proj": 2},
+        {"model": 2},
+        {},
+    ],
+)
+@pytest.mark.parametrize(
+    "module", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "q_proj"]
+)
+def test_patterns_match_as_pefts_do(patterns: dict[str, float], module: str) -> None:
+    theirs = patterns.get(get_pattern_key(list(patterns), module), 9)
+    assert by_pattern(patterns, module, 9) == theirs
+
+
+def test_the_config_keeps_only_what_decides_the_answer() -> None:
+    assert "lora_dropout" not in LoraConfig.model_fields
+    assert parse(PATH, {**PLAIN, "lora_dropout": 0.5}) == parse(PATH, PLAIN)
