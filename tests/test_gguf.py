@@ -1,0 +1,182 @@
+"""GGUF files: converted once into a plain folder, and refused when they are broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from transformers import PreTrainedModel
+
+from quant import gguf, source
+from quant.errors import SourceError
+from quant.tokens import load_tokenizer, of_text
+from tests import tiny
+
+HEAD = 20_000  # bytes, all of them metadata
+
+
+def gguf_file(path: Path, model: PreTrainedModel, folder: Path) -> Path:
+    """A tiny qwen2 and the tokenizer in `folder`, as llama.cpp's tools write them."""
+    config, bpe = model.config, json.loads((folder / "tokenizer.json").read_text())["model"]
+    writer = GGUFWriter(path, "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].__getitem__))
+    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_chat_template(tiny.CHAT_TEMPLATE)
+    names = get_tensor_name_map(MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    tiny.tokenizer(tmp_path / "tokenizer")
+    return gguf_file(tmp_path / "small.gguf", tiny.model("qwen2"), tmp_path / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def kept() -> Path:
+    """Where the demo model is, or will be, converted on this machine."""
+    return source.CACHE.expanduser()
+
+
+@pytest.fixture(scope="module")
+def head() -> bytes:
+    with gguf.demo().open("rb") as file:
+        return file.read(HEAD)
+
+
+def leftovers(cache: Path) -> list[Path]:
+    return list((cache / "gguf").iterdir())
+
+
+def test_the_demo_is_in_the_package_that_carries_it() -> None:
+    with gguf.demo().open("rb") as file:
+        assert file.read(4) == b"GGUF"
+
+
+def test_the_demo_opens_as_any_model_does(kept: Path) -> None:
+    opened = source.open("demo", cache=kept)
+    assert (opened.architecture, opened.spec) == ("LlamaForCausalLM", "demo")
+    assert opened.dtype == torch.bfloat16 and opened.config.num_hidden_layers == 30
+    assert opened.tensors.shape("model.layers.29.mlp.down_proj.weight") == (576, 1536)
+    assert opened.folder.parent == kept / "gguf"
+    assert transformers.__version__ in opened.folder.name
+    assert (opened.folder / "tokenizer.json").is_file()
+
+
+def test_the_second_use_is_the_folder_of_the_first(kept: Path, tmp_path: Path) -> None:
+    first = gguf.folder(gguf.demo(), kept, source.quiet)
+    said: list[str] = []
+    assert gguf.folder(gguf.demo(), kept, said.append) == first
+    assert not said, "it was converted again"
+
+
+def test_a_folder_named_demo_is_not_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=r"demo is not a model folder: it has no config\.json"):
+        source.open("demo", cache=tmp_path / "cache")
+
+
+def test_a_conversion_says_so_and_draws_no_bars(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    said: list[str] = []
+    cache = tmp_path / "cache"
+    made = gguf.folder(small, cache, said.append)
+    assert said == [f"converting small.gguf to bfloat16 (once; kept in {cache}/gguf)"]
+    assert leftovers(cache) == [made]
+    assert (made.stat().st_mode & 0o777) == 0o755
+    shown = capfd.readouterr()
+    assert "it/s" not in shown.err and "%|" not in shown.err and not shown.out
+
+
+def test_a_conversion_keeps_the_weights_and_the_tokenizer(small: Path, tmp_path: Path) -> None:
+    opened = source.open(str(small), cache=tmp_path / "cache")
+    expected = tiny.model("qwen2").state_dict()
+    assert set(opened.tensors.names()) == set(expected)
+    for name in opened.tensors.names():
+        assert torch.equal(opened.tensors.get(name), expected[name].to(torch.bfloat16)), name
+    ours = load_tokenizer(opened.folder)
+    text = "the quick brown fox"
+    assert of_text(text, ours) == of_text(text, load_tokenizer(tmp_path / "tokenizer"))[1:]
+    assert ours.chat_template == tiny.CHAT_TEMPLATE
+
+
+def test_another_file_of_the_same_name_is_converted_anew(small: Path, tmp_path: Path) -> None:
+    first = gguf.folder(small, tmp_path / "cache", source.quiet)
+    gguf_file(small, tiny.model("qwen2", seed=1), tmp_path / "tokenizer")
+    second = gguf.folder(small, tmp_path / "cache", source.quiet)
+    assert set(leftovers(tmp_path / "cache")) == {first, second} and first != second
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 4), (0, 64), (0, HEAD), (4, 10_000)])
+def test_a_broken_file_is_one_line_and_leaves_nothing(
+    tmp_path: Path, head: bytes, start: int, stop: int
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(head[start:stop])
+    with pytest.raises(SourceError, match=rf"^{broken} cannot be read as a GGUF model: .+") as told:
+        source.open(str(broken), cache=tmp_path / "cache")
+    assert "\n" not in str(told.value)
+    assert leftovers(tmp_path / "cache") == []
+
+
+def test_a_file_that_ends_inside_its_weights_is_refused(small: Path, tmp_path: Path) -> None:
+    small.write_bytes(small.read_bytes()[:-5000])
+    with pytest.raises(SourceError, match=rf"^{small} cannot be read as a GGUF model: "):
+        source.open(str(small), cache=tmp_path / "cache")
+    assert leftovers(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("place", [4, 8, 16, 24, 31])
+def test_a_damaged_header_is_one_line(tmp_path: Path, head: bytes, place: int) -> None:
+    damaged = bytearray(head)
+    damaged[place : place + 8] = b"\xff" * 8
+    (tmp_path / "damaged.gguf").write_bytes(damaged)
+    with pytest.raises(SourceError, match=r"damaged\.gguf cannot be read as a GGUF model: "):
+        source.open(str(tmp_path / "damaged.gguf"), cache=tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, head: bytes) -> None:
+    (tmp_path / "model.gguf").write_bytes(head)
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(SourceError, match=rf"^{tmp_path}/cache/gguf cannot be written: "):
+        source.open(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
+
+
+def test_another_process_that_was_first_is_as_good(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    gguf._publish(ours, theirs)
+    assert (theirs / "name").read_text() == "theirs"
+    shutil.rmtree(theirs)
+    theirs.write_text("a file in the way")
+    with pytest.raises(OSError, match="Not a directory"):
+        gguf._publish(ours, theirs)
