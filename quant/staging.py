@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quant import artifact
@@ -20,6 +20,10 @@ def check_target(target: Path, *, force: bool) -> None:
     """TargetExists unless the target is free, empty, or an artifact to be replaced."""
     if not target.exists() and not target.is_symlink():
         return
+    if target.is_mount():
+        raise TargetExists(
+            f"{target} is a mount point, which cannot be renamed; name a folder in it"
+        )
     if target.is_dir() and not any(target.iterdir()):
         return
     if not force:
@@ -67,17 +71,23 @@ def staged(target: Path) -> Iterator[Path]:
 def _empty(folder: Path) -> None:
     """Clears what a killed run left."""
     for stale in folder.iterdir():
-        if stale.is_dir():
-            shutil.rmtree(stale)
-        elif stale.name != ".lock":
-            stale.unlink()
+        if stale.name != ".lock":
+            _remove(stale)
 
 
 def _publish(folder: Path, target: Path) -> None:
     replaced = target.with_name(f".{target.name}.replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    _remove(replaced)
     if target.exists():
         target.rename(replaced)
     folder.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):  # the new artifact stands; the next run clears what is left of the old
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Whatever stands there, if anything; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
