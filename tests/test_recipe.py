@@ -1,0 +1,88 @@
+"""The recipe: complete, frozen, and refused with every reason at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from quant.errors import RecipeError
+from quant.recipe import Recipe, build, choose_group_size
+
+
+def test_nothing_given_is_a_complete_recipe() -> None:
+    recipe = build({})
+    assert (recipe.scheme, recipe.group_size, recipe.seed) == ("w4a16", None, 0)
+    assert build(recipe.model_dump()) == recipe
+
+
+def test_a_recipe_does_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        build({}).seed = 1  # type: ignore[misc]  # this is what must fail
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("w4a16", 4), ("w8a16", 8), ("w8a8", 8)])
+def test_the_scheme_decides_the_bits(scheme: str, bits: int) -> None:
+    assert build({"scheme": scheme}).bits == bits
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scheme", "w2a16"),
+        ("group_size", 48),
+        ("group_size", 0),
+        ("samples", 0),
+        ("samples", 65_537),
+        ("length", 7),
+        ("length", 131_073),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("damping", 0),
+        ("damping", 1.5),
+        ("damping", float("nan")),
+        ("samples", "many"),
+        ("group", 64),
+    ],
+)
+def test_an_impossible_value_is_refused_by_its_field(field: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=rf"^{field}: "):
+        build({field: value})
+
+
+def test_every_fault_is_in_the_one_message() -> None:
+    with pytest.raises(RecipeError) as refused:
+        build({"samples": 0, "length": 1, "colour": "red"})
+    assert all(f"{field}: " in str(refused.value) for field in ("samples", "length", "colour"))
+
+
+@pytest.mark.parametrize("size", [32, 128, -1])
+def test_w8a8_takes_no_group_size(size: int) -> None:
+    with pytest.raises(RecipeError, match="one scale per output channel"):
+        build({"scheme": "w8a8", "group_size": size})
+
+
+@pytest.mark.parametrize(
+    ("widths", "size"),
+    [((256, 1024), 128), ((576, 1536), 64), ((96, 256), 32), ((32,), 32), ((128, 128), 128)],
+)
+def test_the_largest_group_that_fits_every_layer_is_chosen(
+    widths: tuple[int, ...], size: int
+) -> None:
+    assert choose_group_size(Recipe(), widths) == size
+
+
+@pytest.mark.parametrize(("scheme", "asked"), [("w8a8", None), ("w4a16", -1), ("w8a16", -1)])
+def test_one_group_per_row_fits_any_width(scheme: str, asked: int | None) -> None:
+    assert choose_group_size(build({"scheme": scheme, "group_size": asked}), [7, 33]) == -1
+
+
+def test_a_group_size_that_is_asked_for_is_kept() -> None:
+    assert choose_group_size(build({"group_size": 32}), [256]) == 32
+
+
+@pytest.mark.parametrize("asked", [64, None])
+def test_a_width_that_no_group_divides_is_named(asked: int | None) -> None:
+    with pytest.raises(RecipeError, match=r"does not divide the input width 80 .*widths: 64, 80"):
+        choose_group_size(build({"group_size": asked}), [80, 64])
