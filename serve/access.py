@@ -43,6 +43,7 @@ class Gate:
             await self._app(scope, receive, _announcing(scope, send))
             return
         serving: Serving = scope["app"].state.quantserve
+        scope["path"] = _tidy(scope["path"])
         turn = Turn()
         exit_ = _Exit(serving, turn, scope, send)
         try:
@@ -74,6 +75,11 @@ def _announcing(scope: Message, send: Send) -> Send:
             scope["app"].state.quantserve.announce()
 
     return announcing
+
+
+def _tidy(path: str) -> str:
+    """Without doubled and trailing slashes, which front ends leave when they join addresses."""
+    return "/" + "/".join(part for part in path.split("/") if part)
 
 
 def _admit(serving: Serving, scope: Message) -> None:

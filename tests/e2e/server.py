@@ -76,8 +76,8 @@ def serving(artifact: Path, folder: Path, *flags: str, isa: str = "avx2") -> Ite
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     log = folder / "server.log"
-    command = [QUANTSERVE, "serve", str(artifact), "--port", str(port), *flags]
-    command += ["--api-key-file", str(folder / "keys"), "--max-cpu-isa", isa]
+    command = [QUANTSERVE, "serve", str(artifact), "--port", str(port), "--max-cpu-isa", isa]
+    command += ["--api-key-file", str(folder / "keys"), *flags]
     with log.open("wb") as sink:
         process = subprocess.Popen(
             command, stdout=sink, stderr=sink, start_new_session=True, env=dict(os.environ)

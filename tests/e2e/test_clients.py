@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionFunctionToolParam
 
 from tests.e2e.server import APP_KEY, QUESTION, Server
 
@@ -49,6 +51,32 @@ def test_completions_logprobs_and_structured_output_are_vllms(server: Server) ->
     assert plain.choices[0].logprobs is not None
     assert shaped.choices[0].message.content in ("yes", "no")
     assert responded.status in ("completed", "incomplete")
+
+
+def test_a_named_tool_is_called_with_arguments_of_its_schema(server: Server) -> None:
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}}
+    weather: ChatCompletionFunctionToolParam = {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {**city, "required": ["city"]}},
+    }
+    with server.client() as client:
+        reply = client.chat.completions.create(
+            model="base",
+            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+            tools=[weather],
+            tool_choice={"type": "function", "function": {"name": "weather"}},
+            max_tokens=32,
+            temperature=0,
+        )
+    (call,) = reply.choices[0].message.tool_calls or []
+    assert call.type == "function" and call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+
+
+def test_doubled_and_trailing_slashes_are_forgiven(api: httpx.Client) -> None:
+    expected = api.get("/v1/models").json()
+    assert api.get("/v1//models").json() == expected
+    assert api.get("/v1/models/").json() == expected
 
 
 def test_a_wrong_key_is_401(server: Server) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from quant import source
 from tests.e2e.server import serving
 
 pytestmark = pytest.mark.e2e
@@ -24,6 +25,13 @@ def test_eight_bit_schemes_answer_with_paris_and_carry_adapters(
         assert "Paris" in base
         assert server.answer("first") != base
         assert server.answer("base") == base
+
+
+def test_a_full_precision_folder_is_served_as_it_is(tmp_path: Path) -> None:
+    folder = source.open(source.DEMO).folder
+    with serving(folder, tmp_path, "--model-name", "base", "--max-adapters", "0") as server:
+        server.until_ready()
+        assert "Paris" in server.answer("base")
 
 
 def test_the_machines_own_instructions_answer_with_paris(w4a16: Path, tmp_path: Path) -> None:
