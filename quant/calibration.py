@@ -64,11 +64,7 @@ def prepare(
         batches = _batches(list(ids.tolist()), recipe.length, "self-generated")
     else:
         batches = _batches(_from_file(file, tokenizer, recipe), recipe.length, "file")
-    if int(batches.input_ids.max()) >= text_config.vocab_size:
-        raise CalibrationError(
-            f"token {int(batches.input_ids.max())} is beyond the model's vocabulary of"
-            f" {text_config.vocab_size}: the tokenizer is another model's"
-        )
+    tokens.check_vocabulary([int(batches.input_ids.max())], text_config.vocab_size)
     if batches.report.samples < recipe.samples:
         say(
             f"calibration has {batches.report.samples} rows of {recipe.length} tokens,"
@@ -118,7 +114,10 @@ def _from_file(file: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -
                     f"{file}:{number}: the chat template refuses these messages: {fault}"
                 ) from fault
 
-    return pack(streams(), recipe.length, recipe.samples, bos)
+    rows = pack(streams(), recipe.length, recipe.samples, bos)
+    if not rows:
+        raise CalibrationError(f"{file}: the chat template writes nothing for any of its lines")
+    return rows
 
 
 def _encode(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -138,8 +137,11 @@ def _records(file: Path) -> Iterator[tuple[int, Record]]:
         try:
             record = Record.model_validate_json(line)
         except ValidationError as fault:
-            reason = fault.errors(include_url=False)[0]["msg"]
-            raise CalibrationError(f"{file}:{number}: malformed line: {reason}") from fault
+            first = fault.errors(include_url=False)[0]
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise CalibrationError(
+                f"{file}:{number}: malformed line: {place}{first['msg']}"
+            ) from fault
         if (record.text is None) == (record.messages is None):
             raise CalibrationError(f'{file}:{number}: a line has either "text" or "messages"')
         yield number, record

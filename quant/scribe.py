@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -31,7 +32,7 @@ from transformers import (
 from transformers.utils import logging as chatter
 
 from quant import tokens
-from quant.errors import SourceError
+from quant.errors import CalibrationError, SourceError
 from quant.recipe import Recipe
 from quant.source import Source
 
@@ -40,6 +41,8 @@ _TOP_K, _TEMPERATURE = 40, 0.8
 # More rows at once cost memory for keys and values and no longer gain speed.
 _ROWS_AT_ONCE = 128
 _FLOAT32_LIMIT = 4 << 30  # bytes of parent up to which a CPU decodes in float32: it is faster
+# Files beside weights and tokenizer that decide the text: rotary base, scales, end tokens.
+_DECIDING = ("config.json", "generation_config.json")
 _METHOD = 1  # raised when the same inputs would give other text
 
 Say = Callable[[str], None]
@@ -49,23 +52,31 @@ def rows(source: Source, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, say
     """[samples, length] int64, every token real; from the cache where the same was written.
 
     The key is all that decides the text: parent, adapters, seed, sizes, prompts and versions.
+    CalibrationError where the tokenizer is another model's, or its template refuses a question.
     """
     kept = source.cache / "calibration" / f"{_key(source, recipe)}.safetensors"
     if kept.is_file():
         try:
             return load_file(kept)["input_ids"]
-        except SafetensorError:
+        except (SafetensorError, KeyError):
             say(f"{kept} is damaged; writing it again")
-    say(f"the model writes {recipe.samples} x {recipe.length} tokens of calibration text")
-    model = _load(source, recipe.device)
     generator = torch.Generator().manual_seed(recipe.seed)
     prompts = _prompts(tokenizer, generator)
+    tokens.check_vocabulary(
+        itertools.chain.from_iterable(prompts), source.config.get_text_config().vocab_size
+    )
+    say(f"the model writes {recipe.samples} x {recipe.length} tokens of calibration text")
+    model = _load(source, recipe.device)
+    turns = itertools.cycle(prompts)
     parts = [
-        _write(model, prompts, (count, recipe.length), generator, say)
+        _write(model, turns, (count, recipe.length), generator, say)
         for count in _portions(recipe.samples)
     ]
     ids = torch.cat(parts)
-    _keep(kept, ids)
+    try:
+        _keep(kept, ids)
+    except OSError as fault:  # minutes of work: a cache is no reason to lose them
+        say(f"{kept.parent} cannot be written ({fault.strerror}); the text is not kept")
     return ids
 
 
@@ -75,7 +86,10 @@ def _key(source: Source, recipe: Recipe) -> str:
         source.fingerprint.model_dump(),
         [adapter.digest for adapter in source.adapters],
         [recipe.samples, recipe.length, recipe.seed, recipe.device],
-        hashlib.sha256(PROMPTS.read_bytes()).hexdigest(),
+        [
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+            for path in (PROMPTS, *(source.folder / name for name in _DECIDING))
+        ],
         [torch.__version__, transformers.__version__],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
@@ -103,12 +117,24 @@ def _load(source: Source, device: str) -> PreTrainedModel:
     return loaded
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> Iterator[list[int]]:
-    """Our prompts as token ids in a seeded order, again and again."""
+def _prompts(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> list[list[int]]:
+    """Our prompts as token ids in a seeded order."""
     texts = [json.loads(line)["text"] for line in PROMPTS.read_text("utf-8").splitlines()]
     order = torch.randperm(len(texts), generator=generator).tolist()
     turns = ([{"role": "user", "content": texts[place]}] for place in order)
-    return itertools.cycle([tokens.of_chat(turn, tokenizer, asks=True) for turn in turns])
+    try:
+        prompts = [tokens.of_chat(turn, tokenizer, asks=True) for turn in turns]
+    except (jinja2.TemplateError, TypeError) as fault:
+        raise CalibrationError(
+            f"the chat template refuses a user's question ({fault}), so the model cannot write its"
+            " own calibration text; give a calibration file"
+        ) from fault
+    if not all(prompts):
+        raise CalibrationError(
+            "the chat template writes nothing for a user's question, so the model cannot write its"
+            " own calibration text; give a calibration file"
+        )
+    return prompts
 
 
 def _portions(samples: int) -> list[int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from quant.errors import SourceError
+from quant.errors import CalibrationError, SourceError
 
 # Some templates print today's date unless told one: the same seed must give the same tokens.
 _DATE = "1 Jan 2026"
@@ -27,7 +27,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def of_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """With BOS and EOS where the tokenizer adds them."""
-    ids: list[int] = tokenizer(text)["input_ids"]
+    # Not verbose: we cut long texts into rows, so a warning about their length would mislead.
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     return ids
 
 
@@ -44,5 +45,15 @@ def of_chat(
     chat = tokenizer.apply_chat_template(
         list(turns), tokenize=False, add_generation_prompt=asks, date_string=_DATE
     )
-    ids: list[int] = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def check_vocabulary(ids: Iterable[int], size: int) -> None:
+    """CalibrationError where a token is beyond a model's `size` embeddings."""
+    highest = max(ids, default=0)
+    if highest >= size:
+        raise CalibrationError(
+            f"token {highest} is beyond the model's vocabulary of {size}: the tokenizer is another"
+            " model's"
+        )
