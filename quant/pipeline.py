@@ -19,7 +19,7 @@ from quant.artifact import Manifest, MergedAdapter
 from quant.blocks import Decoder
 from quant.calibration import Batches
 from quant.checkpoint import Writer
-from quant.errors import RecipeError
+from quant.errors import RecipeError, SpaceError
 from quant.layers import Layers, Progress
 from quant.recipe import Recipe, choose_group_size
 from quant.source import Source
@@ -59,23 +59,15 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         writer = Writer(folder)
         _solve(layers, decoder, opened, writer, rows)
         size = writer.close()
-        section = checkpoint.quantization_config(layers.scheme, layers.group)
-        checkpoint.write_config(opened.folder, folder, section, layers.dtype)
-        checkpoint.copy_companions(opened.folder, folder)
         progress.say("reading back every layer")
-        checkpoint.verify(folder, layers.digests)
         facts = _facts(recipe, order, opened, rows)
-        return artifact.seal(
-            folder,
-            facts.model_copy(
-                update={
-                    "group_size": layers.group,
-                    "layers": tuple(layers.reports),
-                    "bytes_after": size,
-                    "seconds": round(time.monotonic() - began, 1),
-                }
-            ),
-        )
+        found = {
+            "group_size": layers.group,
+            "layers": tuple(layers.reports),
+            "bytes_after": size,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        return _finished(folder, layers, opened, facts.model_copy(update=found))
 
 
 def _device(name: str) -> torch.device:
@@ -115,6 +107,18 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, writer: Writer, row
             if name.startswith(prefix):
                 for written, tensor in layers.encoded(opened, name):
                     writer.add(written, tensor)
+
+
+def _finished(folder: Path, layers: Layers, opened: Source, manifest: Manifest) -> Manifest:
+    """Adds what a server needs beside the tensors, reads every layer back, and seals."""
+    section = checkpoint.quantization_config(layers.scheme, layers.group)
+    try:
+        checkpoint.write_config(opened.folder, folder, section, layers.dtype)
+        checkpoint.copy_companions(opened.folder, folder)
+        checkpoint.verify(folder, layers.digests)
+        return artifact.seal(folder, manifest)
+    except OSError as fault:
+        raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault
 
 
 def _is_tied_copy(name: str, opened: Source) -> bool:
