@@ -79,8 +79,10 @@ def stop(inputs: Tensor) -> None:
 def lanes(forwards: Sequence[Callable[[], Tensor]]) -> Iterator[list[Lane]]:
     """A lane for each forward, none started; whatever happens, none outlives the block."""
     with ThreadPoolExecutor(len(forwards), thread_name_prefix="lane") as pool:
-        started = [Lane(pool, forward) for forward in forwards]
-        try:
+        started: list[Lane] = []
+        try:  # from the first lane on: one that nobody closes waits for ever
+            for forward in forwards:
+                started.append(Lane(pool, forward))
             yield started
         finally:
             for lane in started:
