@@ -31,6 +31,9 @@ app = typer.Typer(
 )
 
 
+_TYPER_INTERRUPTED = 130  # how Typer leaves on Ctrl-C, without a word
+
+
 def main(run: Callable[[], object] = app) -> None:
     """Run `run`; a QuantError, or Ctrl-C, is one line and exit status 2."""
     # A shell starts background jobs with SIGINT ignored; a long job has to be stoppable too.
@@ -40,7 +43,9 @@ def main(run: Callable[[], object] = app) -> None:
     except QuantError as fault:
         sys.stderr.write(f"quantserve: {fault}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as left:
+        if isinstance(left, SystemExit) and left.code != _TYPER_INTERRUPTED:
+            raise
         sys.stderr.write("quantserve: interrupted; nothing was written\n")
         sys.exit(2)
 
@@ -157,10 +162,11 @@ class _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # else stopping would print an empty line
+            self._progress.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(f"quantserve: {line}", markup=False)
+        self._console.print(f"quantserve: {line}", markup=False, soft_wrap=True)
 
     def solved(self, report: LayerReport, done: int, total: int) -> None:
         self._progress.start()
