@@ -1,26 +1,26 @@
 """A PEFT LoRA folder: read, checked, and held against the base it is to sit on.
 
 Standard library and pydantic only, because a server validates adapters before its engine sees
-them. Refuses pickles, everything beyond plain LoRA on linear layers, and non-finite weights.
+them. Refuses pickles, tensors that are no part of a LoRA, and non-finite weights.
 """
 
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from quant import lora_parts, obstacles
 from quant.errors import AdapterError, ArtifactError
 from quant.headers import TensorHeader, read_headers
 from quant.lora_config import LoraConfig, by_pattern, parse
+from quant.lora_parts import Pair, Parts
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "quantserve-adapter.json"
-_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _MAX_JSON = 16 << 20
 _CHUNK = 1 << 22
 
@@ -29,25 +29,19 @@ _CHUNK = 1 << 22
 _EXPONENT = {"BF16": (2, 0x80, 0x7F), "F16": (2, 0x00, 0x7C), "F32": (4, 0x80, 0x7F)}
 
 
-class Pair(NamedTuple):
-    """One adapted module: A [rank, in_features] and B [out_features, rank], by key."""
-
-    a_key: str
-    b_key: str
-    rank: int
-    in_features: int
-    out_features: int
-
-
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """`digest` is over configuration and weights: equal digests compute the same thing."""
+    """`digest` is over configuration and weights: equal digests compute the same thing.
+
+    `initial` is the folder of the weights that training started from, where they lie beside it.
+    """
 
     folder: Path
     config: LoraConfig
-    pairs: Mapping[str, Pair]
+    parts: Parts
     digest: str
     base_fingerprint: str | None
+    initial: Path | None = None
 
     @property
     def name(self) -> str:
@@ -58,12 +52,33 @@ class Adapter:
         return self.folder / WEIGHTS
 
     @property
+    def pairs(self) -> Mapping[str, Pair]:
+        return self.parts.pairs
+
+    @property
     def rank(self) -> int:
         return max(pair.rank for pair in self.pairs.values())
 
 
 def read(folder: Path) -> Adapter:
-    """The adapter in a folder, all of its bytes read once; AdapterError names what is wrong."""
+    """An adapter that can be served as it is; AdapterError says why not, and what works instead."""
+    adapter = read_trained(folder)
+    for obstacle in obstacles.to_serving(adapter.config, adapter.parts):
+        raise AdapterError(
+            f"{adapter.folder} cannot be served beside its base: {obstacle.reason}; use"
+            f" `quantserve adapter {obstacle.remedy}`",
+            field=obstacle.field,
+            expected="plain LoRA",
+            found=obstacle.field,
+        )
+    return adapter
+
+
+def read_trained(folder: Path) -> Adapter:
+    """The adapter in a folder, of any variant, all of its bytes read once.
+
+    AdapterError names what is wrong.
+    """
     folder = folder.resolve()
     if not folder.is_dir():
         raise AdapterError(f"adapter folder {folder} does not exist", field="folder")
@@ -75,8 +90,9 @@ def read(folder: Path) -> Adapter:
         headers = read_headers(weights)
     except ArtifactError as fault:
         raise AdapterError(str(fault), field=WEIGHTS) from fault
-    pairs = _pairs(weights, headers, config)
-    return Adapter(folder, config, pairs, _digest(folder, headers), _base(folder / LINEAGE))
+    parts = lora_parts.sort(weights, headers, config)
+    base, initial = _base(folder / LINEAGE), _initial(folder, config)
+    return Adapter(folder, config, parts, _digest(folder, headers), base, initial)
 
 
 def validate(
@@ -90,16 +106,13 @@ def validate(
 
     `shapes` are the base's (out_features, in_features) by module; None skips its check.
     """
-    trained_on = adapter.base_fingerprint
-    if trained_on and base_weights_fingerprint and trained_on != base_weights_fingerprint:
-        raise _misfit(
-            adapter, "base weights", expected=base_weights_fingerprint[:12], found=trained_on[:12]
-        )
+    if base_weights_fingerprint:
+        check_lineage(adapter, base_weights_fingerprint)
     if max_rank is not None and adapter.rank > max_rank:
         raise _misfit(adapter, "rank", expected=f"at most {max_rank}", found=str(adapter.rank))
     for module, pair in adapter.pairs.items():
         found = (pair.out_features, pair.in_features)
-        if adapter.config.fan_in_fan_out:
+        if transposed(adapter, module):
             found = found[::-1]
         if module not in shapes:
             raise _misfit(
@@ -107,6 +120,13 @@ def validate(
             )
         if found != shapes[module]:
             raise _misfit(adapter, module, expected=_size(shapes[module]), found=_size(found))
+
+
+def check_lineage(adapter: Adapter, weights: str) -> None:
+    """AdapterError where the adapter says it was trained on other weights than these."""
+    trained_on = adapter.base_fingerprint
+    if trained_on and trained_on != weights:
+        raise _misfit(adapter, "base weights", expected=weights[:12], found=trained_on[:12])
 
 
 def scaling(config: LoraConfig, module: str) -> float:
@@ -117,6 +137,20 @@ def scaling(config: LoraConfig, module: str) -> float:
     alpha = by_pattern(config.alpha_pattern, module, config.lora_alpha)
     rank = by_pattern(config.rank_pattern, module, config.r)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def transposed(adapter: Adapter, module: str) -> bool:
+    """True where the base stores the weight [in, out]: an embedding, or a GPT-2 Conv1D."""
+    return adapter.pairs[module].embedding or adapter.config.fan_in_fan_out
+
+
+def _initial(folder: Path, config: LoraConfig) -> Path | None:
+    """Where PEFT's and LLaMA-Factory's recipes save the weights before the first step."""
+    if config.start is None:
+        return None
+    name = f"{config.start.partition('_niter')[0]}_init"
+    places = (folder / name, folder.parent / name)
+    return next((place for place in places if (place / WEIGHTS).is_file()), None)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -144,55 +178,6 @@ def _no_weights(folder: Path) -> AdapterError:
             found=pickles[0],
         )
     return AdapterError(f"{folder / WEIGHTS} is missing", field=WEIGHTS)
-
-
-def _pairs(path: Path, headers: dict[str, TensorHeader], config: LoraConfig) -> dict[str, Pair]:
-    sides: dict[str, dict[str, str]] = {}
-    for key, header in headers.items():
-        match = _KEY.match(key)
-        if match is None or header.dtype not in _EXPONENT or len(header.shape) != 2:
-            raise _stray(path, key, header)
-        sides.setdefault(match["module"], {})[match["side"]] = key
-    if not sides:
-        raise AdapterError(f"{path} holds no LoRA weights", field=WEIGHTS)
-    pairs = {module: _pair(path, keys, headers) for module, keys in sorted(sides.items())}
-    for module, pair in pairs.items():
-        rank = by_pattern(config.rank_pattern, module, config.r)
-        if pair.rank != rank:
-            raise AdapterError(
-                f"{path}: {module} has rank {pair.rank}, {CONFIG} says {rank}",
-                field=f"{module} rank",
-                expected=str(rank),
-                found=str(pair.rank),
-            )
-    return pairs
-
-
-def _stray(path: Path, key: str, header: TensorHeader) -> AdapterError:
-    # PEFT copies the base's own head or embedding into the file when it is a target.
-    copied = key.endswith(".base_layer.weight")
-    hint = "; save the adapter with save_embedding_layers=False" if copied else ""
-    return AdapterError(
-        f"{path}: {key} ({header.dtype} {list(header.shape)}) is not part of a plain LoRA{hint}",
-        field=key,
-    )
-
-
-def _pair(path: Path, keys: dict[str, str], headers: dict[str, TensorHeader]) -> Pair:
-    if len(keys) < 2:
-        raise AdapterError(f"{path}: {next(iter(keys.values()))} has no partner", field=WEIGHTS)
-    (rank, in_features), (out_features, columns) = (
-        headers[keys["A"]].shape,
-        headers[keys["B"]].shape,
-    )
-    if rank != columns or rank < 1:
-        raise AdapterError(
-            f"{path}: {keys['A']} has rank {rank}, {keys['B']} has {columns}",
-            field=keys["B"],
-            expected=str(rank),
-            found=str(columns),
-        )
-    return Pair(keys["A"], keys["B"], rank, in_features, out_features)
 
 
 def _digest(folder: Path, headers: dict[str, TensorHeader]) -> str:

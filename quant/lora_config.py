@@ -1,5 +1,5 @@
-"""What PEFT's adapter_config.json asks for; refuses every field that would change the answer
-and that plain LoRA on linear layers does not have. Field meanings: PEFT 0.21, LoraConfig.
+"""What PEFT's adapter_config.json asks for. Refuses every field that would change the answer and
+that nothing here computes. Field meanings: PEFT 0.21, LoraConfig.
 """
 
 import json
@@ -20,13 +20,9 @@ _HARMLESS = frozenset({
     "revision", "runtime_config", "task_type",
 })  # fmt: skip
 _REASONS = {
-    "use_dora": "DoRA rescales whole rows of the base weight",
-    "modules_to_save": "it replaces whole modules of the base",
-    "trainable_token_indices": "it replaces rows of the embedding",
     "target_parameters": "it adapts fused expert parameters",
     "layer_replication": "it repeats layers of the base",
     "alora_invocation_tokens": "activated LoRA switches on inside a prompt",
-    "lora_bias": "it adds to the biases of the base",
 }
 # Starting points that change the base weights themselves: the saved pair is no delta of the
 # published base, unless PEFT converted it while saving (it then stores `true` here).
@@ -42,13 +38,30 @@ class LoraConfig(BaseModel):
     r: int = Field(default=8, ge=1)
     lora_alpha: FiniteFloat = 8
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, FiniteFloat] = {}
     fan_in_fan_out: bool = False
     target_modules: str | tuple[str, ...] | None = None
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] = ()
     base_model_name_or_path: str | None = None
     init_lora_weights: bool | str = True
+
+    @property
+    def start(self) -> str | None:
+        """The starting point that changed the base, as `pissa_niter_4`; None where none did."""
+        start = str(self.init_lora_weights).lower()
+        return start if start.startswith(_MUTATING) else None
+
+    def token_rows(self, module: str) -> tuple[int, ...]:
+        """The rows of an embedding that were retrained."""
+        if not isinstance(self.trainable_token_indices, dict):
+            return self.trainable_token_indices
+        tails = (n for n in self.trainable_token_indices if f".{module}".endswith(f".{n}"))
+        return next((self.trainable_token_indices[tail] for tail in tails), ())
 
 
 def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
@@ -75,7 +88,6 @@ def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
             expected=str(first.get("ctx", {}).get("expected", first["type"])),
             found=repr(first["input"])[:100],
         ) from fault
-    _check_start(path, config)
     _check_patterns(path, "rank_pattern", config.rank_pattern, least=1)
     _check_patterns(path, "alpha_pattern", config.alpha_pattern, least=None)
     return config
@@ -87,18 +99,6 @@ def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> fl
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _check_start(path: Path, config: LoraConfig) -> None:
-    start = str(config.init_lora_weights).lower()
-    if start.startswith(_MUTATING):
-        raise AdapterError(
-            f"{path}: training started from {start!r}, which changed the base weights; save the"
-            " adapter again with path_initial_model_for_weight_conversion",
-            field="init_lora_weights",
-            expected="true",
-            found=start,
-        )
 
 
 def _check_patterns(

@@ -22,14 +22,13 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quant import adapter as lora
-from quant import artifact, gguf, merge
+from quant import anatomy, artifact, gguf, merge, starts
 from quant.adapter import Adapter
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SourceError
 from quant.headers import TensorHeader
 
 DEMO = "demo"
-HEAD = "lm_head"
 CACHE = Path("~/.cache/quantserve")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
@@ -54,10 +53,7 @@ class Tensors:
         header = self._header(name)
         with safe_open(self.folder / header.file, framework="pt") as file:
             stored: Tensor = file.get_tensor(name)
-        module = name.removesuffix(".weight")
-        if self.is_merged(name):
-            return merge.merged_weight(stored, self.adapters, module)
-        return stored
+        return merge.merged(stored, self.adapters, name) if self.is_merged(name) else stored
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that `get` returns."""
@@ -69,8 +65,7 @@ class Tensors:
         return self._header(name).shape
 
     def is_merged(self, name: str) -> bool:
-        module = name.removesuffix(".weight")
-        return module != name and any(module in adapter.pairs for adapter in self.adapters)
+        return any(merge.touches(adapter, name) for adapter in self.adapters)
 
     def __contains__(self, name: object) -> bool:
         return name in self.headers
@@ -121,15 +116,14 @@ def open(
     config = _config(folder)
     try:
         headers = artifact.headers(folder)
-        shapes = artifact.linear_shapes(folder) if adapters else {}
         fingerprint = Fingerprint(
             weights=artifact.weights_fingerprint(folder),
             tokenizer=artifact.tokenizer_fingerprint(folder),
         )
     except ArtifactError as fault:
         raise SourceError(str(fault)) from fault
-    opened = _adapters(adapters, shapes, fingerprint)
-    _check_head(config, opened)
+    opened = _adapters(adapters, fingerprint)
+    anatomy.check_unchanged(config, {n: header.shape for n, header in headers.items()}, opened)
     dtype = _served_dtype(folder, config, headers)
     tensors = Tensors(folder, headers, opened)
     return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache)
@@ -181,29 +175,14 @@ def _check_decoder(path: Path, config: PretrainedConfig) -> None:
         )
 
 
-def _adapters(
-    folders: Sequence[Path], shapes: Mapping[str, tuple[int, int]], parent: Fingerprint
-) -> tuple[Adapter, ...]:
-    opened = tuple(lora.read(folder) for folder in folders)
+def _adapters(folders: Sequence[Path], parent: Fingerprint) -> tuple[Adapter, ...]:
+    opened = tuple(lora.read_trained(folder) for folder in folders)
     for place, adapter in enumerate(opened):
-        lora.validate(adapter, shapes, max_rank=None, base_weights_fingerprint=parent.weights)
+        lora.check_lineage(adapter, parent.weights)
+        starts.check(adapter)
         if adapter.digest in {other.digest for other in opened[:place]}:
             raise AdapterError(f"adapter {adapter.folder} is given twice", field="adapter")
     return opened
-
-
-def _check_head(config: PretrainedConfig, adapters: Sequence[Adapter]) -> None:
-    """A tied head is the embedding: merged there a delta would change both, and only here none."""
-    if not config.get_text_config().tie_word_embeddings:
-        return
-    for adapter in adapters:
-        if HEAD in adapter.pairs:
-            raise AdapterError(
-                f"adapter {adapter.folder} changes {HEAD}, which this base ties to its embedding",
-                field=HEAD,
-                expected="untied weights",
-                found="tie_word_embeddings",
-            )
 
 
 def _served_dtype(

@@ -128,24 +128,59 @@ def test_truncated_weights_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "tensor"),
     [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 6)),
-        (f"base_model.model.{UP}.lora_magnitude_vector.weight", torch.ones(12, 1)),
-        (f"base_model.model.{UP}.lora_B.bias", torch.ones(12)),
+        ("base_model.model.model.embed_tokens.lora_embedding_A.weight", torch.ones(4, 6)),
+        (f"base_model.model.{UP}.lora_magnitude_vector.weight", torch.ones(12)),
+        (f"base_model.model.{UP}.lora_magnitude_vector", torch.ones(12, 1)),
+        (f"base_model.model.{UP}.lora_B.bias", torch.ones(11)),
+        (f"base_model.model.{UP}.lora_E", torch.ones(4, 1)),
         (f"{UP}.lora_A.weight", torch.ones(4, 6)),
-        ("base_model.model.lm_head.weight", torch.ones(12, 6)),
+        (f"base_model.model.{UP}.weight_scale", torch.ones(12)),
         (A_KEY, torch.ones(4, 6, 1)),
         (A_KEY, torch.ones(4, 6, dtype=torch.int8)),
         (A_KEY, torch.ones(4, 6, dtype=torch.float64)),
     ],
-    ids=["embedding", "dora", "bias", "prefix", "module", "conv", "integers", "float64"],
-)
-def test_a_tensor_that_is_no_part_of_plain_lora_is_refused(
+    ids=[
+        "embedding", "magnitude", "column", "bias", "adalora", "prefix", "scale", "conv",
+        "integers", "float64",
+    ],
+)  # fmt: skip
+def test_a_tensor_that_is_no_part_of_a_lora_is_refused(
     folder: Path, key: str, tensor: torch.Tensor
 ) -> None:
     rewrite(folder, lambda tensors: tensors.update({key: tensor}))
     fault = refused(folder)
     assert fault.field == key and f"{key} (" in str(fault)
-    assert "is not part of a plain LoRA" in str(fault)
+    assert "is not part of a LoRA" in str(fault)
+
+
+def test_dora_has_a_magnitude_for_every_module(folder: Path) -> None:
+    tiny.edit_json(folder / CONFIG, use_dora=True)
+    key = f"base_model.model.{UP}.lora_magnitude_vector"
+    rewrite(folder, lambda tensors: tensors.update({key: torch.ones(12)}))
+    assert "1 of 2 modules have magnitudes" in str(refused(folder))
+
+
+@pytest.mark.parametrize("rows", [[1], [1, 2, 3], None])
+def test_retrained_rows_are_as_many_as_named(folder: Path, rows: list[int] | None) -> None:
+    tiny.edit_json(folder / CONFIG, trainable_token_indices=rows)
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    rewrite(folder, lambda tensors: tensors.update({key: torch.ones(2, 6)}))
+    fault = refused(folder)
+    assert (fault.field, fault.found) == ("trainable_token_indices", "2")
+
+
+def test_what_pefts_wrappers_save_twice_is_taken_once(folder: Path) -> None:
+    """A head retrained in a grown vocabulary lies in the file under three names."""
+    head = "base_model.model.lm_head"
+    saved = {
+        f"{head}.weight": torch.zeros(8, 6),
+        f"{head}.modules_to_save.weight": torch.ones(8, 6),
+        f"{head}.original_module.weight": torch.zeros(8, 6),
+    }
+    rewrite(folder, lambda tensors: tensors.update(saved))
+    assert lora.read_trained(folder).parts.whole == {
+        "lm_head.weight": f"{head}.modules_to_save.weight"
+    }
 
 
 def test_a_file_without_pairs_is_refused(folder: Path) -> None:
@@ -292,19 +327,42 @@ def test_pefts_own_folder_reads_with_pefts_own_scaling(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value"), [("layer_replication", [[0, 2], [1, 2]]), ("use_qalora", True)]
+)
+def test_what_nothing_here_computes_is_refused(folder: Path, field: str, value: Any) -> None:
+    tiny.edit_json(folder / CONFIG, **{field: value})
+    assert refused(folder).field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "instead"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [5, 6]),
-        ("layer_replication", [[0, 2], [1, 2]]),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "olora"),
+        ("use_dora", True, "merge"),
+        ("bias", "all", "merge"),
+        ("lora_bias", True, "merge"),
+        ("modules_to_save", ["lm_head"], "merge"),
+        ("trainable_token_indices", [5, 6], "merge"),
+        ("init_lora_weights", "pissa", "export"),
+        ("init_lora_weights", "olora", "export"),
     ],
 )
-def test_what_peft_makes_beyond_plain_lora_is_refused_by_its_field(
-    base: Path, tmp_path: Path, field: str, value: Any
+def test_what_cannot_be_served_is_refused_with_what_works(
+    base: Path, tmp_path: Path, field: str, value: Any, instead: str
 ) -> None:
-    assert refused(tiny.adapter_folder(tmp_path / "x", base, **{field: value})).field == field
+    folder = tiny.adapter_folder(tmp_path / "x", base, **{field: value})
+    fault = refused(folder)
+    assert fault.field == field and f"use `quantserve adapter {instead}`" in str(fault)
+    assert lora.read_trained(folder).folder == folder
+
+
+def test_the_initial_adapter_is_found_in_the_folder_or_beside_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    tiny.edit_json(folder / CONFIG, init_lora_weights="pissa_niter_4")
+    assert lora.read_trained(folder).initial is None
+    beside = write_lora(tmp_path / "pissa_init", SHAPES)
+    assert lora.read_trained(folder).initial == beside
+    inside = write_lora(folder / "pissa_init", SHAPES)
+    assert lora.read_trained(folder).initial == inside
+    tiny.edit_json(folder / CONFIG, init_lora_weights=True)
+    assert lora.read_trained(folder).initial is None

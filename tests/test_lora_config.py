@@ -59,13 +59,9 @@ def test_a_config_of_few_words_has_pefts_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("use_dora", True, "DoRA"),
-        ("modules_to_save", ["lm_head"], "whole modules"),
-        ("trainable_token_indices", [1, 2], "rows of the embedding"),
         ("target_parameters", ["experts.gate_up_proj"], "fused expert"),
         ("layer_replication", [[0, 2]], "repeats layers"),
         ("alora_invocation_tokens", [1], "inside a prompt"),
-        ("lora_bias", True, "biases"),
         ("use_qalora", True, "not known here"),
         ("use_bdlora", {"x": 1}, "not known here"),
         ("invented_in_2031", "yes", "not known here"),
@@ -79,7 +75,7 @@ def test_a_field_that_changes_the_answer_is_refused(key: str, value: Any, reason
 
 @pytest.mark.parametrize("off", [None, False, [], {}, "", 0])
 def test_such_a_field_is_harmless_while_off(off: Any) -> None:
-    assert parse(PATH, {**PLAIN, "use_dora": off, "invented_in_2031": off}) == parse(PATH, PLAIN)
+    assert parse(PATH, {**PLAIN, "use_qalora": off, "invented_in_2031": off}) == parse(PATH, PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +86,10 @@ def test_such_a_field_is_harmless_while_off(off: Any) -> None:
         ("r", "four"),
         ("lora_alpha", float("nan")),
         ("lora_alpha", float("inf")),
-        ("bias", "all"),
-        ("bias", "lora_only"),
+        ("bias", "some"),
+        ("use_dora", "perhaps"),
+        ("modules_to_save", "lm_head"),
+        ("trainable_token_indices", 7.5),
         ("use_rslora", "perhaps"),
         ("rank_pattern", [1]),
         ("target_modules", 7),
@@ -110,15 +108,38 @@ def test_another_kind_of_adapter_says_what_was_expected() -> None:
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "OLoRA", "corda", "loftq", "lora_ga"])
-def test_a_start_that_changed_the_base_is_refused(start: str) -> None:
-    fault = refused({**PLAIN, "init_lora_weights": start})
-    assert (fault.field, fault.expected) == ("init_lora_weights", "true")
-    assert "path_initial_model_for_weight_conversion" in str(fault)
+def test_a_start_that_changed_the_base_is_told(start: str) -> None:
+    assert parse(PATH, {**PLAIN, "init_lora_weights": start}).start == start.lower()
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
 def test_a_start_that_left_the_base_alone_is_taken(start: Any) -> None:
-    assert parse(PATH, {**PLAIN, "init_lora_weights": start}).init_lora_weights == start
+    config = parse(PATH, {**PLAIN, "init_lora_weights": start})
+    assert config.init_lora_weights == start and config.start is None
+
+
+@pytest.mark.parametrize(
+    ("given", "module", "rows"),
+    [
+        ([5, 6], "model.embed_tokens", (5, 6)),
+        ({"embed_tokens": [7]}, "model.embed_tokens", (7,)),
+        ({"tokens": [7]}, "model.embed_tokens", ()),
+        (None, "model.embed_tokens", ()),
+    ],
+)
+def test_retrained_rows_are_those_of_their_module(
+    given: Any, module: str, rows: tuple[int, ...]
+) -> None:
+    assert parse(PATH, {**PLAIN, "trainable_token_indices": given}).token_rows(module) == rows
+
+
+def test_what_a_merge_can_do_is_kept(tmp_path: Path) -> None:
+    raw = saved_by_peft(
+        tmp_path, use_dora=True, bias="lora_only", modules_to_save=["lm_head", "norm"]
+    )
+    config = parse(PATH, raw)
+    assert (config.use_dora, config.bias) == (True, "lora_only")
+    assert config.modules_to_save == ("lm_head", "norm")
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

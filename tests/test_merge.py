@@ -16,9 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from quant import adapter as lora
 from quant import source
 from quant.adapter import WEIGHTS
-from quant.errors import AdapterError
-from quant.merge import delta, merged_weight
-from tests import tiny
+from quant.merge import alone, change, delta, merged
+from tests import tiny, variants
 
 # PEFT multiplies and adds in the same float32, in another order of operations.
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
@@ -77,14 +76,35 @@ def test_other_families_merge_as_peft_does(tmp_path: Path, family: str) -> None:
     assert_merges_as_peft(base, tiny.adapter_folder(tmp_path / "lora", base, targets=targets))
 
 
-def test_a_head_merges_once_pefts_copy_of_it_is_left_out(base: Path, tmp_path: Path) -> None:
-    folder = tiny.adapter_folder(tmp_path / "lora", base, targets=("lm_head", "q_proj"))
-    with pytest.raises(AdapterError, match=r"base_layer\.weight .* save_embedding_layers=False"):
-        lora.read(folder)
-    tensors = load_file(folder / WEIGHTS)
-    del tensors["base_model.model.lm_head.base_layer.weight"]
-    save_file(tensors, folder / WEIGHTS)
-    assert_merges_as_peft(base, folder)
+def test_a_head_merges_beside_pefts_copy_of_it(base: Path, tmp_path: Path) -> None:
+    assert_merges_as_peft(
+        base, tiny.adapter_folder(tmp_path / "lora", base, targets=("lm_head", "q_proj"))
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"targets": ("embed_tokens", "q_proj"), "use_dora": True},
+        {"modules_to_save": ["lm_head", "norm"]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "use_rslora": True},
+    ],
+    ids=["dora", "dora-patterns", "dora-embedding", "saved", "pissa", "olora"],
+)
+def test_what_is_more_than_a_pair_merges_as_peft_does(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    base = variants.base_folder(tmp_path / "base")
+    folder, _ = variants.trained(tmp_path / "lora", base, **settings)
+    theirs = merged_by_peft(base, [folder])
+    opened = source.open(str(base), adapters=[folder])
+    moved = {name for name in opened.tensors.names() if opened.tensors.is_merged(name)}
+    assert moved == opened.adapters[0].parts.tensors()
+    for name in moved:
+        torch.testing.assert_close(opened.tensors.get(name), theirs[name], rtol=1e-4, atol=1e-5)
 
 
 def test_two_adapters_add_up(base: Path, tmp_path: Path) -> None:
@@ -119,13 +139,27 @@ def test_a_half_precision_adapter_is_multiplied_in_float32(base: Path, tmp_path:
 def test_the_base_is_not_changed_in_place(base: Path, tmp_path: Path) -> None:
     adapter = lora.read(tiny.adapter_folder(tmp_path / "lora", base))
     weight = torch.zeros(64, 128)
-    merged = merged_weight(weight, [adapter], MODULE)
+    after = merged(weight, [adapter], f"{MODULE}.weight")
     assert not weight.any()
-    torch.testing.assert_close(merged, delta(adapter, MODULE))
-    assert merged.any()
+    torch.testing.assert_close(after, delta(adapter, MODULE))
+    assert after.any()
 
 
-def test_a_module_that_no_adapter_holds_stays_as_it_was(base: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_no_adapter_holds_stays_as_it_was(base: Path, tmp_path: Path) -> None:
     adapter = lora.read(tiny.adapter_folder(tmp_path / "lora", base))
     weight = torch.randn(4, 4).to(torch.bfloat16)
-    assert torch.equal(merged_weight(weight, [adapter], "model.norm"), weight.float())
+    assert torch.equal(merged(weight, [adapter], "model.norm.weight"), weight.float())
+    assert not change(adapter, weight, "model.norm.weight").any()
+
+
+def test_changes_of_every_kind_add_up(tmp_path: Path) -> None:
+    """Two adapters' sum is the base and each one's own change, DoRA's taken against the base."""
+    base = variants.base_folder(tmp_path / "base")
+    dora = lora.read_trained(variants.trained(tmp_path / "dora", base, use_dora=True)[0])
+    plain = lora.read_trained(variants.trained(tmp_path / "plain", base, seed=1)[0])
+    name = f"{MODULE}.weight"
+    weight = source.open(str(base)).tensors.get(name)
+    both = merged(weight, [dora, plain], name)
+    torch.testing.assert_close(
+        both, alone(dora, weight, name) + delta(plain, MODULE), rtol=1e-5, atol=1e-6
+    )
