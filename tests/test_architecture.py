@@ -31,7 +31,9 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "base", 
 # vLLM 0.x moves its modules; every place that knows one is named here.
 VLLM_DOORS = {"worker", "vllm_compat", "lora_cpu", "cpu_ops", "endpoints", "stats"}
 LIGHT = ("quant.artifact", "quant.adapter", "quant.errors")  # standard library and pydantic only
-MATHS = ("quant.grid", "quant.gptq", "quant.int8", "quant.packing")
+MATHS = (
+    "quant.combine", "quant.gptq", "quant.grid", "quant.int8", "quant.nf4", "quant.packing",
+)  # fmt: skip
 MATHS_MAY_IMPORT = {"__future__", "collections", "dataclasses", "math", "typing", "torch"}
 UNSAFE_CALLS = {"pickle.load", "pickle.loads", "torch.load", "joblib.load", "dill.load"}
 

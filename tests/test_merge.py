@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ from tests import tiny, variants
 # PEFT multiplies and adds in the same float32, in another order of operations.
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 MODULE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with variants.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quant.adapter import CONFIG
 from tests import tiny
 
 PROMPT = torch.arange(4, 36).reshape(2, 16)
@@ -50,7 +49,18 @@ STARTS: Mapping[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
     "pissa-dora": {"init_lora_weights": "pissa", "use_dora": True},
-}  # fmt: skip
+}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny models spend their time waking threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def trained(
@@ -104,14 +114,6 @@ def with_adapter(base: Path, folder: Path) -> Tensor:
     """Logits that PEFT gives for the adapter in a folder, unmerged, on the model in another."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return logits(PeftModel.from_pretrained(model, folder))
-
-
-def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    """The adapter with its config changed in place."""
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
-    edit(config)
-    (folder / CONFIG).write_text(json.dumps(config), "utf-8")
-    return folder
 
 
 def base_folder(folder: Path, family: str = "llama", **shape: Any) -> Path:
