@@ -35,6 +35,11 @@ MATHS = (
     "quant.combine", "quant.gptq", "quant.grid", "quant.int8", "quant.nf4", "quant.packing",
 )  # fmt: skip
 MATHS_MAY_IMPORT = {"__future__", "collections", "dataclasses", "math", "typing", "torch"}
+PICKLERS = (
+    "pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve",
+    "torch.distributed.checkpoint",  # its reader unpickles what it finds
+)  # fmt: skip
+UNPICKLER = "quant.unpickle"
 UNSAFE_CALLS = {"pickle.load", "pickle.loads", "torch.load", "joblib.load", "dill.load"}
 
 
@@ -217,14 +222,41 @@ def test_import_is_light(module: str) -> None:
 
 
 def test_nothing_unpickles() -> None:
+    """But through one door, whose reader resolves names from its own tables."""
     wrong = []
     for source in sources(*PRODUCT):
+        for found in imports(source):
+            if under(found.module, *PICKLERS) and source.name != UNPICKLER:
+                wrong.append(f"{source.at(found.line)} {found.module}")
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Call) and dotted(node.func) in UNSAFE_CALLS:
                 wrong.append(source.at(node.lineno))
             if isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code"}:
                 wrong += [source.at(node.value.lineno)] * (ast.unparse(node.value) != "False")
     assert not wrong, f"loads code instead of data: {wrong}"
+
+
+def test_the_unpickler_imports_nothing_it_is_asked_for() -> None:
+    (door,) = [source for source in sources("quant") if source.name == UNPICKLER]
+    used = {dotted(n) for n in ast.walk(door.tree) if isinstance(n, ast.Attribute)}
+    assert {name for name in used if name.startswith("pickle.")} <= {
+        "pickle.Unpickler",
+        "pickle.UnpicklingError",
+    }, "the door uses pickle for more than to subclass its reader"
+    readers = [
+        node
+        for node in ast.walk(door.tree)
+        if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(dotted, node.bases)
+    ]
+    assert len(readers) == 1, "one reader, or nobody knows which tables hold"
+    methods = {f.name: f for f in readers[0].body if isinstance(f, ast.FunctionDef)}
+    names = {
+        inner.id if isinstance(inner, ast.Name) else inner.attr
+        for inner in ast.walk(methods["find_class"])
+        if isinstance(inner, ast.Name | ast.Attribute)
+    }
+    assert not names & {"super", "getattr", "__import__", "import_module", "eval", "modules"}
+    assert not [i for i in imports(door) if under(i.module, "importlib", "builtins", "sys")]
 
 
 def test_tests_build_real_things() -> None:

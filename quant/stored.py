@@ -1,0 +1,110 @@
+"""A tensor that lies in a file and is read when asked for; nothing is held in between.
+
+Every reader of a trainer's checkpoint hands these on, so that a model is never in memory whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.errors import SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A view of a storage: `begin` is the storage's first byte in `path`, `offset` and `stride`
+    count elements, `held` is how many of them the storage has."""
+
+    path: Path
+    begin: int
+    held: int
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        odd = len(self.shape) != len(self.stride) or min(self.shape, default=0) < 0
+        if odd or min(self.stride, default=0) < 0 or self.offset < 0:
+            raise SourceError(f"{self.path} is corrupt: a tensor of {self.shape}, {self.stride}")
+        if self.offset + self.span > self.held:
+            raise SourceError(
+                f"{self.path} is corrupt: a tensor ends at {self.offset + self.span} of a storage"
+                f" of {self.held}"
+            )
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> int:
+        """Elements of the storage from the first that the view shows to the last."""
+        if not self.numel:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
+    def read(self) -> Tensor:
+        """In the stored dtype. SourceError where the file ends early."""
+        if self.numel > self.held:  # a view of stride 0 asks for memory that no file holds
+            raise SourceError(f"{self.path} repeats {self.held} numbers into {list(self.shape)}")
+        raw = self._elements(self.offset, self.span)
+        return raw.as_strided(self.shape, self.stride).contiguous()
+
+    def part(self, first: int, last: int) -> Tensor:
+        """Elements [first, last) of a tensor of one dimension."""
+        if len(self.shape) != 1 or self.stride != (1,) or not 0 <= first <= last <= self.numel:
+            raise SourceError(f"{self.path} is corrupt: no elements {first}:{last} of {self.shape}")
+        return self._elements(self.offset + first, last - first)
+
+    def _elements(self, first: int, count: int) -> Tensor:
+        made = torch.empty(count, dtype=self.dtype)
+        if not count:
+            return made
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin + first * self.dtype.itemsize)
+                got = file.readinto(made.view(torch.uint8).numpy().data)
+        except OSError as fault:
+            raise SourceError(f"{self.path} cannot be read: {fault.strerror}") from fault
+        if got != made.nbytes:
+            raise SourceError(f"{self.path} is truncated: {made.nbytes - got} bytes are missing")
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor of the model, put together by `read` from what `path` and its siblings hold."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A trainer's checkpoint: `files` are all that the weights are read from."""
+
+    files: tuple[Path, ...]
+    weights: dict[str, Weight]
+
+
+def whole(stored: Stored) -> Weight:
+    """A tensor that lies in one piece."""
+    return Weight(stored.path, stored.shape, stored.dtype, stored.read)
+
+
+def derived(weight: Weight, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> Weight:
+    """What `change` makes of a tensor once it is read: one of `shape`, in the same dtype."""
+    return Weight(weight.path, shape, weight.dtype, lambda: change(weight.read()))
