@@ -1,4 +1,4 @@
-"""Opens the model a user has: a Hugging Face folder, a GGUF file, a hub id, or `demo`.
+"""Opens the model a user has: a Hugging Face or trainer's folder, a GGUF file, a hub id, `demo`.
 
 Tensors are read one at a time, adapters merged into them on the way. Refuses damaged shards,
 models that are quantized already, and anything but a decoder-only language model.
@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from httpx2 import HTTPError  # what huggingface_hub speaks with; a proxy's refusal escapes it
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PretrainedConfig
 
 from quant import adapter as lora
-from quant import anatomy, artifact, gguf, merge, starts
+from quant import architecture, artifact, gguf, merge, remodel, starts, trainer, vocabulary
 from quant.adapter import Adapter
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SourceError
@@ -108,12 +107,13 @@ def open(
 ) -> Source:
     """The model behind `spec`, checked whole, with `adapters` merged as its tensors are read.
 
-    Reads every byte of the weights once, for the fingerprint. `cache` keeps converted GGUF
-    files. SourceError or AdapterError name what is missing, damaged or does not fit.
+    Reads every byte of the weights once, for the fingerprint. `cache` keeps converted GGUF files
+    and checkpoints. SourceError or AdapterError name what is missing, damaged or does not fit.
     """
     cache = (cache or CACHE).expanduser().absolute()
-    folder = _folder(spec, cache, say)
-    config = _config(folder)
+    given = _folder(spec, cache, say)
+    folder = vocabulary.fitted(given, architecture.config(given), cache, say)
+    config = architecture.config(folder)
     try:
         headers = artifact.headers(folder)
         fingerprint = Fingerprint(
@@ -123,7 +123,11 @@ def open(
     except ArtifactError as fault:
         raise SourceError(str(fault)) from fault
     opened = _adapters(adapters, fingerprint)
-    anatomy.check_unchanged(config, {n: header.shape for n, header in headers.items()}, opened)
+    made_over = remodel.fitted(folder, config, headers, opened, cache)
+    if made_over != folder:
+        say("the adapter changes the head or the vocabulary: reading a copy that has room for it")
+        folder, config = made_over, architecture.config(made_over)
+        headers = artifact.headers(folder)
     dtype = _served_dtype(folder, config, headers)
     tensors = Tensors(folder, headers, opened)
     return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache)
@@ -136,7 +140,7 @@ def _folder(spec: str, cache: Path, say: Say) -> Path:
     if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf.folder(path, cache, say)
     if path.is_dir():
-        return path.resolve()
+        return trainer.folder(path.resolve(), cache, say)
     if path.exists():
         raise SourceError(f"{path} is neither a model folder nor a .gguf file")
     if not _HUB_ID.match(spec):
@@ -147,32 +151,6 @@ def _folder(spec: str, cache: Path, say: Say) -> Path:
     except (OSError, HTTPError, HFValidationError) as fault:
         reason = str(fault).partition("\n")[0]
         raise SourceError(f"{spec} is no folder here, and the hub said: {reason}") from fault
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SourceError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        if artifact.quantization_config(folder) is not None:
-            raise SourceError(f"{path} has a quantization_config: the model is quantized already")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ArtifactError as fault:
-        raise SourceError(str(fault)) from fault
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as fault:
-        raise SourceError(f"{path} is not of a known architecture: {_brief(fault)}") from fault
-    _check_decoder(path, config)
-    return config
-
-
-def _check_decoder(path: Path, config: PretrainedConfig) -> None:
-    names = config.architectures or []
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if config.is_encoder_decoder or not names or names[0] not in known:
-        raise SourceError(
-            f"{path}: {', '.join(names) or config.model_type} is not a decoder-only language model"
-            " that transformers knows"
-        )
 
 
 def _adapters(folders: Sequence[Path], parent: Fingerprint) -> tuple[Adapter, ...]:
@@ -204,7 +182,3 @@ def _dtype(folder: Path, name: str, header: TensorHeader) -> torch.dtype:
             f"{folder / header.file}: {name} is {header.dtype}: not full-precision weights"
         )
     return _DTYPES[header.dtype]
-
-
-def _brief(fault: Exception) -> str:
-    return " ".join(str(fault).split())[:300]

@@ -1,0 +1,294 @@
+"""`quant.fsdp`, `quant.dcp` and `quant.naming`: sharded and whole state dicts come back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
+from transformers import AutoConfig
+
+from quant import architecture, dcp, fsdp, naming
+from quant.architecture import Outline
+from quant.errors import SourceError
+from quant.stored import Checkpoint
+from tests import tiny, trainers
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def tied(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def state(tied: bool) -> State:  # noqa: FBT001
+    """With the tied head too, as torch's own state dict has it."""
+    return dict(tiny.model(tied=tied).state_dict())
+
+
+@pytest.fixture(scope="module")
+def outline(tied: bool, tmp_path_factory: pytest.TempPathFactory) -> Outline:  # noqa: FBT001
+    folder = trainers.companions(tmp_path_factory.mktemp("config"), tied=tied)
+    return architecture.outline(AutoConfig.from_pretrained(folder))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that it saves without a process group."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def saved(folder: Path, content: Mapping[str, Any]) -> Path:
+    with alone():
+        save(dict(content), checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def same(read: Checkpoint, outline: Outline, state: State) -> bool:
+    found = naming.named(read.weights, outline, Path("there"))
+    assert found.keys() == outline.shapes.keys()
+    return all(torch.equal(weight.read(), state[name]) for name, weight in found.items())
+
+
+@pytest.mark.parametrize(
+    "under",
+    [
+        lambda state: state,
+        lambda state: {"model": state},
+        lambda state: {"app": {"model": state, "optim": {"exp_avg": state}}, "step": 3},
+        lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
+        lambda state: {"model": state, "optimizer": {"state": state}, "train_state": b"x"},
+    ],
+    ids=["bare", "accelerate", "stateful", "compiled", "optimizer"],
+)
+def test_a_sharded_folder_comes_back(
+    state: State, outline: Outline, tmp_path: Path, under: Callable[[State], Mapping[str, Any]]
+) -> None:
+    saved(tmp_path / "pytorch_model_fsdp_0", under(state))
+    found = fsdp.find_sharded(tmp_path)
+    assert found == tmp_path / "pytorch_model_fsdp_0"
+    assert fsdp.find_sharded(found) == found
+    assert same(fsdp.read_sharded(found), outline, state)
+
+
+def test_parts_of_several_ranks_come_together(
+    state: State, outline: Outline, tmp_path: Path
+) -> None:
+    def rows(tensor: Tensor) -> trainers.Parts:
+        parts = tensor.chunk(3)
+        tails = (0,) * (tensor.dim() - 1)
+        return [((sum(len(p) for p in parts[:n]), *tails), p) for n, p in enumerate(parts)]
+
+    trainers.dcp(tmp_path, {f"model.{n}": rows(t) for n, t in state.items()}, files=3)
+    read = fsdp.read_sharded(tmp_path)
+    assert len(read.files) == 4
+    assert same(read, outline, state)
+
+
+def test_a_layer_of_a_stack_is_read_alone(tmp_path: Path) -> None:
+    stack = torch.randn(4, 6, 5)
+    parts: trainers.Parts = [
+        ((first, row, 0), stack[first : first + 2, row : row + 3])
+        for first in (0, 2)
+        for row in (0, 3)
+    ]
+    trainers.dcp(tmp_path, {"x": parts})
+    read = dcp.read(tmp_path)["x"]
+    assert torch.equal(read.weight().read(), stack)
+    for place in range(4):
+        assert torch.equal(read.row(place).read(), stack[place])
+
+
+def test_torchtitan_keeps_metas_names_and_rotary_pairs(
+    state: State, outline: Outline, tmp_path: Path
+) -> None:
+    def pairs(weight: Tensor, heads: int) -> Tensor:
+        rows, columns = weight.shape
+        return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, -1)
+
+    titan = {
+        "tok_embeddings.weight": state["model.embed_tokens.weight"],
+        "freqs_cis": torch.ones(2),
+    }
+    titan |= {"norm.weight": state["model.norm.weight"], "output.weight": state["lm_head.weight"]}
+    for place in range(trainers.LAYERS):
+        old, new = f"model.layers.{place}", f"layers.{place}"
+        q, k, v, o = (state[f"{old}.self_attn.{n}_proj.weight"] for n in "qkvo")
+        gate, up, down = (state[f"{old}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
+        titan |= {
+            f"{new}.attention.wq.weight": pairs(q, trainers.HEADS),
+            f"{new}.attention.wk.weight": pairs(k, trainers.GROUPS),
+            f"{new}.attention.wv.weight": v,
+            f"{new}.attention.wo.weight": o,
+            f"{new}.feed_forward.w1.weight": gate,
+            f"{new}.feed_forward.w2.weight": down,
+            f"{new}.feed_forward.w3.weight": up,
+            f"{new}.attention_norm.weight": state[f"{old}.input_layernorm.weight"],
+            f"{new}.ffn_norm.weight": state[f"{old}.post_attention_layernorm.weight"],
+        }
+    saved(tmp_path, titan)
+    assert same(fsdp.read_sharded(tmp_path), outline, state)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model_fsdp.bin", "pytorch_model.pt"]
+)
+def test_a_whole_file_comes_back(state: State, outline: Outline, tmp_path: Path, name: str) -> None:
+    torch.save({"model": state, "optimizer": {"state": {0: torch.ones(3)}}}, tmp_path / name)
+    assert fsdp.find_whole(tmp_path) == tmp_path
+    assert same(fsdp.read_whole(tmp_path), outline, state)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_parts_of_a_whole_file_come_back(
+    state: State,
+    outline: Outline,
+    tmp_path: Path,
+    indexed: bool,  # noqa: FBT001
+) -> None:
+    names = sorted(state)
+    files = [f"pytorch_model-{n:05}-of-00002.bin" for n in (1, 2)]
+    for part, file in enumerate(files):
+        torch.save({name: state[name].clone() for name in names[part::2]}, tmp_path / file)
+    if indexed:
+        index = {name: files[place % 2] for place, name in enumerate(names)}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    assert same(fsdp.read_whole(tmp_path), outline, state)
+    (tmp_path / files[1]).unlink()
+    told = "part 2 of 2" if not indexed else f"{files[1]} is missing"
+    with pytest.raises(SourceError, match=told):
+        fsdp.read_whole(tmp_path)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model_1.bin")
+    with pytest.raises(SourceError, match=r"pytorch_model\.bin, pytorch_model_1\.bin: leave one"):
+        fsdp.read_whole(tmp_path)
+    torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(SourceError, match="more than one model"):
+        fsdp.read_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [([1], "a state dict is expected"), ({"a": 1}, "holds no tensors"), ({}, "holds no tensors")],
+)
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any, told: str) -> None:
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=told):
+        fsdp.read_whole(tmp_path)
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {"x": torch.ones(1)}
+    endless["self"] = endless
+    torch.save(endless, tmp_path / "pytorch_model.bin")
+    assert len(fsdp.read_whole(tmp_path).weights) < 20
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    tensors = {"a": [((0, 0), torch.ones(2, 3)), ((2, 0), torch.ones(2, 3))]}
+    return trainers.dcp(tmp_path / "pytorch_model_fsdp_0", tensors)
+
+
+def shard_refused(folder: Path) -> str:
+    with pytest.raises(SourceError) as caught:
+        read = dcp.read(fsdp.find_sharded(folder) or folder)
+        read["a"].weight().read()
+    return str(caught.value)
+
+
+def test_a_missing_or_short_shard_is_named(sharded: Path) -> None:
+    path = sharded / "__1_0.distcp"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1])
+    assert shard_refused(sharded) == f"{path} is truncated: {len(raw) - 1} bytes of {len(raw)}"
+    path.unlink()
+    assert f"{path} is missing" in shard_refused(sharded)
+    (sharded / ".metadata").unlink()
+    assert "__0_0.distcp and no .metadata" in shard_refused(sharded)
+
+
+def test_two_models_in_one_folder_are_refused(sharded: Path) -> None:
+    trainers.dcp(sharded.parent / "pytorch_model_fsdp_1", {"a": [((0,), torch.ones(2))]})
+    with pytest.raises(SourceError, match="pytorch_model_fsdp_0, pytorch_model_fsdp_1"):
+        fsdp.find_sharded(sharded.parent)
+
+
+def altered(folder: Path, change: Callable[[Any], None]) -> None:
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def first(table: Mapping[Any, Any]) -> Any:
+    return next(iter(table.values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: setattr(first(m.storage_data), "relative_path", "../x"), "outside its folder"),
+        (lambda m: setattr(first(m.storage_data), "transform_descriptors", ["zstd"]), "compressed"),
+        (lambda m: setattr(first(m.storage_data), "offset", None), "offset is None"),
+        (lambda m: m.storage_data.pop(next(iter(m.storage_data))), "does not say where a at"),
+        (lambda m: m.state_dict_metadata["a"].chunks.pop(), "do not make up [4, 3]"),
+        (lambda m: setattr(m, "storage_data", None), "storage_data is None"),
+        (
+            lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", torch.int64),
+            "float32, .metadata says torch.int64",
+        ),
+    ],
+)
+def test_metadata_that_lies_is_refused(
+    sharded: Path, change: Callable[[Any], None], told: str
+) -> None:
+    altered(sharded, change)
+    assert told in shard_refused(sharded)
+
+
+def name_refused(state: Mapping[str, Tensor], outline: Outline, folder: Path) -> str:
+    torch.save(dict(state), folder / "pytorch_model.bin")
+    with pytest.raises(SourceError) as caught:
+        naming.named(fsdp.read_whole(folder).weights, outline, folder)
+    return str(caught.value)
+
+
+def test_names_that_do_not_fit_the_architecture_are_told(
+    state: State, outline: Outline, tmp_path: Path
+) -> None:
+    norm, embedding = "model.norm.weight", "model.embed_tokens.weight"
+    without = {name: tensor for name, tensor in state.items() if name != norm}
+    assert f"lacks {norm}, one of 1" in name_refused(without, outline, tmp_path)
+    extra = state | {"v_head.weight": torch.ones(1)}
+    assert "has v_head.weight, one of 1" in name_refused(extra, outline, tmp_path)
+    wide = state | {norm: torch.ones(65)}
+    assert f"{norm} is [65], config.json says [64]" in name_refused(wide, outline, tmp_path)
+    other = {re.sub("embed_tokens", "wte", name): tensor for name, tensor in state.items()}
+    assert f"has no {embedding}" in name_refused(other, outline, tmp_path)
+    lora = {f"base_model.model.{n}.lora_A.default.weight": t for n, t in state.items()}
+    assert "holds a LoRA adapter" in name_refused(lora, outline, tmp_path)
+
+
+def test_a_head_that_left_its_embedding_is_not_dropped(tmp_path: Path) -> None:
+    folder = trainers.companions(tmp_path / "config", tied=True)
+    outline = architecture.outline(AutoConfig.from_pretrained(folder))
+    state = dict(tiny.model(tied=True).state_dict())
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    assert "set tie_word_embeddings to false" in name_refused(state, outline, tmp_path)
