@@ -97,7 +97,7 @@ class Archive:
     def _place(self, name: str) -> tuple[int, int]:
         """First byte in the file, and size, of a record."""
         info = self._records.get(self._top + name)
-        if info is None:
+        if info is None or info.header_offset < 0:
             raise SourceError(f"{self._path} is corrupt: it has no record {name}")
         self._window.seek(info.header_offset)
         header = self._window.read(_LOCAL_HEADER) or b""

@@ -141,6 +141,8 @@ def _chunk(folder: Path, info: Any, offsets: tuple[int, ...], sizes: tuple[int, 
     length = _field(metadata, info, "length", int)
     if info.get("transform_descriptors"):
         raise SourceError(f"{metadata}: {file} is compressed: save the checkpoint without that")
+    if math.prod(sizes) > length:  # a byte each at least: no memory is asked for on a lie
+        raise SourceError(f"{metadata} is corrupt: {list(sizes)} in {length} bytes of {file!r:.80}")
     if Path(file).name != file or min(begin, length) < 0:
         raise SourceError(f"{metadata} points outside its folder: {file!r:.80}")
     path = folder / file

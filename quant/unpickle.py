@@ -107,8 +107,12 @@ def _read(path: Path, file: BinaryIO, archive: Archive | None) -> Any:
         raise SourceError(f"{path} cannot be read as a checkpoint: {fault!r:.200}") from fault
 
 
-class _Reader(pickle.Unpickler):
-    """Resolves names by table and storages by record; `find_class` never imports."""
+class _Reader(pickle._Unpickler):
+    """Resolves names by table and storages by record; `find_class` never imports.
+
+    Python's own implementation: the one in C makes its memo as long as the largest number that a
+    file gives an object, so that five bytes ask for 64 GB and the process is killed.
+    """
 
     def __init__(self, path: Path, file: BinaryIO, archive: Archive | None) -> None:
         super().__init__(file)

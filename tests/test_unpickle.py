@@ -175,6 +175,7 @@ def test_the_hostile_file_would_have_run(tmp_path: Path) -> None:
         b"ccollections\nOrderedDict\n}X\x01\x00\x00\x00aI1\nsb.",  # attributes set on a class
         b"(I1\n",  # ends early
         b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # bytes that would need all memory
+        b"]r\xff\xff\xff\xffh\x05.",  # an object number that would need a table of 64 GB
         b"\x82\x01.",  # an extension code
         b"",
     ],
