@@ -86,28 +86,6 @@ def plan(anatomy: Anatomy, base: Mapping[str, Shape], adapters: Sequence[Adapter
     return Plan(untie, grown.pop() if grown else None)
 
 
-def check_unchanged(
-    config: PretrainedConfig, base: Mapping[str, Shape], adapters: Sequence[Adapter]
-) -> None:
-    """AdapterError where merging would change the model's kind: that takes a folder of its own."""
-    if not adapters:
-        return
-    anatomy = of(config)
-    found = plan(anatomy, base, adapters)
-    for adapter in adapters:
-        hit = sorted({anatomy.head, anatomy.embedding} & adapter.parts.tensors())
-        module = hit[0].removesuffix(".weight") if hit else ""
-        if module and (found.untie or found.vocabulary):
-            what = "which this base ties to its embedding" if found.untie else "with other rows"
-            raise AdapterError(
-                f"adapter {adapter.folder} changes {module}, {what}; run `quantserve adapter merge`"
-                " first, and quantize what it writes",
-                field=module,
-                expected="untied weights" if found.untie else str(base[anatomy.embedding][0]),
-                found="tie_word_embeddings" if found.untie else str(found.vocabulary),
-            )
-
-
 def _replaced(anatomy: Anatomy, shapes: Mapping[str, Shape], adapter: Adapter) -> dict[str, Shape]:
     """Every tensor's shape once the adapter's whole tensors are in place."""
     parts, after = adapter.parts, dict(shapes)

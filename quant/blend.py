@@ -6,8 +6,6 @@ is written. Keeps one tensor and its changes in memory.
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant import adapter as lora
-from quant import anatomy, artifact, checkpoint, mixture, nf4, source, staging, starts
+from quant import anatomy, checkpoint, mixture, nf4, remodel, source, staging, starts
 from quant.adapter import Adapter
 from quant.anatomy import Anatomy, Plan
 from quant.checkpoint import Writer
@@ -76,13 +74,7 @@ class _Job:
     done: int = 0
 
     def names(self) -> list[str]:
-        """Tensors of the result: a tied copy of the head is left out, a parted head is not."""
-        names = set(self.opened.tensors.names())
-        if self.anatomy.tied:
-            names.discard(self.anatomy.head)
-        if self.plan.untie:
-            names.add(self.anatomy.head)
-        return sorted(names)
+        return remodel.names(self.anatomy, self.plan, self.opened.tensors.names())
 
     def total(self) -> int:
         trimmed = sum(len(adapter.parts.tensors()) for adapter in self.adapters)
@@ -133,10 +125,12 @@ def run(order: Order, progress: Progress) -> Blended:
         size = writer.close()
         try:
             checkpoint.copy_companions(opened.folder, folder)
-            _copy_tokenizer(job, folder)
-            _write_config(job, folder)
+            files = remodel.copy_tokenizer(job.plan, adapters, folder)
+            remodel.write_config(opened.folder, folder, job.plan, order.dtype)
         except OSError as fault:
             raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault
+    if job.plan.vocabulary is not None and not files:
+        progress.say("the vocabulary changed and no adapter brings a tokenizer: the base's is kept")
     changed = frozenset().union(*(adapter.parts.tensors() for adapter in adapters))
     return Blended(
         folder=str(target),
@@ -182,36 +176,3 @@ def _written(job: _Job, mixer: Mixer, name: str) -> Tensor:
             field=name,
         )
     return written
-
-
-def _copy_tokenizer(job: _Job, folder: Path) -> None:
-    """A grown vocabulary has a tokenizer of its own, which trainers save with the adapter."""
-    if job.plan.vocabulary is None:
-        return
-    copied = 0
-    for adapter in job.adapters:
-        for name in artifact.TOKENIZER_FILES:
-            if (adapter.folder / name).is_file():
-                shutil.copyfile(adapter.folder / name, folder / name)
-                copied += 1
-    if not copied:
-        job.progress.say(
-            "the vocabulary changed and no adapter brings a tokenizer: the base's is kept"
-        )
-
-
-def _write_config(job: _Job, folder: Path) -> None:
-    config: dict[str, Any] = json.loads((job.opened.folder / "config.json").read_bytes())
-    changes: dict[str, Any] = {}
-    if job.plan.untie:
-        changes["tie_word_embeddings"] = False
-    if job.plan.vocabulary is not None:
-        changes["vocab_size"] = job.plan.vocabulary
-    inner = config.get("text_config")
-    if isinstance(inner, dict):
-        inner |= changes
-    config |= changes
-    if job.order.dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(job.order.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -72,9 +72,8 @@ def alone(adapter: Adapter, stored: Tensor, name: str) -> Tensor:
     """
     module, _, leaf = name.rpartition(".")
     parts = adapter.parts
-    weight = stored.to(torch.float32, copy=True)
-    if key := parts.whole.get(name, parts.copies.get(name)):
-        weight = _tensor(adapter, key)
+    replaced = whole(adapter, name)
+    weight = stored.to(torch.float32, copy=True) if replaced is None else replaced
     if leaf == "bias":
         if module in parts.offsets:
             weight += scaling(adapter.config, module) * _tensor(adapter, parts.offsets[module])
@@ -84,6 +83,12 @@ def alone(adapter: Adapter, stored: Tensor, name: str) -> Tensor:
     if module in parts.rows:
         weight[list(adapter.config.token_rows(module))] = _tensor(adapter, parts.rows[module])
     return weight
+
+
+def whole(adapter: Adapter, name: str) -> Tensor | None:
+    """What the adapter puts in the tensor's place, in float32; None where it replaces nothing."""
+    key = adapter.parts.whole.get(name, adapter.parts.copies.get(name))
+    return None if key is None else _tensor(adapter, key)
 
 
 def delta(adapter: Adapter, module: str) -> Tensor:

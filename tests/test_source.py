@@ -300,16 +300,22 @@ def test_an_adapter_given_twice_is_refused(made: Path, tmp_path: Path) -> None:
     assert str(adapter_refused(made, first, again)) == f"adapter {again} is given twice"
 
 
-def test_an_adapter_on_a_tied_head_is_refused(tmp_path: Path) -> None:
-    """Some trainers store the head beside the embedding that it is: nobody would read the merge."""
+def test_an_adapter_on_a_tied_head_unties_it_in_a_copy(tmp_path: Path) -> None:
+    """Some trainers store the head beside the embedding that it is: the copy counts for nothing."""
     base = tiny.model_folder(tmp_path / "base", tied=True)
     tensors = load_file(base / SINGLE)
-    save_file(
-        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / SINGLE
-    )
+    save_file(tensors | {"lm_head.weight": torch.zeros(tiny.VOCAB, 64)}, base / SINGLE)
     folder = write_lora(tmp_path / "lora", {"lm_head": (tiny.VOCAB, 64)})
-    fault = adapter_refused(base, folder)
-    assert fault.field == "lm_head" and "ties to its embedding" in str(fault)
+    plain = source.open(str(base))
+    opened = source.open(str(base), adapters=[folder], cache=tmp_path / "cache")
+    assert not opened.config.tie_word_embeddings and opened.folder != base
+    assert opened.fingerprint == plain.fingerprint
+    embedding = opened.tensors.get("model.embed_tokens.weight")
+    assert torch.equal(embedding, tensors["model.embed_tokens.weight"])
+    head = opened.tensors.get("lm_head.weight")
+    assert (head - embedding.float()).abs().mean() > 0.01
+    again = source.open(str(base), adapters=[folder], cache=tmp_path / "cache")
+    assert again.folder == opened.folder
 
 
 def test_the_model_that_opens_is_the_model_that_loads(made: Path) -> None:
