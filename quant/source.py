@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from quant import adapter as lora
-from quant import anatomy, architecture, artifact, gguf, merge, starts, trainer, vocabulary
+from quant import architecture, artifact, gguf, merge, remodel, starts, trainer, vocabulary
 from quant.adapter import Adapter
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SourceError
@@ -123,7 +123,11 @@ def open(
     except ArtifactError as fault:
         raise SourceError(str(fault)) from fault
     opened = _adapters(adapters, fingerprint)
-    anatomy.check_unchanged(config, {n: header.shape for n, header in headers.items()}, opened)
+    made_over = remodel.fitted(folder, config, headers, opened, cache)
+    if made_over != folder:
+        say("the adapter changes the head or the vocabulary: reading a copy that has room for it")
+        folder, config = made_over, architecture.config(made_over)
+        headers = artifact.headers(folder)
     dtype = _served_dtype(folder, config, headers)
     tensors = Tensors(folder, headers, opened)
     return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache)
