@@ -33,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.registered_commands += quant_cli.app.registered_commands
+app.registered_groups += quant_cli.app.registered_groups
 
 
 def main() -> None:
