@@ -84,8 +84,10 @@ inline Floats loadf(const at::BFloat16* p) {
 inline Floats loadf(const at::Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 #endif
 // GCC would re-read weights per row and reorder the sums into spills; a value it cannot see into
-// stays in its register.
-template <class V> inline void pin(V& v) { asm("" : "+v"(v)); }
+// stays in its register. And it keeps an array of sums in memory unless every loop over it is gone
+// before it looks.
+#define UNROLL _Pragma("GCC unroll 8")
+template <class V> inline void pin(V& v) { asm volatile("" : "+v"(v)); }
 
 constexpr int OUT = 16, VECS = OUT / LANES;  // outputs per block; vectors per block
 constexpr int ROWS = 64;                     // rows per task: their chunk stays in L1
@@ -124,10 +126,10 @@ struct Weights {
 template <int J, class Source, int R, int SUMS>
 inline void step(const int8_t* w, const int16_t* x, int64_t stride, Ints (&sum)[SUMS][R][VECS]) {
   Ints pair[VECS];
-  for (int v = 0; v < VECS; v++) pin(pair[v] = Source::template pair<J>(w, v));
-  for (int r = 0; r < R; r++) {
+  UNROLL for (int v = 0; v < VECS; v++) pin(pair[v] = Source::template pair<J>(w, v));
+  UNROLL for (int r = 0; r < R; r++) {
     Ints both = spread(*(const int32_t*)(x + r * stride + 2 * J));
-    for (int v = 0; v < VECS; v++) pin(sum[J % SUMS][r][v] = dot(sum[J % SUMS][r][v], pair[v], both));
+    UNROLL for (int v = 0; v < VECS; v++) pin(sum[J % SUMS][r][v] = dot(sum[J % SUMS][r][v], pair[v], both));
   }
 }
 
@@ -136,7 +138,9 @@ template <class Source, int R>
 void tile(const int8_t* w, const Rows& rows, int64_t at, const float* scale, float* acc) {
   constexpr int SUMS = R * VECS < 4 ? 4 : 1;  // separate chains hide the latency of `dot`
   Ints sum[SUMS][R][VECS];
-  for (auto& s : sum) for (auto& row : s) for (auto& v : row) v = zero();
+  UNROLL for (int i = 0; i < SUMS; i++)
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int v = 0; v < VECS; v++) sum[i][r][v] = zero();
   const int16_t* x = rows.value.data() + at * rows.width;
   for (int64_t k = 0; k < rows.width; k += 8, x += 8, w += Source::BYTES) {
     step<0, Source>(w, x, rows.width, sum);
@@ -144,10 +148,10 @@ void tile(const int8_t* w, const Rows& rows, int64_t at, const float* scale, flo
     step<2, Source>(w, x, rows.width, sum);
     step<3, Source>(w, x, rows.width, sum);
   }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < VECS; v++) {
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < VECS; v++) {
       Ints s = add(sum[0][r][v], spread(rows.start[at + r]));
-      for (int i = 1; i < SUMS; i++) s = add(s, sum[i][r][v]);
+      UNROLL for (int i = 1; i < SUMS; i++) s = add(s, sum[i][r][v]);
       float* out = acc + r * OUT + v * LANES;
       Floats both = mul(spreadf(rows.scale[at + r]), loadf(scale + v * LANES));
       storef(out, fma(to_float(s), both, loadf(out)));
@@ -155,9 +159,19 @@ void tile(const int8_t* w, const Rows& rows, int64_t at, const float* scale, flo
 }
 
 template <class Source, int R = TILE>
+void one_tile(int64_t count, const int8_t* w, const Rows& rows, int64_t at, const float* scale, float* acc) {
+  if (count == R) return tile<Source, R>(w, rows, at, scale, acc);
+  if constexpr (R > 1) one_tile<Source, R - 1>(count, w, rows, at, scale, acc);
+}
+
+// As few tiles as possible, of rows as equal as possible: 8 rows are 4 + 4, not 6 + 2.
+template <class Source>
 void tiles(int64_t count, const int8_t* w, const Rows& rows, int64_t at, const float* scale, float* acc) {
-  for (; count >= R; count -= R, at += R, acc += R * OUT) tile<Source, R>(w, rows, at, scale, acc);
-  if constexpr (R > 1) tiles<Source, R / 2>(count, w, rows, at, scale, acc);
+  for (int64_t left = (count + TILE - 1) / TILE; left > 0; left--) {
+    const int64_t r = (count + left - 1) / left;
+    one_tile<Source>(r, w, rows, at, scale, acc);
+    count -= r, at += r, acc += r * OUT;
+  }
 }
 
 template <class Source>
@@ -255,21 +269,23 @@ void multiply(const Weights& weights, const Rows& rows, const T* bias, T* out) {
 template <class T>
 at::Tensor run(const at::Tensor& x, const Weights& weights, const at::Tensor* bias, int64_t chunks, int64_t width, bool per_token) {
   static thread_local Rows rows;  // reused: allocating per call costs more than one small layer
-  const int64_t k = x.size(1);
-  rows.m = x.size(0), rows.chunks = chunks, rows.width = width;
-  at::Tensor out = at::empty({rows.m, weights.n}, x.options());
+  const int64_t k = x.size(-1);
+  rows.m = x.numel() / k, rows.chunks = chunks, rows.width = width;
+  at::DimVector shape(x.sizes());
+  shape.back() = weights.n;
+  at::Tensor out = at::empty(shape, x.options());
   fill(rows, x.const_data_ptr<T>(), k, weights.bits == 4 ? 8 : 0, per_token);
   multiply(weights, rows, bias ? bias->const_data_ptr<T>() : nullptr, out.mutable_data_ptr<T>());
   return out;
 }
 
-// x [M, K]; codes as packed above, K padded to chunks * width; scale float32 [N/16, 1 or chunks, 16].
+// x [..., K]; codes as packed above, K padded to chunks * width; scale float32 [N/16, 1 or chunks, 16].
 at::Tensor linear_int(const at::Tensor& input, const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& bias,
                       int64_t n, int64_t bits, int64_t width, bool per_token) {
   const at::Tensor x = input.contiguous();
   const Weights weights{(const int8_t*)codes.const_data_ptr(), scale.const_data_ptr<float>(), n, scale.size(1), bits};
-  const int64_t chunks = (x.size(1) + width - 1) / width, blocks = (n + OUT - 1) / OUT;
-  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && width > 0 && width <= 256 && width % 8 == 0, "bad shape or chunk width");
+  const int64_t chunks = (x.size(-1) + width - 1) / width, blocks = (n + OUT - 1) / OUT;
+  TORCH_CHECK(x.size(-1) > 0 && width > 0 && width <= 256 && width % 8 == 0, "bad shape or chunk width");
   TORCH_CHECK(bits == 4 || bits == 8, "bits must be 4 or 8");
   TORCH_CHECK(scale.size(0) == blocks && (scale.size(1) == 1 || scale.size(1) == chunks), "scales do not match");
   TORCH_CHECK((int64_t)codes.nbytes() == blocks * weights.block_bytes(chunks * width), "codes do not match");
@@ -283,28 +299,40 @@ at::Tensor linear_int(const at::Tensor& input, const at::Tensor& codes, const at
   }
 }
 
-// R rows times HEAD outputs, each a dot product over K.
-constexpr int HEAD = 4;
+// R rows times HEAD outputs, each a dot product over K. 3 x 4 sums fill the registers of AVX2.
+constexpr int HEAD = 4, HEAD_ROWS = 3;
 template <int R, class W>
 void dots(const float* x, const W* w, int64_t k, float* out) {
   Floats sum[R][HEAD];
-  for (auto& row : sum) for (auto& v : row) v = spreadf(0.f);
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int n = 0; n < HEAD; n++) sum[r][n] = spreadf(0.f);
   const int64_t whole = k - k % LANES;
   for (int64_t i = 0; i < whole; i += LANES) {
     Floats row[R];
-    for (int r = 0; r < R; r++) pin(row[r] = loadf(x + r * k + i));
-    for (int n = 0; n < HEAD; n++) {
+    UNROLL for (int r = 0; r < R; r++) pin(row[r] = loadf(x + r * k + i));
+    UNROLL for (int n = 0; n < HEAD; n++) {
       Floats weight = loadf(w + n * k + i);
       pin(weight);
-      for (int r = 0; r < R; r++) sum[r][n] = fma(row[r], weight, sum[r][n]);
+      UNROLL for (int r = 0; r < R; r++) sum[r][n] = fma(row[r], weight, sum[r][n]);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < HEAD; n++) {
-      float all = total(sum[r][n]);
-      for (int64_t i = whole; i < k; i++) all += x[r * k + i] * (float)w[n * k + i];
-      out[r * HEAD + n] = all;
-    }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int n = 0; n < HEAD; n++) out[r * HEAD + n] = total(sum[r][n]);
+  for (int64_t i = whole; i < k; i++)
+    for (int r = 0; r < R; r++)
+      for (int n = 0; n < HEAD; n++) out[r * HEAD + n] += x[r * k + i] * (float)w[n * k + i];
+}
+
+template <class W>
+void some_dots(int64_t count, const float* x, const W* w, int64_t k, float* out) {
+  (count == 3 ? dots<3, W> : count == 2 ? dots<2, W> : dots<1, W>)(x, w, k, out);
+}
+
+template <class W>
+void widen(const W* w, int64_t count, float* out) {
+  int64_t i = 0;
+  UNROLL for (; i + LANES <= count; i += LANES) storef(out + i, loadf(w + i));
+  for (; i < count; i++) out[i] = (float)w[i];
 }
 
 // out [M, N] of float32 rows times 16-bit float weights [N, K], read once and widened on the way.
@@ -314,16 +342,15 @@ void wide(const at::Tensor& x, const W* w, int64_t n, float* out) {
   const float* rows = x.const_data_ptr<float>();
   at::parallel_for(0, (n + HEAD - 1) / HEAD, 8, [&](int64_t begin, int64_t end) {
     std::vector<float> panel(HEAD * k);  // HEAD weight rows as floats, for many rows or the last outputs
-    float sums[2 * HEAD];
+    float sums[HEAD_ROWS * HEAD];
     for (int64_t block = begin; block < end; block++) {
       const int64_t first = block * HEAD, have = std::min<int64_t>(HEAD, n - first);
-      const bool direct = m <= 2 && have == HEAD;
-      if (!direct) std::copy(w + first * k, w + (first + have) * k, panel.begin());
-      for (int64_t row = 0; row < m; row += 2) {
-        const int64_t count = std::min<int64_t>(2, m - row);
-        const float* x0 = rows + row * k;
-        if (direct) (count == 2 ? dots<2, W> : dots<1, W>)(x0, w + first * k, k, sums);
-        else (count == 2 ? dots<2, float> : dots<1, float>)(x0, panel.data(), k, sums);
+      const bool direct = m <= HEAD_ROWS && have == HEAD;
+      if (!direct) widen(w + first * k, have * k, panel.data());
+      for (int64_t row = 0; row < m; row += HEAD_ROWS) {
+        const int64_t count = std::min<int64_t>(HEAD_ROWS, m - row);
+        if (direct) some_dots(count, rows + row * k, w + first * k, k, sums);
+        else some_dots(count, rows + row * k, panel.data(), k, sums);
         for (int64_t r = 0; r < count; r++) std::copy(sums + r * HEAD, sums + r * HEAD + have, out + (row + r) * n + first);
       }
     }
@@ -355,7 +382,11 @@ TORCH_LIBRARY_IMPL(quantserve, CPU, m) {
 // Shapes alone, for torch.compile.
 TORCH_LIBRARY_IMPL(quantserve, Meta, m) {
   m.impl("linear_int", [](const at::Tensor& x, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t n,
-                          int64_t, int64_t, bool) { return at::empty_symint({x.sym_size(0), n}, x.options()); });
+                          int64_t, int64_t, bool) {
+    c10::SymDimVector shape(x.sym_sizes());
+    shape.back() = n;
+    return at::empty_symint(shape, x.options());
+  });
   m.impl("linear_wide", [](const at::Tensor& x, const at::Tensor& weight) {
     return at::empty_symint({x.sym_size(0), weight.sym_size(0)}, x.options());
   });

@@ -40,11 +40,10 @@ class NativeLinear:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] in float32, bfloat16 or float16 -> [..., N] in the same dtype."""
-        rows = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.quantserve.linear_int(
-            rows, self.codes, self.scale, bias, self.outputs, self.bits, self.width, self.per_token
+            x, self.codes, self.scale, bias, self.outputs, self.bits, self.width, self.per_token
         )
-        return out.view(*x.shape[:-1], self.outputs)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
