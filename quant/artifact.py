@@ -7,7 +7,7 @@ headers, never tensors; trusts neither header sizes nor file names it finds.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from quant.errors import ArtifactError
+from quant.evidence import Fidelity
 from quant.headers import TensorHeader, read_headers
 
 MANIFEST = "quantserve.json"
@@ -98,6 +99,7 @@ class Manifest(_Frozen):
     seconds: float
     versions: dict[str, str]
     files: dict[str, FileDigest] = {}
+    fidelity: Fidelity | None = None
 
 
 def read(folder: Path) -> Manifest | None:
@@ -118,7 +120,13 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
 
     The last step of making an artifact: the manifest is flushed to disk and renamed into place.
     """
-    files = {name: _digest(folder / name) for name in _file_names(folder)}
+    return amend(folder, manifest.model_copy(update={"files": {}}), _file_names(folder))
+
+
+def amend(folder: Path, manifest: Manifest, altered: Iterable[str]) -> Manifest:
+    """As `seal`, with new digests of the files in `altered` alone."""
+    fresh = {name: _digest(folder / name) for name in altered}
+    files = dict(sorted((manifest.files | fresh).items()))
     sealed = manifest.model_copy(update={"files": files})
     staged = folder / _PARTIAL
     with staged.open("w", encoding="utf-8") as out:
@@ -262,8 +270,10 @@ def _check_index(folder: Path, found: dict[str, TensorHeader]) -> None:
 
 
 def _file_names(folder: Path) -> list[str]:
+    """Hidden ones are no part of an artifact: a lock, or what a killed process left."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in files if path.name not in (MANIFEST, _PARTIAL))
+    seen = (path.as_posix() for path in files if not path.name.startswith("."))
+    return sorted(name for name in seen if name != MANIFEST)
 
 
 def _digest(path: Path) -> FileDigest:

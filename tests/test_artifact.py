@@ -88,6 +88,28 @@ def test_sealing_again_after_a_crash_holds(single: Path) -> None:
         assert not [name for name in sealed.files if MANIFEST in name]
 
 
+def test_hidden_files_are_no_part_of_an_artifact(single: Path) -> None:
+    (single / ".lock").write_text("")
+    sealed = artifact.seal(single, FACTS)
+    assert ".lock" not in sealed.files
+    (single / ".lock").unlink()
+    artifact.verify(single, sealed)
+
+
+def test_amending_vouches_anew_for_what_was_altered_and_for_nothing_else(single: Path) -> None:
+    sealed = artifact.seal(single, FACTS)
+    weights = (single / SINGLE).read_bytes()
+    (single / "README.md").write_text("what it is")
+    (single / SINGLE).write_bytes(weights[:-1] + b"\x99")
+    amended = artifact.amend(single, sealed, ["README.md"])
+    assert artifact.read(single) == amended
+    assert set(amended.files) == {*sealed.files, "README.md"}
+    with pytest.raises(ArtifactError, match="differs from what was sealed"):
+        artifact.verify(single, amended)
+    (single / SINGLE).write_bytes(weights)
+    artifact.verify(single, amended)
+
+
 def test_a_folder_that_is_no_artifact_has_no_manifest(single: Path) -> None:
     assert artifact.read(single) is None
 
