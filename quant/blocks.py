@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant import lockstep
-from quant.errors import SolveError, SourceError
+from quant.errors import RecipeError, SolveError, SourceError
 from quant.source import Source
 
 _PROBE_TOKENS = 8
@@ -74,6 +74,19 @@ class Solver(Protocol):
         self, decoder: Decoder, place: int, names: Sequence[str], inputs: Iterator[Tensor]
     ) -> None:
         """Sets the weights of block `place`'s layers `names`, which read [tokens, columns]."""
+
+
+def device(name: str) -> torch.device:
+    """The device of that name; RecipeError unless this machine has it."""
+    try:
+        found = torch.device(name)
+    except RuntimeError as fault:
+        raise RecipeError(f"{name!r} is not a device torch knows") from fault
+    if found.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r}: cpu or cuda is needed")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device {name!r}: this torch sees no CUDA device")
+    return found
 
 
 def skeleton(source: Source, device: torch.device) -> Decoder:

@@ -7,18 +7,18 @@ is refused with its number; a set that comes out shorter than asked is reported 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quant import scribe, tokens
+from quant import jsonl, scribe, tokens
 from quant.artifact import CalibrationReport
 from quant.errors import CalibrationError, RecipeError
 from quant.recipe import Recipe
@@ -37,6 +37,10 @@ class Batches:
     report: CalibrationReport
 
 
+# The whole file, or its last tenth, or what comes before that.
+Part = Literal["whole", "held-out", "calibrating"]
+
+
 class Record(BaseModel):
     """One line: a text, or a chat. Keys beyond the two are the file owner's business."""
 
@@ -45,32 +49,49 @@ class Record(BaseModel):
 
 
 def prepare(
-    source: Source, recipe: Recipe, file: Path | None, say: Callable[[str], None]
+    source: Source,
+    recipe: Recipe,
+    file: Path | None,
+    say: Callable[[str], None],
+    part: Part = "whole",
 ) -> Batches:
     """At most `recipe.samples` rows of `recipe.length` tokens, the same for the same seed.
 
     CalibrationError names the line that is malformed, or says that none is usable. Without a
-    file the model writes the rows (cached in the source's cache folder).
+    file the model writes the rows (cached in the source's cache folder). `part` is of the file.
     """
-    text_config = source.config.get_text_config()
-    if recipe.length > text_config.max_position_embeddings:
-        raise RecipeError(
-            f"length {recipe.length} exceeds the model's {text_config.max_position_embeddings}"
-            " positions"
-        )
+    check_length(source, recipe.length)
     tokenizer = tokens.load_tokenizer(source.folder)
     if file is None:
         ids = scribe.rows(source, tokenizer, recipe, say)
         batches = _batches(list(ids.tolist()), recipe.length, "self-generated")
     else:
-        batches = _batches(_from_file(file, tokenizer, recipe), recipe.length, "file")
-    tokens.check_vocabulary([int(batches.input_ids.max())], text_config.vocab_size)
+        usable = _part(file, part)
+        rows = _from_file(file, usable, tokenizer, recipe)
+        batches = _batches(rows, recipe.length, "file")
+    vocabulary = source.config.get_text_config().vocab_size
+    tokens.check_vocabulary([int(batches.input_ids.max())], vocabulary)
     if batches.report.samples < recipe.samples:
+        what = "held-out text" if part == "held-out" else "calibration"
         say(
-            f"calibration has {batches.report.samples} rows of {recipe.length} tokens,"
+            f"{what} has {batches.report.samples} rows of {recipe.length} tokens,"
             f" fewer than the {recipe.samples} asked for"
         )
     return batches
+
+
+def check_length(source: Source, length: int) -> None:
+    """RecipeError for sequences that are longer than the model can read."""
+    positions = source.config.get_text_config().max_position_embeddings
+    if length > positions:
+        raise RecipeError(f"length {length} exceeds the model's {positions} positions")
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What starts every sequence: one token, or none."""
+    # A tokenizer that also ends documents leaves [BOS, EOS] of an empty one.
+    empty = tokens.of_text("", tokenizer)
+    return empty[:1] if empty[:1] == [tokenizer.bos_token_id] else []
 
 
 def pack(
@@ -95,14 +116,26 @@ def pack(
     return [*rows, row] if row else rows
 
 
-def _from_file(file: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[list[int]]:
+def _part(file: Path, part: Part) -> list[tuple[int, Record]]:
     usable = [(number, record) for number, record in _records(file) if _is_usable(record)]
     if not usable:
         raise CalibrationError(f'{file} has no usable line: {{"text": ...}} or {{"messages": ...}}')
+    if part == "whole":
+        return usable
+    if len(usable) < 2:
+        raise CalibrationError(f"{file} has one usable line: two are needed to hold one out")
+    held = max(1, len(usable) // 10)
+    return usable[-held:] if part == "held-out" else usable[:-held]
+
+
+def _from_file(
+    file: Path,
+    usable: Sequence[tuple[int, Record]],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+) -> list[list[int]]:
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(recipe.seed))
-    bos = tokens.of_text("", tokenizer)
-    # A tokenizer that also ends documents leaves [BOS, EOS] of an empty one.
-    bos = bos[:1] if bos[:1] == [tokenizer.bos_token_id] else []
+    bos = opening(tokenizer)
 
     def streams() -> Iterator[list[int]]:
         for place in order.tolist():
@@ -127,21 +160,7 @@ def _encode(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _records(file: Path) -> Iterator[tuple[int, Record]]:
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as fault:
-        raise CalibrationError(f"{file} cannot be read: {fault.strerror}") from fault
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = Record.model_validate_json(line)
-        except ValidationError as fault:
-            first = fault.errors(include_url=False)[0]
-            place = "".join(f"{part}: " for part in first["loc"])
-            raise CalibrationError(
-                f"{file}:{number}: malformed line: {place}{first['msg']}"
-            ) from fault
+    for number, record in jsonl.read(file, Record):
         if (record.text is None) == (record.messages is None):
             raise CalibrationError(f'{file}:{number}: a line has either "text" or "messages"')
         yield number, record

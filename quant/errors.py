@@ -1,10 +1,14 @@
-"""What can go wrong on the way to an artifact; the command line prints it and exits 2."""
+"""What can go wrong on the way to an artifact; the command line prints it and exits."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 
 class QuantError(Exception):
     """The user can act on it: the message says what, where, and what was expected."""
+
+    exit_status: ClassVar[int] = 2
 
 
 class RecipeError(QuantError):
@@ -37,7 +41,7 @@ class AdapterError(QuantError):
 
 
 class CalibrationError(QuantError):
-    """The calibration file holds a malformed line, or nothing usable."""
+    """A file of texts, chats or questions holds a malformed line, or nothing usable."""
 
 
 class SolveError(QuantError):
@@ -54,3 +58,13 @@ class SpaceError(QuantError):
 
 class TargetExists(QuantError):
     """The output folder is there already and was not asked to be replaced."""
+
+
+class CompareError(QuantError):
+    """Parent and artifact do not belong together, or one of them cannot be run."""
+
+
+class TooLossy(QuantError):
+    """The artifact is further from its parent than was allowed."""
+
+    exit_status = 3
