@@ -1,25 +1,24 @@
-"""`quantserve quantize` and `quantserve inspect`.
+"""`quantserve quantize` and `quantserve inspect`, beside `quantserve compare`.
 
-Every mistake of the user's is one line on stderr and exit status 2; so is Ctrl-C, and it leaves
-nothing behind. torch and transformers are imported when a command runs, not before.
+Every mistake of the user's is one line on stderr and exit status 2, a shut gate one and 3; Ctrl-C
+is one line and 2, and leaves nothing behind. torch and transformers are imported when a command
+runs, not before.
 """
 
-import json
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from quant import artifact
+from quant import adapter_cli, artifact, bar, card, compare_cli
 from quant.artifact import LayerReport, Manifest
 from quant.errors import ArtifactError, QuantError
-from quant.recipe import build
+from quant.recipe import build, check_limit
 
 app = typer.Typer(
     name="quantserve",
@@ -29,20 +28,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.registered_commands += compare_cli.app.registered_commands
+app.add_typer(adapter_cli.app)
 
 
 _TYPER_INTERRUPTED = 130  # how Typer leaves on Ctrl-C, without a word
 
 
 def main(run: Callable[[], object] = app) -> None:
-    """Run `run`; a QuantError, or Ctrl-C, is one line and exit status 2."""
+    """Run `run`; a QuantError is one line and its exit status, Ctrl-C one and 2."""
     # A shell starts background jobs with SIGINT ignored; a long job has to be stoppable too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()
     except QuantError as fault:
         sys.stderr.write(f"quantserve: {fault}\n")
-        sys.exit(2)
+        sys.exit(fault.exit_status)
     except (KeyboardInterrupt, SystemExit) as left:
         if isinstance(left, SystemExit) and left.code != _TYPER_INTERRUPTED:
             raise
@@ -89,6 +90,13 @@ def quantize(
         typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
     ] = None,
     force: Annotated[bool, typer.Option(help="replace the artifact at --out")] = False,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="publish nothing, with exit status 3, when the mean KL from the parent on "
+            "held-out rows is above, in nats"
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="a JSON object per line on stdout, the manifest last")
     ] = False,
@@ -101,6 +109,7 @@ def quantize(
     given = {"scheme": scheme, "group_size": group_size, "samples": samples, "length": length,
              "seed": seed, "device": device}  # fmt: skip
     recipe = build({name: value for name, value in given.items() if value is not None})
+    check_limit(max_kl)
 
     from quant import pipeline
 
@@ -111,12 +120,13 @@ def quantize(
         calibration_file=calibration,
         cache=cache,
         force=force,
+        max_kl=max_kl,
     )
     if as_json:
-        _json_line(pipeline.run(recipe, order, _Lines()).model_dump(mode="json"))
+        bar.write(pipeline.run(recipe, order, bar.Lines()).model_dump(mode="json"))
         return
-    with _Bar() as bar:
-        manifest = pipeline.run(recipe, order, bar)
+    with bar.Bar("layers") as shown:
+        manifest = pipeline.run(recipe, order, shown)
     _told(manifest, out)
 
 
@@ -134,7 +144,7 @@ def inspect(
     if verify:
         artifact.verify(folder, manifest)
     if as_json:
-        _json_line(manifest.model_dump(mode="json"))
+        bar.write(manifest.model_dump(mode="json"))
         return
     console = Console(highlight=False)
     console.print(_facts(manifest))
@@ -142,70 +152,14 @@ def inspect(
         console.print(_layers(manifest.layers))
 
 
-class _Bar:
-    """A progress bar on stderr: layer, loss, time left."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task = self._progress.add_task("layers", total=1)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress.live.is_started:  # else stopping would print an empty line
-            self._progress.stop()
-
-    def say(self, line: str) -> None:
-        self._console.print(f"quantserve: {line}", markup=False, soft_wrap=True)
-
-    def solved(self, report: LayerReport, done: int, total: int) -> None:
-        self._progress.start()
-        self._progress.update(
-            self._task,
-            description=f"{report.name}  loss {report.loss:.2e}",
-            completed=done,
-            total=total,
-        )
-
-
-class _Lines:
-    """The same as JSON lines, for machines."""
-
-    def say(self, line: str) -> None:
-        _json_line({"event": "stage", "message": line})
-
-    def solved(self, report: LayerReport, done: int, total: int) -> None:
-        _json_line({"event": "layer", "done": done, "total": total} | report.model_dump())
-
-
-def _json_line(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
-
-
 def _told(manifest: Manifest, out: Path) -> None:
     before, after = manifest.bytes_before / 1e6, manifest.bytes_after / 1e6
     sys.stdout.write(
         f"{out}: {before:.1f} MB -> {after:.1f} MB in {manifest.seconds:.0f} s "
-        f"({len(manifest.layers)} layers, {_gain(manifest.layers):.2f} of the loss of rounding)\n"
+        f"({len(manifest.layers)} layers, "
+        f"{card.gain(manifest.layers):.2f} of the loss of rounding)\n"
         f"next: quantserve serve {out}\n"
     )
-
-
-def _gain(layers: tuple[LayerReport, ...]) -> float:
-    """The layers' mean loss as a fraction of what plain rounding would lose."""
-    rounding = sum(layer.rounding_loss for layer in layers)
-    return sum(layer.loss for layer in layers) / rounding if rounding else 1.0
 
 
 def _facts(manifest: Manifest) -> Table:
@@ -222,7 +176,7 @@ def _facts(manifest: Manifest) -> Table:
         "scheme": f"{manifest.scheme}, {group}",
         "size": f"{size} in {len(manifest.files)} files",
         "calibration": f"{text.samples} x {text.origin}, {text.tokens} tokens ({text.digest[:12]})",
-        "loss": f"{_gain(manifest.layers):.3f} of plain rounding's over {len(manifest.layers)} "
+        "loss": f"{card.gain(manifest.layers):.3f} of plain rounding's over {len(manifest.layers)} "
         f"layers; worst {worst.name} ({worst.loss:.2e} of its output)",
         "made": f"{manifest.created:%Y-%m-%d %H:%M} UTC in {manifest.seconds:.0f} s by quantserve "
         f"{manifest.quantserve}, torch {manifest.versions.get('torch', '?')}",

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from quant import artifact, blocks, calibration, checkpoint, source, staging
+from quant import artifact, blocks, calibration, card, checkpoint, gate, source, staging
 from quant.artifact import Manifest, MergedAdapter
 from quant.blocks import Decoder
 from quant.calibration import Batches
 from quant.checkpoint import Writer
-from quant.errors import RecipeError, SpaceError
+from quant.errors import SpaceError
+from quant.gate import Gate
 from quant.layers import Layers, Progress
 from quant.recipe import Recipe, choose_group_size
 from quant.source import Source
@@ -38,6 +39,7 @@ class Order:
     calibration_file: Path | None = None
     cache: Path | None = None
     force: bool = False
+    max_kl: float | None = None  # nats; what is further from its parent is not published
 
 
 def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
@@ -46,7 +48,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     Any QuantError, and Ctrl-C, leave neither a target nor a partial one behind.
     """
     began = time.monotonic()
-    device = _device(recipe.device)
+    device = blocks.device(recipe.device)
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=order.force)
     progress.say(f"opening {order.spec}")
@@ -55,7 +57,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     layers = _layers(recipe, opened, decoder, progress)
     staging.check_space(target.parent, layers.bytes_after(opened) + _MARGIN)
     with staging.staged(target) as folder:
-        rows = calibration.prepare(opened, recipe, order.calibration_file, progress.say)
+        rows, barrier = _rows(recipe, order, opened, progress)
         writer = Writer(folder)
         _solve(layers, decoder, opened, writer, rows)
         size = writer.close()
@@ -67,19 +69,21 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
             "bytes_after": size,
             "seconds": round(time.monotonic() - began, 1),
         }
-        return _finished(folder, layers, opened, facts.model_copy(update=found))
+        facts = facts.model_copy(update=found)
+        sealed = _finished(folder, target.name, layers, opened, facts)
+        return barrier.admit(opened, folder, sealed) if barrier else sealed
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as fault:
-        raise RecipeError(f"{name!r} is not a device torch knows") from fault
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"device {name!r}: cpu or cuda is needed")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device {name!r}: this torch sees no CUDA device")
-    return device
+def _rows(
+    recipe: Recipe, order: Order, opened: Source, progress: Progress
+) -> tuple[Batches, Gate | None]:
+    """The rows that calibrate, and the gate with rows that do not where one was asked for."""
+    file, say = order.calibration_file, progress.say
+    if order.max_kl is None:
+        return calibration.prepare(opened, recipe, file, say), None
+    rows = calibration.prepare(opened, recipe, file, say, "calibrating")
+    held = gate.rows(opened, recipe, file, say)
+    return rows, Gate(held, order.max_kl, order.target.expanduser().absolute(), say)
 
 
 def _layers(recipe: Recipe, opened: Source, decoder: Decoder, progress: Progress) -> Layers:
@@ -109,13 +113,16 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, writer: Writer, row
                     writer.add(written, tensor)
 
 
-def _finished(folder: Path, layers: Layers, opened: Source, manifest: Manifest) -> Manifest:
+def _finished(
+    folder: Path, name: str, layers: Layers, opened: Source, manifest: Manifest
+) -> Manifest:
     """Adds what a server needs beside the tensors, reads every layer back, and seals."""
     section = checkpoint.quantization_config(layers.scheme, layers.group)
     try:
         checkpoint.write_config(opened.folder, folder, section, layers.dtype)
         checkpoint.copy_companions(opened.folder, folder)
         checkpoint.verify(folder, layers.digests)
+        card.write(folder, manifest, name)
         return artifact.seal(folder, manifest)
     except OSError as fault:
         raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault

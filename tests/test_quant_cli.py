@@ -156,7 +156,6 @@ def test_inspect_as_json_is_the_manifest(home: Path, tmp_path: Path) -> None:
     assert Manifest.model_validate_json(run.stdout) == artifact.read(home / "out-json")
 
 
-@pytest.mark.xfail(strict=True, reason="the staging folder's .lock is sealed, then removed")
 @pytest.mark.usefixtures("cold")
 def test_inspect_verifies_every_file(home: Path, tmp_path: Path) -> None:
     sound = ran("inspect", str(home / "out-json"), "--verify", said=tmp_path / "sound")

@@ -1,0 +1,97 @@
+"""`quant.replica`: logits of the parent as transformers computes them, of artifacts as a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quant import checkpoint, int8, replica, source
+from quant.errors import CompareError
+from quant.source import Source
+from tests import tiny
+from tests.test_pipeline import Made, calibration_file, quantize
+
+CPU = torch.device("cpu")
+IDS = torch.arange(4, 84)[None]
+
+
+def opened(folder: Path, *adapters: Path) -> Source:
+    return source.open(str(folder), adapters=adapters, cache=folder.parent / "cache")
+
+
+def plain(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    out: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return out
+
+
+@pytest.mark.parametrize("head", ["tied", "own"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_the_parent_is_transformers_own(family: str, head: str, tmp_path: Path) -> None:
+    folder = tiny.model_folder(tmp_path / "parent", family, tied=head == "tied")
+    model = replica.of_parent(opened(folder), CPU)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert torch.equal(logits(model), logits(plain(folder)))
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    folder = tiny.model_folder(tmp_path / "parent")
+    lora = tiny.adapter_folder(tmp_path / "lora", folder)
+    expected = PeftModel.from_pretrained(plain(folder), lora).merge_and_unload()
+    found = logits(replica.of_parent(opened(folder, lora), CPU))
+    torch.testing.assert_close(found, logits(expected), rtol=1e-4, atol=1e-5)
+
+
+def made(home: Path, scheme: str) -> Made:
+    parent = tiny.model_folder(home / "parent")
+    return quantize(parent, home / "out", scheme=scheme, texts=calibration_file(home), samples=8)
+
+
+def artifact_logits(made: Made) -> Tensor:
+    model = replica.of_artifact(opened(made.parent), made.folder, made.manifest, CPU)
+    return logits(model)
+
+
+def served(made: Made, see: Callable[[Tensor], Tensor]) -> Tensor:
+    """The dequantized weights in the parent's model, each quantized layer computing with `see`."""
+    model = plain(made.parent)
+    model.load_state_dict(dict(checkpoint.dequantized(made.folder)), strict=False)
+    for layer in made.manifest.layers:
+        linear = model.get_submodule(layer.name)
+        assert isinstance(linear, nn.Linear)
+        linear.register_forward_pre_hook(lambda _, inputs: (see(inputs[0]),))
+    return logits(model)
+
+
+def test_weights_alone_are_quantized_in_w4a16(tmp_path: Path) -> None:
+    four = made(tmp_path, "w4a16")
+    expected = served(four, lambda inputs: inputs)
+    torch.testing.assert_close(artifact_logits(four), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_w8a8_layer_sees_its_input_rounded(tmp_path: Path) -> None:
+    eight = made(tmp_path, "w8a8")
+    found, expected = artifact_logits(eight), served(eight, int8.as_served)
+    blind = served(eight, lambda inputs: inputs)
+    # A rounding step that falls the other way moves a logit by far less than rounding itself.
+    assert (found - expected).norm() < 0.05 * (blind - expected).norm()
+
+
+def test_a_parameter_without_a_value_is_named(tmp_path: Path) -> None:
+    folder = tiny.model_folder(tmp_path / "parent")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CompareError, match=r"lacks model\.norm\.weight, which LlamaForCausalLM"):
+        replica.of_parent(opened(folder), CPU)
