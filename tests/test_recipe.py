@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from quant.errors import RecipeError
-from quant.recipe import Recipe, build, choose_group_size
+from quant.recipe import Recipe, build, check_limit, choose_group_size, draw
 
 
 def test_nothing_given_is_a_complete_recipe() -> None:
@@ -86,3 +86,27 @@ def test_a_group_size_that_is_asked_for_is_kept() -> None:
 def test_a_width_that_no_group_divides_is_named(asked: int | None) -> None:
     with pytest.raises(RecipeError, match=r"does not divide the input width 80 .*widths: 64, 80"):
         choose_group_size(build({"group_size": asked}), [80, 64])
+
+
+@pytest.mark.parametrize(
+    ("asked", "positions", "length"), [(None, 2048, 512), (None, 64, 64), (96, 64, 96)]
+)
+def test_windows_are_as_long_as_asked_or_as_the_model_reads(
+    asked: int | None, positions: int, length: int
+) -> None:
+    rows = draw({"windows": 5, "length": asked, "seed": 3}).rows(positions)
+    assert (rows.samples, rows.length, rows.seed) == (5, length, 3)
+
+
+@pytest.mark.parametrize("wrong", [{"windows": 0}, {"length": 7}, {"seed": -1}, {"colour": "red"}])
+def test_a_wrong_draw_is_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(wrong))):
+        draw(wrong)
+
+
+@pytest.mark.parametrize("limit", [-0.1, float("nan"), float("inf")])
+def test_a_limit_that_holds_nothing_back_is_refused(limit: float) -> None:
+    with pytest.raises(RecipeError, match="nats of mean KL from 0 up"):
+        check_limit(limit)
+    check_limit(0.0)
+    check_limit(None)
