@@ -77,11 +77,9 @@ def main() -> None:
     for server in _servers(args):
         print(f"{server.name}: starting", file=sys.stderr, flush=True)
         with _running(server) as (port, ready_s):
-            rows[server.name] = (
-                ready_s,
-                asyncio.run(_measure(port, args.concurrency, args.tokens)),
-            )
-    _table(rows, args.concurrency)
+            loads = asyncio.run(_measure(port, args.concurrency, args.tokens))
+        rows[server.name] = (ready_s, loads)
+        _line(server.name, rows, args.concurrency)
     if args.json:
         Path(args.json).write_text(
             json.dumps(
@@ -190,7 +188,10 @@ async def _until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -
 
 async def _measure(port: int, levels: list[int], tokens: int) -> dict[int, Load]:
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
+    # A connection per request: one of the contenders closes those that were idle for a moment.
+    connections = aiohttp.TCPConnector(limit=0, force_close=True)
+    url = f"http://127.0.0.1:{port}"
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=connections) as session:
         async with session.get("/v1/models") as answer:
             model = (await answer.json())["data"][0]["id"]
         words = random.Random(0)
@@ -246,20 +247,20 @@ async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             yield line
 
 
-def _table(rows: dict[str, tuple[float, dict[int, Load]]], levels: list[int]) -> None:
+def _line(name: str, rows: dict[str, tuple[float, dict[int, Load]]], levels: list[int]) -> None:
+    """One contender's row of the table, under a heading when it is the first."""
+    if len(rows) == 1:
+        heads = [f" | c={level:<2} tok/s  ratio  TTFT ms   ITL ms" for level in levels]
+        print(f"{'server':14} {'ready':>6}" + "".join(heads))
     base = rows[BASELINE][1] if BASELINE in rows else None
-    head = f"{'server':14} {'ready':>6}"
+    ready_s, loads = rows[name]
+    line = f"{name:14} {ready_s:5.1f}s"
     for level in levels:
-        head += f" | c={level:<2} tok/s  ratio  TTFT ms   ITL ms"
-    print(head)
-    for name, (ready_s, loads) in rows.items():
-        line = f"{name:14} {ready_s:5.1f}s"
-        for level in levels:
-            load = loads[level]
-            ratio = f"{load.tokens_per_s / base[level].tokens_per_s:5.2f}x" if base else "     -"
-            latency = f"{load.ttft_s * 1e3:8.0f} {load.itl_s * 1e3:8.1f}"
-            line += f" | {load.tokens_per_s:9.1f} {ratio} {latency}"
-        print(line)
+        load = loads[level]
+        ratio = f"{load.tokens_per_s / base[level].tokens_per_s:5.2f}x" if base else "     -"
+        latency = f"{load.ttft_s * 1e3:8.0f} {load.itl_s * 1e3:8.1f}"
+        line += f" | {load.tokens_per_s:9.1f} {ratio} {latency}"
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
