@@ -1,4 +1,4 @@
-"""The decoder blocks of a model, one at a time: found, filled, run over the calibration rows.
+"""The decoder blocks of a model, one at a time: found, filled with their weights, emptied again.
 
 Generic over architectures: the model's own code runs on a skeleton without weights, and what it
 passes to its blocks is recorded. Knows no module names; refuses models whose blocks hold no
@@ -7,19 +7,17 @@ passes to its blocks is recorded. Knows no module names; refuses models whose bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quant import lockstep
-from quant.errors import RecipeError, SolveError, SourceError
+from quant.errors import RecipeError, SourceError
 from quant.source import Source
 
 _PROBE_TOKENS = 8
@@ -29,11 +27,15 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(slots=True)
 class Stream:
-    """Rows of calibration on their way through the model."""
+    """Rows of calibration on their way through the model, as it was and as it is served."""
 
-    hidden: Tensor  # [rows, length, width], float32
+    hidden: Tensor  # [rows, length, width], float32, behind the blocks chosen so far
     mask: Tensor  # [rows, length] bool, true where a token is real
     calls: list[Call] = field(default_factory=list)  # what each block gets beside `hidden`
+    parent: Tensor = field(init=False)  # as `hidden`, behind the parent's own blocks
+
+    def __post_init__(self) -> None:
+        self.parent = self.hidden
 
     def real(self, inputs: Tensor) -> Tensor:
         """Inputs [rows, length, columns] of real tokens only, [tokens, columns]."""
@@ -51,29 +53,13 @@ class Decoder:
     blocks: Sequence[nn.Module]
     device: torch.device
 
-    def linear(self, place: int, name: str) -> nn.Linear:
-        """A linear layer by its name inside block `place`."""
-        return _linears(self.blocks[place])[name]
-
-    def linears(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, int]]:
         """Full name -> (out_features, in_features) of every linear layer in the blocks."""
         return {
             f"{self.prefix}{place}.{name}": (linear.out_features, linear.in_features)
             for place, block in enumerate(self.blocks)
-            for name, linear in _linears(block).items()
+            for name, linear in linears(block).items()
         }
-
-
-class Solver(Protocol):
-    """Who chooses the weights of the linear layers."""
-
-    def seen(self, inputs: Tensor) -> Tensor:
-        """What a layer computes with: W8A8 rounds its input, weight-only schemes do not."""
-
-    def visit(
-        self, decoder: Decoder, place: int, names: Sequence[str], inputs: Iterator[Tensor]
-    ) -> None:
-        """Sets the weights of block `place`'s layers `names`, which read [tokens, columns]."""
 
 
 def device(name: str) -> torch.device:
@@ -123,47 +109,16 @@ def embed(
     }
     head = {f"lm_head.{kind}" for kind in ("weight", "bias")} & outside
     on_device = [(ids.to(decoder.device), mask.to(decoder.device)) for ids, mask in rows]
-    with _filled(decoder.model, {name: name for name in outside - head}, source, decoder.device):
+    with filled(decoder.model, {name: name for name in outside - head}, source, decoder.device):
         streams = [_record(decoder, ids, mask) for ids, mask in on_device]
         ids, mask = (tensor[:1, :_PROBE_TOKENS] for tensor in on_device[0])
         probe = _record(decoder, ids, mask)
     return streams, probe
 
 
-def run(
-    decoder: Decoder,
-    place: int,
-    source: Source,
-    streams: tuple[Sequence[Stream], Stream],
-    solver: Solver,
-) -> None:
-    """Runs block `place` over the streams once, `solver` choosing its weights on the way.
-
-    Layers are visited in the order the block calls them, those that share an input together;
-    everything downstream already sees the chosen weights. `hidden` of each stream moves on.
-    """
-    block, (through, probe) = decoder.blocks[place], streams
-    names = {name: f"{decoder.prefix}{place}.{name}" for name in block.state_dict()}
-    with _filled(block, names, source, decoder.device):
-        first = Stream(through[0].hidden[:1, : probe.hidden.shape[1]], probe.mask, probe.calls)
-        groups = _groups(block, partial(_forward, block, first, place))
-        unreached = _linears(block).keys() - {name for group in groups for name in group}
-        if unreached:
-            raise SolveError(
-                f"{decoder.prefix}{place}.{min(unreached)}: no calibration token reached it"
-            )
-        forwards = [partial(_forward, block, stream, place) for stream in through]
-        with _stops(block, groups, solver), lockstep.lanes(forwards) as lanes:
-            for group in groups:
-                solver.visit(decoder, place, group, _inputs(lanes, through))
-            for lane, stream in zip(lanes, through, strict=True):
-                lane.advance()
-                stream.hidden = lane.result()
-
-
 def _check(decoder: Decoder, architecture: str) -> None:
     for place, block in enumerate(decoder.blocks):
-        if not _linears(block):
+        if not linears(block):
             raise SourceError(f"{architecture}: {decoder.prefix}{place} holds no nn.Linear")
         for name, weight in block.named_parameters():
             if weight.ndim > 2:
@@ -173,12 +128,12 @@ def _check(decoder: Decoder, architecture: str) -> None:
                 )
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {n: module for n, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
 @contextmanager
-def _filled(
+def filled(
     module: nn.Module, names: Mapping[str, str], source: Source, device: torch.device
 ) -> Iterator[None]:
     """Holds the source's tensors inside `module`: own name -> the source's. Embeddings stay in
@@ -207,7 +162,7 @@ def _record(decoder: Decoder, ids: Tensor, mask: Tensor) -> Stream:
 
     def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not stream.calls:
-            stream.hidden = hidden
+            stream.hidden = stream.parent = hidden
         stream.calls.append((args, kwargs))
         if len(stream.calls) == len(decoder.blocks):
             raise _Enough
@@ -223,55 +178,3 @@ def _record(decoder: Decoder, ids: Tensor, mask: Tensor) -> Stream:
         except _Enough:
             return stream
     raise SourceError(f"only {len(stream.calls)} of {len(decoder.blocks)} blocks were called")
-
-
-def _forward(block: nn.Module, stream: Stream, place: int) -> Tensor:
-    args, kwargs = stream.calls[place]
-    out = block(stream.hidden, *args, **kwargs)
-    hidden: Tensor = out[0] if isinstance(out, tuple) else out
-    return hidden
-
-
-def _groups(block: nn.Module, forward: Callable[[], Tensor]) -> list[list[str]]:
-    """Linear layers in calling order, those that read the same tensor together."""
-    calls: list[tuple[str, Tensor, int]] = []
-
-    def note(_module: nn.Module, args: tuple[Tensor], *, name: str) -> None:
-        if name in {seen for seen, *_ in calls}:
-            raise SourceError(f"{name} is used twice in one block: it has no single input")
-        calls.append((name, args[0], args[0]._version))  # held, so that no memory is reused
-
-    with ExitStack() as undo, torch.no_grad():
-        for name, linear in _linears(block).items():
-            hook = linear.register_forward_pre_hook(partial(note, name=name))
-            undo.callback(hook.remove)
-        forward()
-    groups: dict[tuple[int, int, int], list[str]] = {}
-    for name, inputs, version in calls:
-        groups.setdefault((inputs.data_ptr(), inputs.numel(), version), []).append(name)
-    return list(groups.values())
-
-
-@contextmanager
-def _stops(block: nn.Module, groups: Sequence[Sequence[str]], solver: Solver) -> Iterator[None]:
-    """The first layer of each group stops its lane; every layer computes with what it sees."""
-    leaders = {group[0] for group in groups}
-
-    def meet(_module: nn.Module, args: tuple[Tensor], *, leads: bool) -> tuple[Tensor]:
-        inputs = solver.seen(args[0])
-        if leads:
-            lockstep.stop(inputs)
-        return (inputs,)
-
-    with ExitStack() as undo:
-        for name, linear in _linears(block).items():
-            hook = linear.register_forward_pre_hook(partial(meet, leads=name in leaders))
-            undo.callback(hook.remove)
-        yield
-
-
-def _inputs(lanes: Sequence[lockstep.Lane], streams: Sequence[Stream]) -> Iterator[Tensor]:
-    for lane, stream in zip(lanes, streams, strict=True):
-        lane.advance()
-        assert lane.waiting is not None, "a batch ended before its block's last layer"
-        yield stream.real(lane.waiting)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import grid
+from quant import columns, grid
 from quant.errors import SolveError
 from quant.grid import Levels
 
 _STRIP = 384  # columns of a Hessian updated at a time; only strips right of the diagonal are
-_PANEL = 32  # columns quantized one after another before the next matrix product
+_PANEL = 128  # columns quantized one after another before the next matrix product
 _MOST_DAMPING = 10.0
 
 
@@ -66,6 +66,16 @@ class Factor:
     cost: Tensor
     damping: float
     dead: int  # columns whose input was zero throughout
+
+    def solved(self, rows: Tensor) -> Tensor:
+        """`rows` [rows, columns] times the inverse of the damped Hessian, which is F^T C F."""
+        given = rows[:, self.order].T
+        half = torch.linalg.solve_triangular(
+            self.feedback.T, given, upper=True, unitriangular=True
+        ).div_(self.cost[:, None])
+        found = torch.linalg.solve_triangular(self.feedback, half, upper=False, unitriangular=True)
+        back: Tensor = found.T[:, self.order.argsort()]
+        return back
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +142,13 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, group: int, levels: L
     """
     if not bool(torch.isfinite(weight).all()):
         raise SolveError("its weights are not finite")
+    weight = weight.float()
     size = group if group > 0 else weight.shape[1]
     back = factor.order.argsort()
-    columns = weight.float().T[factor.order]  # [columns, rows], in solving order
-    steps, scales = _quantize_columns(columns, factor, size, levels)
-    codes = steps[back].T.to(torch.int8)
-    scale = scales[back[::size] // size].T  # a group stays whole in `order`: any member tells it
-    solved = Solution(codes, scale.contiguous(), weight.new_empty(0), weight.new_empty(0))
-    rounded = _rounded(weight.float(), size, levels)
-    return _better(weight.float(), hessian, solved=(solved.codes, solved.scale), rounded=rounded)
+    steps, scales = _quantize(weight[:, factor.order], factor, size, levels)
+    # A group stays whole in `order`: any member tells where its scale went.
+    found = (steps[:, back].to(torch.int8), scales[:, back[::size] // size].contiguous())
+    return better(weight, hessian, found, _rounded(weight, size, levels))
 
 
 def _order(diagonal: Tensor, group: int) -> Tensor:
@@ -157,67 +165,48 @@ def _order(diagonal: Tensor, group: int) -> Tensor:
     return (inside + starts[:, None])[groups].flatten()
 
 
-def _quantize_columns(
-    columns: Tensor, factor: Factor, size: int, levels: Levels
-) -> tuple[Tensor, Tensor]:
-    """Steps [columns, rows] and the scales [groups, rows] in solving order."""
-    steps, errors = torch.empty_like(columns), torch.empty_like(columns)
-    scales = []
-    for start in range(0, columns.shape[0], size):
+def _quantize(wanted: Tensor, factor: Factor, size: int, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Steps [rows, columns] and scales [rows, groups], in solving order.
+
+    Matrix products run where the weights are, the loops over columns on the CPU.
+    """
+    steps, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    feedback, cost, scales = factor.feedback.T.contiguous(), factor.cost, []
+    for start in range(0, wanted.shape[1], size):
         group = slice(start, start + size)
-        corrected = torch.addmm(columns[group], factor.feedback[group, :start], errors[:start])
-        scale = grid.search(corrected, factor.cost[group], levels)
-        scales.append(scale)
+        fed = torch.addmm(wanted[:, group], errors[:, :start], feedback[:start, group])
+        offered = grid.offered(fed, levels)
+        if size > _PANEL:  # too wide to try every scale with feedback
+            offered = columns.best_rounding(fed, cost[group], offered, levels)[:, None]
         for first in range(start, start + size, _PANEL):
             panel = slice(first, min(first + _PANEL, start + size))
-            inside = corrected[first - start : panel.stop - start]
-            inside.addmm_(factor.feedback[panel, start:first], errors[start:first])
-            _quantize_panel(
-                _Panel(inside, columns[panel], steps[panel], errors[panel]),
-                factor.feedback[panel, panel],
-                scale,
-                levels,
+            inside = fed[:, first - start : panel.stop - start]
+            inside = torch.addmm(inside, errors[:, start:first], feedback[start:first, panel])
+            given = (wanted[:, panel], inside)
+            steps[:, panel], errors[:, panel], scale = columns.quantize(
+                given, feedback[panel, panel], cost[panel], offered, levels
             )
-    return steps, torch.stack(scales)
-
-
-@dataclass(frozen=True, slots=True)
-class _Panel:
-    """Views [panel, rows] of what one panel reads (corrected, wanted) and writes."""
-
-    corrected: Tensor
-    wanted: Tensor
-    steps: Tensor
-    errors: Tensor
-
-
-def _quantize_panel(panel: _Panel, feedback: Tensor, scale: Tensor, levels: Levels) -> None:
-    for place, (corrected, wanted, steps, error) in enumerate(
-        zip(panel.corrected, panel.wanted, panel.steps, panel.errors, strict=True)
-    ):
-        if place:
-            corrected.addmv_(panel.errors[:place].T, feedback[place, :place])
-        torch.div(corrected, scale, out=steps).round_().clamp_(levels.low, levels.high)
-        torch.addcmul(wanted, steps, scale, value=-1, out=error)
+            offered = scale[:, None]
+        scales.append(offered)
+    return steps, torch.cat(scales, dim=1)
 
 
 def _rounded(weight: Tensor, size: int, levels: Levels) -> tuple[Tensor, Tensor]:
     """Codes and scale of plain rounding."""
-    columns = weight.reshape(-1, size).T  # [size, rows * groups]
-    scale = levels.stored(grid.largest_fits(columns, levels))
-    codes = grid.to_steps(columns, scale, levels).to(torch.int8).T.reshape(weight.shape)
+    grouped = weight.reshape(-1, size)  # [rows * groups, size]
+    scale = levels.stored(grid.largest_fits(grouped, levels))
+    codes = grid.to_steps(grouped, scale, levels).to(torch.int8).view(weight.shape)
     return codes, scale.view(weight.shape[0], -1)
 
 
-def _better(
+def better(
     weight: Tensor,
     hessian: Tensor,
-    *,
-    solved: tuple[Tensor, Tensor],
+    found: tuple[Tensor, Tensor],
     rounded: tuple[Tensor, Tensor],
 ) -> Solution:
     losses = []
-    for codes, scale in (solved, rounded):
+    for codes, scale in (found, rounded):
         error = weight - dequantize(codes, scale)
         losses.append((error @ hessian).mul_(error).sum(dim=1))
     loss, rounding_loss = losses
@@ -225,8 +214,8 @@ def _better(
         raise SolveError("its solution is not finite")
     worse = (loss > rounding_loss)[:, None]
     return Solution(
-        codes=torch.where(worse, rounded[0], solved[0]),
-        scale=torch.where(worse, rounded[1], solved[1]),
+        codes=torch.where(worse, rounded[0], found[0]),
+        scale=torch.where(worse, rounded[1], found[1]),
         loss=torch.minimum(loss, rounding_loss),
         rounding_loss=rounding_loss,
     )

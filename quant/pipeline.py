@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from quant import artifact, blocks, calibration, card, checkpoint, gate, source, staging
+from quant import artifact, blocks, calibration, card, checkpoint, gate, source, staging, walk
 from quant.artifact import Manifest, MergedAdapter
 from quant.blocks import Decoder
 from quant.calibration import Batches
@@ -87,7 +87,7 @@ def _rows(
 
 
 def _layers(recipe: Recipe, opened: Source, decoder: Decoder, progress: Progress) -> Layers:
-    shapes = decoder.linears()
+    shapes = decoder.shapes()
     group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
     # Kernels and scales are 16-bit: a float32 parent is served in bfloat16.
     half = opened.dtype if opened.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
@@ -105,7 +105,7 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, writer: Writer, row
     )
     streams = blocks.embed(decoder, opened, list(batches))
     for place in range(len(decoder.blocks)):
-        blocks.run(decoder, place, opened, streams, layers)
+        walk.run(decoder, place, opened, streams, layers)
         prefix = f"{decoder.prefix}{place}."
         for name in opened.tensors.names():
             if name.startswith(prefix):

@@ -32,9 +32,12 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "base", 
 VLLM_DOORS = {"worker", "vllm_compat", "lora_cpu", "cpu_ops", "endpoints", "stats"}
 LIGHT = ("quant.artifact", "quant.adapter", "quant.errors")  # standard library and pydantic only
 MATHS = (
-    "quant.combine", "quant.gptq", "quant.grid", "quant.int8", "quant.nf4", "quant.packing",
+    "quant.columns", "quant.combine", "quant.descent", "quant.gptq", "quant.grid", "quant.int8",
+    "quant.nf4", "quant.packing",
 )  # fmt: skip
-MATHS_MAY_IMPORT = {"__future__", "collections", "dataclasses", "math", "typing", "torch"}
+MATHS_MAY_IMPORT = {
+    "__future__", "collections", "dataclasses", "math", "numba", "numpy", "torch", "typing",
+}  # fmt: skip
 PICKLERS = (
     "pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve",
     "torch.distributed.checkpoint",  # its reader unpickles what it finds

@@ -84,6 +84,7 @@ def test_codes_are_the_textbooks(levels: Levels, group: int, dead: list[int]) ->
     solution = gptq.solve(weight, hessian, factor, group, levels)
     assert factor.damping == DAMPING and factor.dead == len(dead)
     expected = textbook(weight, hessian, solution.scale, factor.order, levels.low)
+    assert bool((solution.scale < 0).any()) is (levels.bits == 4)
     same = (solution.codes == expected).all(dim=1)
     # float32 may break a tie between two codes the other way, and the row goes on from there.
     assert int((~same).sum()) <= 1
@@ -115,13 +116,43 @@ def test_no_row_is_worse_than_plain_rounding(
 
 
 def test_a_row_that_rounding_serves_better_keeps_rounding() -> None:
-    """Inputs without correlation leave GPTQ nothing to gain: many rows, and some lose."""
-    weight, hessian = drawn(4000, 32), torch.eye(32)
-    solution = solved(weight, hessian, 32, INT4)
+    """One token, heavily damped: rounding's errors happen to cancel on it in some of many rows."""
+    weight, hessian = drawn(4000, 32), hessian_of(drawn(1, 32))
+    factor = gptq.factorize(hessian, 1.0, 32)
+    solution = gptq.solve(weight, hessian, factor, 32, INT4)
     kept = solution.loss == solution.rounding_loss
     assert 0 < int(kept.sum()) < 2000
     rounded = plainly_rounded(weight, 32, INT4)
     assert torch.equal(solution.weight()[kept], rounded[kept])
+
+
+@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize("dead", [[], [3, 70]])
+def test_a_factor_solves_as_the_dense_hessian_does(group: int, dead: list[int]) -> None:
+    inputs = correlated()
+    inputs[:, dead] = 0
+    hessian = hessian_of(inputs)
+    factor = gptq.factorize(hessian, DAMPING, group)
+    level = float(hessian.diagonal().mean())
+    damped = hessian.double() + DAMPING * level * torch.eye(COLUMNS)
+    damped[dead, dead] += level
+    rows = drawn(ROWS, COLUMNS, seed=3)
+    expected = torch.linalg.solve(damped, rows.double().T).T
+    found = factor.solved(rows).double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    assert torch.equal(rows, drawn(ROWS, COLUMNS, seed=3))
+
+
+def test_wide_groups_and_whole_rows_are_solved_panel_by_panel() -> None:
+    """Wider than the panel that the compiled loop takes: the textbook's codes all the same."""
+    weight, inputs = drawn(ROWS, 320, seed=9) * 0.05, correlated(columns=320)
+    hessian = hessian_of(inputs)
+    for group in (160, -1):
+        factor = gptq.factorize(hessian, DAMPING, group)
+        solution = gptq.solve(weight, hessian, factor, group, INT4)
+        expected = textbook(weight, hessian, solution.scale, factor.order, INT4.low)
+        assert int((solution.codes != expected).any(dim=1).sum()) <= 2
+        assert float(solution.loss.sum()) < 0.5 * float(solution.rounding_loss.sum())
 
 
 @pytest.mark.parametrize(("levels", "group"), CASES)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
@@ -38,6 +39,7 @@ _OF_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {"head_dim": 32, "sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {"original_max_position_embeddings": 512},
 }
+_READ_NORMS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 
 
 def tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerFast:
@@ -109,6 +111,23 @@ def model_folder(
     tokenizer(folder, chat=chat)
     model(family, **shape).to(dtype).save_pretrained(folder, max_shard_size=shard or "1GB")
     return folder
+
+
+def plant_outliers(folder: Path, *, channels: Sequence[int] = (3, 17, 40), by: float = 32) -> None:
+    """Norms put out some channels `by` times as large, what reads them takes as much less.
+
+    The model computes what it did, as trained models do whose activations are hard to round.
+    """
+    held = load_file(folder / "model.safetensors")
+    gemma = int(any("pre_feedforward" in name for name in held))  # its norms multiply by 1 + weight
+    second = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
+    for name, tensor in held.items():
+        owner = name.split(".")[-2]
+        if owner in ("input_layernorm", second):
+            tensor[list(channels)] = (tensor[list(channels)] + gemma) * by - gemma
+        elif owner in _READ_NORMS and name.endswith("weight"):
+            tensor[:, list(channels)] /= by
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def adapter_folder(

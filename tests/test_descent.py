@@ -1,0 +1,242 @@
+"""`quant.descent`: steps and scales only ever move downhill, and targets towards the parent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quant import descent, gptq, grid, int8
+from quant.descent import Moments
+from quant.gptq import Solution
+from quant.grid import Levels
+from tests.test_gptq import CASES, INT4, correlated, drawn, output_loss
+
+ROWS, COLUMNS, DAMPING = 24, 64, 0.01
+INT8 = grid.full_range(8, torch.bfloat16)
+
+
+def moments(served: Tensor, parent: Tensor | None = None) -> Moments:
+    found = Moments(served.shape[1])
+    found.add(served, served if parent is None else parent)
+    return found
+
+
+def drifted(tokens: int, seed: int = 0, size: float = 0.3) -> tuple[Tensor, Tensor]:
+    """Inputs as served and the parent's: off by a little noise, and by a fixed mixing."""
+    parent = correlated(tokens, COLUMNS, seed)
+    mixing = drawn(COLUMNS, COLUMNS, seed=99) / COLUMNS**0.5
+    noise = drawn(tokens, COLUMNS, seed=seed + 7)
+    return parent + size * (parent @ mixing + noise), parent
+
+
+def ridged(hessian: Tensor) -> Tensor:
+    return hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
+def quadratic(target: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+    """[rows], in float64."""
+    error = (target - gptq.dequantize(codes, scale)).double()
+    return ((error @ hessian.double()) * error).sum(dim=1)
+
+
+def plain(weight: Tensor, group: int, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Codes and scales of plain rounding, every other group's scale turned over."""
+    grouped = weight.view(-1, group if group > 0 else weight.shape[1])
+    scale = levels.stored(grid.largest_fits(grouped, levels))
+    scale[1::2] *= -1
+    codes = grid.to_steps(grouped, scale, levels).to(torch.int8).view(weight.shape)
+    return codes, scale.view(len(weight), -1)
+
+
+def test_no_token_counts_for_more_than_a_few_ordinary_ones() -> None:
+    """Over all batches together: each batch's first token is a thousand times as large."""
+    batches = [drawn(30, COLUMNS, seed=seed) for seed in range(3)]
+    for batch in batches:
+        batch[0] *= 1000
+    even = descent.evening(batches)
+    energy = torch.cat([rows.square().sum(dim=1) for rows in batches])
+    evened = torch.cat([(r * by).square().sum(dim=1) for r, by in zip(batches, even, strict=True)])
+    most = 4 * float(energy.median())
+    assert float(evened.max()) <= most * 1.0001
+    assert torch.equal(evened[energy <= most], energy[energy <= most])
+    for by in even:
+        assert by.shape == (30, 1) and float(by[0]) < 0.01 and bool((by[1:] == 1).all())
+
+
+@pytest.mark.parametrize("batches", [[(0, 8)], [(3, 8), (4, 8)]])
+def test_where_no_token_is_ordinary_all_count_alike(batches: list[tuple[int, int]]) -> None:
+    even = descent.evening([torch.zeros(shape) for shape in batches])
+    assert [by.tolist() for by in even] == [[[1.0]] * rows for rows, _ in batches]
+
+
+def test_moments_are_the_means_they_say() -> None:
+    served, parent = drifted(50)
+    found = Moments(COLUMNS)
+    for ours, theirs in zip(*(torch.split(t, [20, 1, 29]) for t in (served, parent)), strict=True):
+        found.add(ours, theirs)
+    hessian = served.double().T @ served.double() / 50
+    drift = (parent - served).double().T @ served.double() / 50
+    assert found.hessian.tokens == 50
+    torch.testing.assert_close(found.hessian.mean().double(), hessian, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.drift().double(), drift, rtol=1e-4, atol=1e-4)
+
+
+def test_no_token_has_no_drift() -> None:
+    assert torch.equal(Moments(3).drift(), torch.zeros(3, 3))
+
+
+def missed(weight: Tensor, served: Tensor, parent: Tensor, original: Tensor) -> float:
+    """|x w' - p w|^2 over tokens and rows."""
+    return float((served @ weight.T - parent @ original.T).double().square().sum())
+
+
+@pytest.mark.parametrize("size", [0.02, 0.3, 1.0])
+def test_a_shifted_target_comes_nearer_to_the_parents_outputs(size: float) -> None:
+    weight = drawn(ROWS, COLUMNS, seed=1)
+    fitted, held = drifted(500, size=size), drifted(100, seed=20, size=size)
+    factor = gptq.factorize(moments(*fitted).hessian.mean(), DAMPING, 32)
+    target = descent.shifted(weight, moments(*fitted), moments(*held), factor)
+    for inputs in (fitted, held, drifted(300, seed=40, size=size)):
+        assert missed(target, *inputs, weight) < 0.9 * missed(weight, *inputs, weight)
+
+
+def strength(weight: Tensor, target: Tensor, fitted: Moments) -> float:
+    """How much of the whole way, w D H^-1 of the damped H, was gone."""
+    factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
+    way = factor.solved(weight @ fitted.drift()).double()
+    gone = (target - weight).double()
+    share = float((gone * way).sum() / way.square().sum())
+    assert float((gone - share * way).norm()) <= 1e-3 * float(way.norm()) + 1e-4
+    return share
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(5, 300), st.integers(1, 50), st.floats(0.01, 3))
+def test_the_strength_is_best_on_held_out_tokens_and_within_bounds(
+    seed: int, tokens: int, kept: int, size: float
+) -> None:
+    weight = drawn(ROWS, COLUMNS, seed=seed)
+    fitted, held = drifted(tokens, seed, size), drifted(kept, seed + 50, size)
+    held = (held[0], held[1] - 2 * (seed % 2) * (held[1] - held[0]))  # odd: the opposite drift
+    known = moments(*fitted)
+    factor = gptq.factorize(known.hessian.mean(), DAMPING, 32)
+    target = descent.shifted(weight, known, moments(*held), factor)
+    assert -1e-4 <= (share := strength(weight, target, known)) <= 1 + 1e-4
+    least = missed(target, *held, weight)
+    way = factor.solved(weight @ known.drift())
+    for other in torch.linspace(0, 1, 11).tolist():
+        assert least <= missed(weight + other * way, *held, weight) * (1 + 1e-4), (share, other)
+
+
+def test_a_drift_the_held_out_tokens_deny_moves_nothing() -> None:
+    weight, (served, parent) = drawn(ROWS, COLUMNS), drifted(300)
+    fitted, denied = moments(served, parent), moments(parent, served)
+    factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
+    assert torch.equal(descent.shifted(weight, fitted, denied, factor), weight)
+
+
+@pytest.mark.parametrize("kept", [0, 40])
+def test_inputs_that_agree_leave_the_weight_itself(kept: int) -> None:
+    weight, inputs = drawn(ROWS, COLUMNS), correlated(200, COLUMNS)
+    fitted, held = moments(inputs), moments(inputs[:kept])
+    factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
+    assert torch.equal(descent.shifted(weight, fitted, held, factor), weight)
+
+
+def test_without_held_out_tokens_the_weight_stays() -> None:
+    weight, fitted = drawn(ROWS, COLUMNS), moments(*drifted(100))
+    factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
+    assert torch.equal(descent.shifted(weight, fitted, Moments(COLUMNS), factor), weight)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(CASES), st.sampled_from([1, 3]))
+def test_descent_never_raises_the_loss_of_a_row(
+    seed: int, case: tuple[Levels, int], tail: int
+) -> None:
+    (levels, group), weight = case, drawn(ROWS, 128, seed=seed) ** tail
+    inputs = correlated(300, seed=seed)
+    hessian = inputs.T @ inputs / 300
+    start = plain(weight, group, levels)
+    codes, scale = descent.descend(weight, hessian, start, levels)
+    before = quadratic(weight, *start, ridged(hessian))
+    after = quadratic(weight, codes, scale, ridged(hessian))
+    assert bool((after <= before * (1 + 1e-4)).all())
+    assert float(after.sum()) < 0.9 * float(before.sum())
+
+
+@pytest.mark.parametrize(("levels", "group"), CASES)
+def test_what_descent_finds_can_be_stored(levels: Levels, group: int) -> None:
+    weight, inputs = drawn(ROWS, 128) * 0.02, correlated(300)
+    start = plain(weight, group, levels)
+    before = [tensor.clone() for tensor in start]
+    codes, scale = descent.descend(weight, inputs.T @ inputs / 300, start, levels)
+    assert codes.dtype == torch.int8 and codes.shape == weight.shape
+    assert levels.low <= int(codes.min()) and int(codes.max()) <= levels.high
+    assert torch.equal(scale, scale.to(levels.dtype).float())
+    assert torch.equal(scale.sign(), start[1].sign())
+    # With 8 bits the fit asks for changes finer than bfloat16 can store.
+    refits = not (levels.dtype == torch.bfloat16 and group == 128)
+    for turned in (start[1] > 0, start[1] < 0):
+        assert bool((scale != start[1])[turned].any()) is refits
+    assert all(torch.equal(a, b) for a, b in zip(before, start, strict=True))
+
+
+@pytest.mark.parametrize("levels", [INT4, INT8, int8.CHANNEL], ids=str)
+def test_in_the_end_no_single_step_can_be_bettered(levels: Levels) -> None:
+    weight, inputs = drawn(ROWS, 32), correlated(100, 32)
+    hessian, group = inputs.T @ inputs / 100, -1 if levels is int8.CHANNEL else 16
+    codes, scale = descent.descend(weight, hessian, plain(weight, group, levels), levels)
+    for _ in range(50):
+        again = descent.descend(weight, hessian, (codes, scale), levels)
+        if torch.equal(again[0], codes) and torch.equal(again[1], scale):
+            break
+        codes, scale = again
+    else:
+        pytest.fail("descent does not settle")
+    least = quadratic(weight, codes, scale, ridged(hessian))
+    for column in range(32):
+        for by in (-1, 1):
+            moved = codes.clone()
+            moved[:, column] = (codes[:, column].int() + by).clamp(levels.low, levels.high)
+            loss = quadratic(weight, moved, scale, ridged(hessian))
+            assert bool((loss >= least * (1 - 1e-5)).all()), (column, by)
+
+
+def start_of(target: Tensor, served: Tensor, group: int, levels: Levels) -> Solution:
+    matrix = moments(served).hessian.mean()
+    factor = gptq.factorize(matrix, DAMPING, group)
+    return gptq.solve(target, matrix, factor, group, levels)
+
+
+@pytest.mark.parametrize(("levels", "group"), CASES)
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_an_improved_row_is_better_on_fitted_and_on_held_out_tokens(
+    levels: Levels, group: int, tokens: int
+) -> None:
+    """With few tokens the descent fits them alone, and rows keep what they started with."""
+    target, fitted, held = drawn(60, 128), correlated(tokens), correlated(60, seed=30)
+    start = start_of(target, fitted, group, levels)
+    done = descent.improved(target, start, (moments(fitted), moments(held)), levels)
+    changed = (done.codes != start.codes).any(dim=1) | (done.scale != start.scale).any(dim=1)
+    assert int(changed.sum()) > 0
+    for inputs in (fitted, held):
+        before = output_loss(inputs, target, start.weight())
+        after = output_loss(inputs, target, done.weight())
+        assert bool((after[changed] < before[changed] * (1 + 1e-5)).all())
+    told = output_loss(fitted, target, done.weight())
+    torch.testing.assert_close(done.loss.double(), told, rtol=1e-3, atol=1e-3 * float(told.mean()))
+    assert torch.equal(done.rounding_loss, start.rounding_loss)
+    if tokens == 40:
+        assert int((~changed).sum()) > 0, "no row was held back"
+
+
+def test_without_held_out_tokens_the_fitted_ones_decide() -> None:
+    target, fitted = drawn(60, 128), correlated(40)
+    start = start_of(target, fitted, 32, INT4)
+    free = descent.improved(target, start, (moments(fitted), Moments(128)), INT4)
+    held = descent.improved(target, start, (moments(fitted), moments(correlated(9))), INT4)
+    assert float(free.loss.sum()) < float(held.loss.sum()) < float(start.loss.sum())

@@ -1,0 +1,257 @@
+"""`quant.walk`: each family's block run twice, as served and as the parent, around a solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from quant import blocks, walk
+from quant.blocks import Decoder
+from quant.source import Source
+from quant.walk import Group, Inputs
+from tests import tiny
+from tests.test_blocks import CPU, opened
+
+SEPARATE = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+FUSED = [
+    ["self_attn.qkv_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_up_proj"],
+    ["mlp.down_proj"],
+]
+Rows = list[tuple[Tensor, Tensor]]
+
+
+class Watching:
+    """A solver that keeps every weight and remembers whom it visited with what."""
+
+    scales_inputs = False
+
+    def __init__(self) -> None:
+        self.visits: list[tuple[str, list[str]]] = []
+        self.inputs: list[list[Inputs]] = []
+        self.feeds: dict[str, str | None] = {}
+
+    def seen(self, _linear: nn.Linear, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def visit(self, group: Group) -> None:
+        self.visits.append((group.prefix, list(group.linears)))
+        self.inputs.append([Inputs(i.served.clone(), i.parent.clone()) for i in group.inputs])
+        for name in group.linears:
+            self.feeds[f"{group.prefix}{name}"] = None if group.feed is None else group.feed.name
+
+
+class Silencing(Watching):
+    """Sets the weights of layers of one name to zero."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def visit(self, group: Group) -> None:
+        super().visit(group)
+        if self.name in group.linears:
+            group.linears[self.name].weight.zero_()
+
+
+class Scrambling(Watching):
+    """Puts noise in every weight's place, and layers compute with noisy inputs."""
+
+    def seen(self, _linear: nn.Linear, inputs: Tensor) -> Tensor:
+        return inputs + torch.randn_like(inputs)
+
+    def visit(self, group: Group) -> None:
+        super().visit(group)
+        for linear in group.linears.values():
+            linear.weight.normal_()
+
+
+class Doubling(Watching):
+    """Layers of one width compute with twice their inputs."""
+
+    def seen(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        return inputs * 2 if linear.in_features == 128 else inputs
+
+
+class Scaling(Watching):
+    scales_inputs = True
+
+
+class SolverFailed(Exception):
+    pass
+
+
+class Failing(Watching):
+    def visit(self, group: Group) -> None:
+        super().visit(group)
+        if list(group.linears) == ["mlp.down_proj"]:
+            raise SolverFailed
+
+
+def rows(count: int = 3, length: int = 24) -> Rows:
+    """Two batches of token rows, every token real."""
+    ids = torch.randint(4, tiny.VOCAB, (count, length), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return [(ids[:2], mask[:2]), (ids[2:], mask[2:])]
+
+
+def walked(
+    model: Source, given: Rows, solver: walk.Solver
+) -> tuple[Decoder, list[list[Tensor]], list[list[Tensor]]]:
+    """Hidden states of each batch, as served and the parent's: first and behind every block."""
+    decoder = blocks.skeleton(model, CPU)
+    streams, probe = blocks.embed(decoder, model, given)
+    served = [[stream.hidden] for stream in streams]
+    parents = [[stream.parent] for stream in streams]
+    for place in range(len(decoder.blocks)):
+        walk.run(decoder, place, model, (streams, probe), solver)
+        for hidden, parent, stream in zip(served, parents, streams, strict=True):
+            hidden.append(stream.hidden)
+            parent.append(stream.parent)
+    return decoder, served, parents
+
+
+def assert_are_the_whole_models(states: list[list[Tensor]], folder: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for (ids, _), ours in zip(rows(), states, strict=True):
+        with torch.no_grad():
+            theirs = whole(ids, output_hidden_states=True, use_cache=False).hidden_states
+            last = whole.model.norm(ours[-1])
+        assert len(ours) == len(theirs)
+        for mine, their in zip([*ours[:-1], last], theirs, strict=True):
+            assert torch.equal(mine, their)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("solver", [Watching, Scaling])
+def test_walking_all_blocks_is_what_the_whole_model_computes(
+    family: str, solver: Callable[[], Watching], tmp_path: Path
+) -> None:
+    _, served, _ = walked(opened(tmp_path, family), rows(), solver())
+    assert_are_the_whole_models(served, tmp_path)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_parents_stream_is_the_parents_whatever_the_solver_does(
+    family: str, tmp_path: Path
+) -> None:
+    _, served, parents = walked(opened(tmp_path, family), rows(), Scrambling())
+    assert_are_the_whole_models(parents, tmp_path)
+    for hidden, parent in zip(served, parents, strict=True):
+        assert all(not torch.allclose(a, b) for a, b in zip(hidden[1:], parent[1:], strict=True))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_layers_that_share_an_input_are_found(family: str, tmp_path: Path) -> None:
+    watching = Watching()
+    walked(opened(tmp_path, family), rows(), watching)
+    groups = FUSED if family == "phi3" else SEPARATE
+    assert watching.visits == [
+        (block, group) for block in ("model.layers.0.", "model.layers.1.") for group in groups
+    ]
+
+
+def test_a_solver_sees_the_inputs_of_every_batch(tmp_path: Path) -> None:
+    watching = Watching()
+    walked(opened(tmp_path), rows(), watching)
+    assert all(len(inputs) == 2 for inputs in watching.inputs)
+    for place, width in ((0, 64), (3, 128)):
+        served, parent = zip(*watching.inputs[place], strict=True)
+        assert [tuple(part.shape) for part in served] == [(48, width), (24, width)]
+        assert [tuple(part.shape) for part in parent] == [(48, width), (24, width)]
+
+
+def test_served_and_parent_are_the_same_until_a_weight_changes(tmp_path: Path) -> None:
+    silencing = Silencing("self_attn.v_proj")
+    walked(opened(tmp_path), rows(), silencing)
+    first, *others = silencing.inputs
+    assert all(torch.equal(served, parent) for served, parent in first)
+    for inputs in others:
+        assert not any(torch.allclose(served, parent) for served, parent in inputs)
+
+
+def test_what_follows_already_sees_the_chosen_weights(tmp_path: Path) -> None:
+    model, watching, silencing = opened(tmp_path), Watching(), Silencing("self_attn.v_proj")
+    walked(model, rows(), watching)
+    walked(model, rows(), silencing)
+    of_o_proj = [place for place, (_, n) in enumerate(silencing.visits) if "o_proj" in n[0]]
+    assert len(of_o_proj) == 2
+    for place in of_o_proj:
+        pairs = zip(silencing.inputs[place], watching.inputs[place], strict=True)
+        for (served, parent), untouched in pairs:
+            assert bool((served == 0).all())
+            assert torch.equal(parent, untouched.parent)
+
+
+def test_layers_compute_with_what_the_solver_says_they_see(tmp_path: Path) -> None:
+    model = opened(tmp_path)
+    _, once, parents = walked(model, rows(), Watching())
+    doubling = Doubling()
+    _, twice, still = walked(model, rows(), doubling)
+    through = doubling.inputs[3][0]  # of the first down_proj: linear, so its output doubles
+    assert torch.equal(through.served, through.parent)
+    attended = opened_block_without_mlp(model)
+    torch.testing.assert_close(
+        twice[0][1] - attended, 2 * (once[0][1] - attended), rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(still[0][2], parents[0][2])
+
+
+def opened_block_without_mlp(model: Source) -> Tensor:
+    """The first batch behind block 0 whose last layer puts out nothing."""
+    return walked(model, rows(), Silencing("mlp.down_proj"))[1][0][1]
+
+
+def test_feeds_are_looked_for_only_where_the_solver_scales(tmp_path: Path) -> None:
+    model, plain, scaling = opened(tmp_path), Watching(), Scaling()
+    walked(model, rows(), plain)
+    walked(model, rows(), scaling)
+    assert set(plain.feeds.values()) == {None}
+    assert scaling.feeds["model.layers.1.self_attn.k_proj"] == "input_layernorm"
+    assert scaling.feeds["model.layers.1.mlp.down_proj"] == "mlp.up_proj"
+    assert scaling.feeds["model.layers.1.self_attn.o_proj"] is None
+
+
+def test_masked_tokens_are_neither_shown_nor_matter(tmp_path: Path) -> None:
+    model = opened(tmp_path)
+    seen = []
+    for filler in (0, 7):
+        given = rows()
+        ids, mask = given[0][0].clone(), given[0][1].clone()
+        ids[1, 10:], mask[1, 10:] = filler, False
+        watching = Watching()
+        walked(model, [(ids, mask), given[1]], watching)
+        seen.append(watching.inputs)
+    assert seen[0][0][0].served.shape[0] == seen[0][0][0].parent.shape[0] == 24 + 10
+    for one, other in zip(*seen, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_block_is_left_empty_and_as_it_was(tmp_path: Path) -> None:
+    decoder, _, _ = walked(opened(tmp_path), rows(), Scaling())
+    assert {parameter.device.type for parameter in decoder.model.parameters()} == {"meta"}
+    modules = decoder.model.modules()
+    assert not [m for m in modules if m._forward_pre_hooks or "forward" in vars(m)]
+
+
+def test_a_solver_that_fails_leaves_the_block_empty_and_as_it_was(tmp_path: Path) -> None:
+    model = opened(tmp_path)
+    decoder = blocks.skeleton(model, CPU)
+    streams = blocks.embed(decoder, model, rows())
+    with pytest.raises(SolverFailed):
+        walk.run(decoder, 0, model, streams, Failing())
+    assert {parameter.device.type for parameter in decoder.model.parameters()} == {"meta"}
+    modules = decoder.model.modules()
+    assert not [m for m in modules if m._forward_pre_hooks or "forward" in vars(m)]
