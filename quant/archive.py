@@ -64,7 +64,7 @@ class Archive:
         self._path, self._window = path, window
         try:
             self._zip = zipfile.ZipFile(window)
-        except (zipfile.BadZipFile, ValueError, struct.error) as fault:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as fault:
             raise SourceError(
                 f"{path} is truncated, or not in torch's zip format; copy it anew, or save it again"
                 " with torch 1.6 or later"

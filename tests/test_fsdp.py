@@ -71,8 +71,9 @@ def same(read: Checkpoint, outline: Outline, state: State) -> bool:
         lambda state: {"app": {"model": state, "optim": {"exp_avg": state}}, "step": 3},
         lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
         lambda state: {"model": state, "optimizer": {"state": state}, "train_state": b"x"},
+        lambda state: state | {"optimizer": {"state": state}, "train_state": {"step": 3}},
     ],
-    ids=["bare", "accelerate", "stateful", "compiled", "optimizer"],
+    ids=["bare", "accelerate", "stateful", "compiled", "optimizer", "titan"],
 )
 def test_a_sharded_folder_comes_back(
     state: State, outline: Outline, tmp_path: Path, under: Callable[[State], Mapping[str, Any]]

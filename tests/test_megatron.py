@@ -140,6 +140,25 @@ def test_virtual_stages_are_in_the_order_of_the_layers(plain: Outline, tmp_path:
     assert same(tmp_path / "m", plain, state)
 
 
+def test_first_chunks_of_all_stages_come_before_second_ones(plain: Outline, tmp_path: Path) -> None:
+    """Layer 0 in the second stage's first chunk, layer 1 in the first stage's second."""
+    state = tensors()
+    home = trainers.megatron_ranks(tmp_path / "m", state, tensor=1, pipeline=2)
+    first, second = (home / place / FILE for place in ("mp_rank_00_000", "mp_rank_00_001"))
+    early, late = (torch.load(path, weights_only=False) for path in (first, second))
+    models = [content.pop("model") for content in (early, late)]
+    layers, tops = (
+        [
+            {n: t for n, t in model.items() if n.startswith("decoder.layers") == inner}
+            for model in models
+        ]
+        for inner in (True, False)
+    )
+    torch.save(early | {"model0": tops[0], "model1": layers[1]}, first)
+    torch.save(late | {"model0": layers[0], "model1": tops[1]}, second)
+    assert same(tmp_path / "m", plain, state)
+
+
 def test_separate_gates_and_wrapped_names_come_back(plain: Outline, tmp_path: Path) -> None:
     state = tensors()
     made: dict[str, trainers.Parts] = {}

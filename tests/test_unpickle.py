@@ -232,6 +232,28 @@ def test_a_view_larger_than_its_storage_is_not_made(tmp_path: Path) -> None:
         stored.read()
 
 
+@pytest.mark.parametrize(
+    ("offset", "shape", "stride"),
+    [(7, (4,), (1,)), (0, (11,), (1,)), (0, (3,), (5,)), (-1, (2,), (1,)), (0, (2, 2), (1,))],
+)
+def test_a_view_beyond_its_storage_is_refused(
+    tmp_path: Path, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    Stored(tmp_path, 0, 10, torch.float32, 6, (4,), (1,))
+    with pytest.raises(SourceError, match="is corrupt: a tensor"):
+        Stored(tmp_path, 0, 10, torch.float32, offset, shape, stride)
+
+
+def test_a_record_that_ends_after_the_file_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "t.pt", torch.randn(50))
+    raw = bytearray(path.read_bytes())
+    entry = raw.rindex(b"t/data/0") - 46  # the directory's entry: its sizes stand at 20 and 24
+    assert raw[entry : entry + 4] == b"PK\x01\x02"
+    raw[entry + 20 : entry + 28] = b"\xff\xff\xff\x0f" * 2
+    path.write_bytes(raw)
+    assert "record data/0 ends after the file" in refused(path)
+
+
 def rewritten(path: Path, change: dict[str, bytes], *, deflate: bool = False) -> Path:
     with zipfile.ZipFile(path) as old:
         records = {name: old.read(name) for name in old.namelist()}
