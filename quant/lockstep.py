@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -28,16 +29,18 @@ class Lane:
 
     def __init__(self, pool: ThreadPoolExecutor, forward: Callable[[], Tensor]) -> None:
         self.waiting: Tensor | None = None
-        self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
+        # Not semaphores: Ctrl-C inside one's release can leave a waiter that is never woken again.
+        self._go: SimpleQueue[None] = SimpleQueue()
+        self._halted: SimpleQueue[None] = SimpleQueue()
         self._abandoned = False
         self._future = pool.submit(self._run, forward)
-        self._future.add_done_callback(lambda _: self._halted.release())
+        self._future.add_done_callback(lambda _: self._halted.put(None))
 
     def advance(self) -> None:
         """Runs to the next stop or to the end; raises what the forward raised."""
         self.waiting = None
-        self._go.release()
-        self._halted.acquire()
+        self._go.put(None)
+        self._halted.get()
         if self._future.done():
             self._future.result()
 
@@ -49,7 +52,7 @@ class Lane:
     def close(self) -> None:
         """Ends the forward wherever it is, and waits for it."""
         self._abandoned = True
-        self._go.release()
+        self._go.put(None)
         self._future.exception()
 
     def _run(self, forward: Callable[[], Tensor]) -> Tensor:
@@ -60,11 +63,11 @@ class Lane:
 
     def _stop(self, inputs: Tensor) -> None:
         self.waiting = inputs
-        self._halted.release()
+        self._halted.put(None)
         self._wait()
 
     def _wait(self) -> None:
-        self._go.acquire()
+        self._go.get()
         if self._abandoned:
             raise _Abandoned
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -127,3 +129,47 @@ def test_a_lane_that_still_waits_has_no_result() -> None:
     ):
         lane.advance()
         lane.result()
+
+
+# Ctrl-C strikes between any two lines of `advance`, in the queues' and locks' own Python as well.
+_INTERRUPTED = """
+import sys, torch
+from quant import lockstep
+
+def forward():
+    for _ in range(9):
+        lockstep.stop(torch.tensor(0))
+    return torch.tensor(1)
+
+def interrupting(after):
+    left = [after]
+    def trace(frame, event, argument):
+        left[0] -= event == "line"
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return trace
+    return trace
+
+after, interrupted = 0, True
+while interrupted:
+    try:
+        with lockstep.lanes([forward, forward]) as (lane, other):
+            for one in (lane, other, lane):
+                one.advance()
+            sys.settrace(interrupting(after))
+            try:
+                other.advance()
+            finally:
+                sys.settrace(None)
+        interrupted = False
+    except KeyboardInterrupt:
+        after += 1
+print(after)
+"""
+
+
+def test_ctrl_c_anywhere_in_a_step_ends_every_lane() -> None:
+    command = [sys.executable, "-c", _INTERRUPTED]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 3

@@ -55,7 +55,7 @@ def test_completions_logprobs_and_structured_output_are_vllms(server: Server) ->
 
 def test_a_named_tool_is_called(server: Server) -> None:
     """What a model this small writes as arguments is its own affair; that they are JSON is not."""
-    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    city: dict[str, object] = {"type": "object", "properties": {"city": {"type": "string"}}}
     weather: ChatCompletionFunctionToolParam = {
         "type": "function",
         "function": {"name": "weather", "parameters": city},
