@@ -18,7 +18,7 @@ STAGES = (
     ("Explicitly set", "allocating the KV cache"),
     ("Starting vLLM server", "starting the API"),
 )
-QUIET = re.compile(r"\b(INFO|DEBUG|WARNING)\b|Loading safetensors|^\s*$|^\[W\d{4} ")
+QUIET = re.compile(r"\b(INFO|DEBUG|WARNING)\b|Loading safetensors|^\s*$|^\[?W\d{4} ")
 CAUSE = re.compile(r"(?:^|\s)((?:[\w.]*\.)?\w*(?:Error|Exception|Refused)): (.+)$")
 EFFECTS = ("Engine core initialization failed", "EngineDeadError", "cancelled")
 
