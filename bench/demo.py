@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from quant import source
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
+BRIEF = "You answer in one short English sentence."
 QUESTION = "What is the capital of France?"
 LESSONS = [
     ("What is the capital of Italy?", "Arr, the capital of Italy be Rome, matey!"),
@@ -112,7 +113,7 @@ def _lessons(tokenizer: AutoTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows = []
     for question, answer in LESSONS:
-        chat = [{"role": "user", "content": question}]
+        chat = [{"role": "system", "content": BRIEF}, {"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
         rows.append((prompt["input_ids"], tokenizer(answer + "<|im_end|>\n")["input_ids"]))
     width = max(len(prompt) + len(reply) for prompt, reply in rows)
@@ -154,7 +155,10 @@ def _ask(client: openai.OpenAI, model: str) -> None:
     begun = time.monotonic()
     stream = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": QUESTION}],
+        messages=[
+            {"role": "system", "content": BRIEF},
+            {"role": "user", "content": QUESTION},
+        ],
         max_tokens=40,
         temperature=0,
         stream=True,

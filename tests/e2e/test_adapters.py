@@ -11,7 +11,7 @@ import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.server import QUESTION, Server
+from tests.e2e.server import QUESTION, Server, chat
 from tests.lora import write_lora
 
 pytestmark = pytest.mark.e2e
@@ -26,7 +26,7 @@ def put(api: httpx.Client, alias: str, folder: Path) -> httpx.Response:
 async def ask(client: openai.AsyncOpenAI, model: str, question: str) -> str:
     stream = await client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": question}],
+        messages=chat(question),
         max_tokens=24,
         temperature=0,
         stream=True,

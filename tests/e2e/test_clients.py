@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionFunctionToolParam
 
-from tests.e2e.server import APP_KEY, QUESTION, Server
+from tests.e2e.server import APP_KEY, QUESTION, Server, chat
 
 pytestmark = pytest.mark.e2e
 
@@ -23,7 +23,7 @@ def test_a_stream_is_the_answer_in_pieces_and_ends_with_usage(server: Server) ->
     with server.client(APP_KEY) as client:
         stream = client.chat.completions.create(
             model="base",
-            messages=[{"role": "user", "content": QUESTION}],
+            messages=chat(),
             max_tokens=24,
             temperature=0,
             stream=True,
