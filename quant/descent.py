@@ -63,7 +63,7 @@ def shifted(weight: Tensor, fitted: Moments, held: Moments, factor: Factor) -> T
     best on the held-out tokens, which has a closed form too: at most once the way, at least none.
     """
     way = factor.solved(weight @ fitted.drift())
-    if held.hessian.tokens == 0:
+    if held.hessian.is_zero():
         return weight
     gained = float(((weight @ held.drift()) * way).sum())
     spent = float(((way @ held.hessian.mean()) * way).sum())
@@ -81,7 +81,7 @@ def improved(
     error = target - dequantize(codes, scale)
     loss = _loss(error, hessian)
     keep = loss < start.loss
-    if held.hessian.tokens:
+    if not held.hessian.is_zero():
         check = held.hessian.mean()
         keep &= _loss(error, check) < _loss(target - start.weight(), check)
     kept = keep[:, None]

@@ -40,6 +40,10 @@ class Hessian:
             self._sum[start : start + _STRIP, start:].addmm_(strip.T, inputs[:, start:])
         self.tokens += inputs.shape[0]
 
+    def is_zero(self) -> bool:
+        """Whether nothing was added, or nothing but zeros."""
+        return not bool(self._sum.diagonal().any())
+
     def mean(self) -> Tensor:
         """[columns, columns]. SolveError without tokens, or with non-finite or all-zero inputs."""
         if self.tokens == 0:

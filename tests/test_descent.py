@@ -152,6 +152,19 @@ def test_without_held_out_tokens_the_weight_stays() -> None:
     assert torch.equal(descent.shifted(weight, fitted, Moments(COLUMNS), factor), weight)
 
 
+def test_held_out_tokens_of_zeros_tell_no_more_than_none() -> None:
+    weight, fitted, silent = drawn(ROWS, COLUMNS), moments(*drifted(100)), Moments(COLUMNS)
+    silent.add(torch.zeros(5, COLUMNS), torch.zeros(5, COLUMNS))
+    factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
+    assert torch.equal(descent.shifted(weight, fitted, silent, factor), weight)
+    start = gptq.solve(weight, fitted.hessian.mean(), factor, 32, INT4)
+    found = (
+        descent.improved(weight, start, (fitted, held), INT4) for held in (silent, Moments(COLUMNS))
+    )
+    first, second = found
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(CASES), st.sampled_from([1, 3]))
 def test_descent_never_raises_the_loss_of_a_row(
