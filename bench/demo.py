@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from quant import source
+from quant.intake import source
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
 BRIEF = "You answer in one short English sentence."

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import aiohttp
 
-from quant import source
+from quant.intake import source
 
 BASELINE = "plain-float32"
 AVX2 = {

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from quant.errors import ArtifactError
-from quant.evidence import Fidelity
 from quant.headers import TensorHeader, read_headers
+from quant.proof.evidence import Fidelity
 
 MANIFEST = "quantserve.json"
 _PARTIAL = f".{MANIFEST}.partial"

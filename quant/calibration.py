@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from quant import jsonl, scribe, tokens
 from quant.artifact import CalibrationReport
 from quant.errors import CalibrationError, RecipeError
+from quant.intake.source import Source
 from quant.recipe import Recipe
-from quant.source import Source
 
 
 @dataclass(frozen=True, slots=True)

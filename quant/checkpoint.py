@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant import artifact, gptq, packing
+from quant import artifact, packing
 from quant.errors import ArtifactError, SpaceError
 from quant.recipe import Scheme
+from quant.solver import gptq
 
 SHARD_BYTES = 1 << 29  # what is held before it is written
 

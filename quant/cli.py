@@ -15,9 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quant import adapter_cli, artifact, bar, card, compare_cli
+from quant import artifact, bar
 from quant.artifact import LayerReport, Manifest
 from quant.errors import ArtifactError, QuantError
+from quant.lora import adapter_cli
+from quant.proof import card, compare_cli
 from quant.recipe import build, check_limit
 
 app = typer.Typer(

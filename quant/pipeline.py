@@ -14,16 +14,19 @@ from pathlib import Path
 
 import torch
 
-from quant import artifact, blocks, calibration, card, checkpoint, gate, source, staging, walk
+from quant import artifact, calibration, checkpoint, staging
 from quant.artifact import Manifest, MergedAdapter
-from quant.blocks import Decoder
 from quant.calibration import Batches
 from quant.checkpoint import Writer
 from quant.errors import SpaceError
-from quant.gate import Gate
-from quant.layers import Layers, Progress
+from quant.intake import source
+from quant.intake.source import Source
+from quant.proof import card, gate
+from quant.proof.gate import Gate
 from quant.recipe import Recipe, choose_group_size
-from quant.source import Source
+from quant.solver import blocks, walk
+from quant.solver.blocks import Decoder
+from quant.solver.layers import Layers, Progress
 
 _STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
 _MARGIN = 32 << 20  # bytes beside the tensors: tokenizer, configuration, headers

@@ -33,8 +33,8 @@ from transformers.utils import logging as chatter
 
 from quant import tokens
 from quant.errors import CalibrationError, SourceError
+from quant.intake.source import Source
 from quant.recipe import Recipe
-from quant.source import Source
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 _TOP_K, _TEMPERATURE = 40, 0.8

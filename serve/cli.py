@@ -16,8 +16,9 @@ from typing import Annotated
 
 import typer
 
-from quant import adapter, artifact
+from quant import artifact
 from quant import cli as quant_cli
+from quant.lora import adapter
 from serve import keys
 from serve import settings as serve_settings
 from serve.errors import ServeError, SettingsError

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from quant import adapter, artifact
+from quant import artifact
 from quant.errors import AdapterError
+from quant.lora import adapter
 from serve.errors import AdapterRefused
 
 KEPT = ("adapter_config.json", "adapter_model.safetensors")

@@ -15,10 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quant import adapter as lora
 from quant import artifact
-from quant.adapter import CONFIG, LINEAGE, WEIGHTS, Adapter
 from quant.errors import AdapterError
+from quant.lora import adapter as lora
+from quant.lora.adapter import CONFIG, LINEAGE, WEIGHTS, Adapter
 from tests import tiny
 from tests.lora import write_lora
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from quant import adapter as lora
 from quant import cli as quant_cli
-from quant.adapter import CONFIG
+from quant.lora import adapter as lora
+from quant.lora.adapter import CONFIG
 from serve import cli
 from tests import tiny, variants
 from tests.lora import write_lora

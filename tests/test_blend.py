@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from quant import adapter as lora
-from quant import blend, combine, merge, nf4
-from quant.adapter import LINEAGE, WEIGHTS
-from quant.blend import Blended, Order
 from quant.errors import AdapterError, QuantError, RecipeError, TargetExists
-from quant.mixture import Mixture
+from quant.lora import adapter as lora
+from quant.lora import blend, combine, merge, nf4
+from quant.lora.adapter import LINEAGE, WEIGHTS
+from quant.lora.blend import Blended, Order
+from quant.lora.mixture import Mixture
 from tests import tiny, variants
 from tests.lora import write_lora
 

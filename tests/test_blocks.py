@@ -1,4 +1,4 @@
-"""`quant.blocks`: the decoder blocks of every family, found, filled and emptied again."""
+"""`quant.solver.blocks`: the decoder blocks of every family, found, filled and emptied again."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from quant import blocks, source
-from quant.blocks import Stream
 from quant.errors import SourceError
-from quant.source import Source
+from quant.intake import source
+from quant.intake.source import Source
+from quant.solver import blocks
+from quant.solver.blocks import Stream
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""`quant.bootstrap`: intervals that hold the estimate, shrink with more units, and repeat."""
+"""`quant.proof.bootstrap`: intervals that hold the estimate, shrink with more units, and repeat."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant import bootstrap
-from quant.evidence import Estimate
+from quant.proof import bootstrap
+from quant.proof.evidence import Estimate
 
 
 def noise(units: int, seed: int = 0) -> Tensor:

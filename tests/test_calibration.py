@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
-from quant import calibration, source, tokens
+from quant import calibration, tokens
 from quant.calibration import Batches, pack
 from quant.errors import CalibrationError, RecipeError
+from quant.intake import source
 from quant.recipe import Recipe
 from tests import tiny
 

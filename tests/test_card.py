@@ -1,4 +1,4 @@
-"""`quant.card`: a README that says what the manifest knows, and spares one it did not write."""
+"""`proof.card`: a README that says what the manifest knows, and spares one it did not write."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from quant import card
 from quant.artifact import LayerReport, Manifest, MergedAdapter
+from quant.proof import card
 from tests.test_artifact import FACTS
 from tests.test_evidence import fidelity, quiz, text
 

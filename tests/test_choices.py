@@ -1,4 +1,4 @@
-"""`quant.choices`: questions as the server would see them; a bad line is named by its number."""
+"""`proof.choices`: questions as the server would see them; a bad line is named by its number."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from quant import choices, tokens
+from quant import tokens
 from quant.errors import CalibrationError
+from quant.proof import choices
 from tests import tiny
 
 GOOD = {"question": "what runs?", "choices": ["the fox", "the dog jumps"], "answer": 1}

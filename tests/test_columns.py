@@ -1,4 +1,4 @@
-"""`quant.columns`: the compiled loops are the slow ones, row by row, on any number of threads."""
+"""`solver.columns`: the compiled loops are the slow ones, row by row, on any number of threads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant import columns, grid, int8
-from quant.grid import Levels
+from quant.solver import columns, grid, int8
+from quant.solver.grid import Levels
 
 ROWS, SIZE = 40, 32
 INT4, INT8 = grid.full_range(4, torch.float16), grid.full_range(8, torch.bfloat16)

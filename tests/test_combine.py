@@ -7,7 +7,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from quant import combine
+from quant.lora import combine
 
 SHAPE = (12, 9)
 

@@ -1,4 +1,4 @@
-"""`quant.compare`: right figures in manifest and card, and no artifact the worse for a failure."""
+"""`proof.compare`: right figures in manifest and card, and no artifact the worse for a failure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from quant import artifact, card, compare, recipe
-from quant.compare import Found, Order
+from quant import artifact, recipe
 from quant.errors import ArtifactError, CompareError, TooLossy
-from quant.evidence import TextFidelity
+from quant.proof import card, compare
+from quant.proof.compare import Found, Order
+from quant.proof.evidence import TextFidelity
 from tests import tiny
 from tests.test_pipeline import Crash, calibration_file, letters, quantize
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quant import artifact
-from quant.evidence import Fidelity
+from quant.proof.evidence import Fidelity
 from tests import tiny
 from tests.test_pipeline import calibration_file, letters, quantize
 from tests.test_quant_cli import SMALL, Ran, ran

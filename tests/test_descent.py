@@ -1,4 +1,4 @@
-"""`quant.descent`: steps and scales only ever move downhill, and targets towards the parent."""
+"""`solver.descent`: steps and scales only ever move downhill, and targets towards the parent."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import descent, gptq, grid, int8
-from quant.descent import Moments
-from quant.gptq import Solution
-from quant.grid import Levels
+from quant.solver import descent, gptq, grid, int8
+from quant.solver.descent import Moments
+from quant.solver.gptq import Solution
+from quant.solver.grid import Levels
 from tests.test_gptq import CASES, INT4, correlated, drawn, output_loss
 
 ROWS, COLUMNS, DAMPING = 24, 64, 0.01

@@ -65,7 +65,7 @@ def tree_of(readme: str, package: str) -> set[str]:
             inside = True
         elif inside and not line.startswith((" ", "\t")):
             inside = False
-        elif inside:
+        elif inside and not word.endswith("/"):
             listed.add(word)
     return listed
 
@@ -77,7 +77,7 @@ def words(text: str) -> set[str]:
 
 def test_tree_lists_every_module_and_only_those(readme: str) -> None:
     for package in PACKAGES:
-        files = [f for f in (ROOT / package).iterdir() if f.suffix in {".py", ".jsonl", ".cpp"}]
+        files = [f for f in (ROOT / package).rglob("*") if f.suffix in {".py", ".jsonl", ".cpp"}]
         there = {file.name for file in files} - {"__init__.py"}
         told = tree_of(readme, package)
         assert told, f"README has no tree: a line that starts with `{package}/`, files below it"

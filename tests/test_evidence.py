@@ -1,13 +1,13 @@
-"""`quant.evidence`: what is known of an artifact grows, and old manifests stay readable."""
+"""`quant.proof.evidence`: what is known of an artifact grows, and old manifests stay readable."""
 
 from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
 
-from quant import evidence
 from quant.artifact import Manifest
-from quant.evidence import ChoiceFidelity, Estimate, Fidelity, TextFidelity
+from quant.proof import evidence
+from quant.proof.evidence import ChoiceFidelity, Estimate, Fidelity, TextFidelity
 from tests.test_artifact import FACTS
 
 

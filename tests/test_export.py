@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant import adapter as lora
-from quant import artifact, export, merge
-from quant.adapter import CONFIG, LINEAGE, WEIGHTS
+from quant import artifact
 from quant.errors import AdapterError, ArtifactError, QuantError, TargetExists
-from quant.export import Exported, Order
+from quant.lora import adapter as lora
+from quant.lora import export, merge
+from quant.lora.adapter import CONFIG, LINEAGE, WEIGHTS
+from quant.lora.export import Exported, Order
 from serve import store
 from serve.errors import AdapterRefused
 from tests import tiny, variants

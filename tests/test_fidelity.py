@@ -1,4 +1,4 @@
-"""`quant.fidelity`: every figure against a slow reference, on models that differ by known noise."""
+"""`proof.fidelity`: every figure against a slow reference, on models that differ by known noise."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quant import fidelity
 from quant.errors import CompareError
-from quant.evidence import TextFidelity
-from quant.fidelity import Pair, Picks, Question, Quiz, Sample, Trace
+from quant.proof import fidelity
+from quant.proof.evidence import TextFidelity
+from quant.proof.fidelity import Pair, Picks, Question, Quiz, Sample, Trace
 from tests import tiny
 
 DIGEST = "d" * 64

@@ -1,4 +1,4 @@
-"""`quant.folds`: who scales whose inputs in each family, found without knowing the family."""
+"""`solver.folds`: who scales whose inputs in each family, found without knowing the family."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from quant import folds
-from quant.folds import Feed
+from quant.solver import folds
+from quant.solver.folds import Feed
 from tests import tiny
 
 QKV, MLP, DOWN = "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"

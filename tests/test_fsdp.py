@@ -1,4 +1,4 @@
-"""`quant.fsdp`, `quant.dcp` and `quant.naming`: sharded and whole state dicts come back."""
+"""`intake.fsdp`, `intake.dcp` and `intake.naming`: sharded and whole state dicts come back."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoConfig
 
-from quant import architecture, dcp, fsdp, naming
-from quant.architecture import Outline
 from quant.errors import SourceError
-from quant.stored import Checkpoint
+from quant.intake import architecture, dcp, fsdp, naming
+from quant.intake.architecture import Outline
+from quant.intake.stored import Checkpoint
 from tests import tiny, trainers
 
 State = dict[str, Tensor]

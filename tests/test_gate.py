@@ -1,4 +1,4 @@
-"""`quant.gate`: what is too far from its parent is not published, and says so beside the target."""
+"""`proof.gate`: what is too far from its parent is not published, and says so beside the target."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ import transformers
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from transformers import PreTrainedModel
 
-from quant import gguf, source
 from quant.errors import SourceError
+from quant.intake import gguf, source
 from quant.tokens import load_tokenizer, of_text
 from tests import tiny
 

@@ -1,4 +1,4 @@
-"""`quant.gptq`: the textbook's codes, losses that are true, and refusals instead of rounding."""
+"""`solver.gptq`: the textbook's codes, losses that are true, and refusals instead of rounding."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import gptq, grid, int8
 from quant.errors import SolveError
-from quant.gptq import Hessian, Solution
-from quant.grid import Levels
+from quant.solver import gptq, grid, int8
+from quant.solver.gptq import Hessian, Solution
+from quant.solver.grid import Levels
 
 ROWS, COLUMNS, DAMPING = 48, 128, 0.01
 INT4, INT8 = grid.full_range(4, torch.float16), grid.full_range(8, torch.bfloat16)

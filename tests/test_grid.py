@@ -1,4 +1,4 @@
-"""`quant.grid`: scales a server can store, and among those offered one close to the best."""
+"""`quant.solver.grid`: scales a server can store, and among those offered one close to the best."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import grid, int8
-from quant.grid import Levels
+from quant.solver import grid, int8
+from quant.solver.grid import Levels
 
 HALVES = (torch.float16, torch.bfloat16)
 GRIDS = [grid.full_range(bits, dtype) for bits in (4, 8) for dtype in HALVES] + [int8.CHANNEL]

@@ -1,4 +1,4 @@
-"""`quant.held_out`: windows that cover a text once, drawn by the seed, and never calibrated on."""
+"""`proof.held_out`: windows that cover a text once, drawn by the seed, and never calibrated on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant import calibration, held_out, source, tokens
+from quant import calibration, tokens
 from quant.errors import CalibrationError, RecipeError
-from quant.fidelity import Sample
+from quant.intake import source
+from quant.intake.source import Source, quiet
+from quant.proof import held_out
+from quant.proof.fidelity import Sample
 from quant.recipe import Recipe
-from quant.source import Source, quiet
 from tests import tiny
 from tests.test_pipeline import letters
 

@@ -1,4 +1,4 @@
-"""`quant.int8`: activations as an int8 kernel sees them, and what makes them easier to round."""
+"""`solver.int8`: activations as an int8 kernel sees them, and what makes them easier to round."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import int8
+from quant.solver import int8
 
 
 def activations(*shape: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""`quant.layers`: what a layer lost is told truly, and one that cannot be solved is named."""
+"""`solver.layers`: what a layer lost is told truly, and one that cannot be solved is named."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quant import blocks, checkpoint, descent, gptq, grid, int8, source, walk
+from quant import checkpoint
 from quant.artifact import LayerReport
-from quant.blocks import Stream
-from quant.descent import Moments
 from quant.errors import SolveError
-from quant.layers import Layers
+from quant.intake import source
+from quant.intake.source import Source
 from quant.recipe import Recipe, Scheme, choose_group_size
-from quant.source import Source
-from quant.walk import Group, Inputs
+from quant.solver import blocks, descent, gptq, grid, int8, walk
+from quant.solver.blocks import Stream
+from quant.solver.descent import Moments
+from quant.solver.layers import Layers
+from quant.solver.walk import Group, Inputs
 from tests import tiny
 
 CPU = torch.device("cpu")

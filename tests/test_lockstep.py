@@ -1,4 +1,4 @@
-"""`quant.lockstep`: forwards that stop together, one running at a time, none left behind."""
+"""`quant.solver.lockstep`: forwards that stop together, one running at a time, none left behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant import lockstep
-from quant.lockstep import lanes
+from quant.solver import lockstep
+from quant.solver.lockstep import lanes
 
 
 class ForwardFailed(Exception):
@@ -134,7 +134,7 @@ def test_a_lane_that_still_waits_has_no_result() -> None:
 # Ctrl-C strikes between any two lines of `advance`, in the queues' and locks' own Python as well.
 _INTERRUPTED = """
 import sys, torch
-from quant import lockstep
+from quant.solver import lockstep
 
 def forward():
     for _ in range(9):

@@ -11,7 +11,7 @@ import pytest
 from peft.utils.other import get_pattern_key
 
 from quant.errors import AdapterError
-from quant.lora_config import LoraConfig, by_pattern, parse
+from quant.lora.lora_config import LoraConfig, by_pattern, parse
 
 PATH = Path("legal/adapter_config.json")
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}

@@ -1,4 +1,4 @@
-"""`quant.megatron`: every layout of Megatron-LM comes back under Hugging Face's names."""
+"""`quant.intake.megatron`: every layout of Megatron-LM comes back under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from quant import architecture, megatron
-from quant.architecture import Outline
 from quant.errors import SourceError
+from quant.intake import architecture, megatron
+from quant.intake.architecture import Outline
 from tests import tiny, trainers
 
 FILE = "model_optim_rng.pt"

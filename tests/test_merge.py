@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from quant import adapter as lora
-from quant import source
-from quant.adapter import WEIGHTS
-from quant.merge import alone, change, delta, merged
+from quant.intake import source
+from quant.lora import adapter as lora
+from quant.lora.adapter import WEIGHTS
+from quant.lora.merge import alone, change, delta, merged
 from tests import tiny, variants
 
 # PEFT multiplies and adds in the same float32, in another order of operations.

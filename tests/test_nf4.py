@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant import nf4
+from quant.lora import nf4
 
 
 def quantiles() -> list[float]:

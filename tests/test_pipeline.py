@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quant import adapter, artifact, card, checkpoint, grid, int8, pipeline, recipe, tokens
+from quant import artifact, checkpoint, pipeline, recipe, tokens
 from quant.artifact import LayerReport, Manifest
 from quant.errors import RecipeError, SpaceError, TargetExists
+from quant.lora import adapter
 from quant.pipeline import Order
+from quant.proof import card
+from quant.solver import grid, int8
 from tests import tiny
 from tests.test_checkpoint import no_file_larger_than
 from tests.test_gptq import plainly_rounded

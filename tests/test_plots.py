@@ -1,4 +1,4 @@
-"""`quant.plots`: a PNG of whatever was found, without a display."""
+"""`quant.proof.plots`: a PNG of whatever was found, without a display."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from matplotlib import image
 from numpy.typing import NDArray
 
-from quant import plots
 from quant.artifact import LayerReport
 from quant.errors import SpaceError
-from quant.plots import Findings
+from quant.proof import plots
+from quant.proof.plots import Findings
 from tests.test_evidence import text
 
 

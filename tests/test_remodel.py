@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quant import source
-from quant.source import Source
+from quant.intake import source
+from quant.intake.source import Source
 from tests import tiny, variants
 
 KINDS: dict[str, dict[str, Any]] = {

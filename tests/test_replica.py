@@ -1,4 +1,4 @@
-"""`quant.replica`: logits of the parent as transformers computes them, of artifacts as a server."""
+"""`proof.replica`: logits of the parent as transformers computes them, of artifacts as a server."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quant import checkpoint, int8, replica, source
+from quant import checkpoint
 from quant.errors import CompareError
-from quant.source import Source
+from quant.intake import source
+from quant.intake.source import Source
+from quant.proof import replica
+from quant.solver import int8
 from tests import tiny
 from tests.test_pipeline import Made, calibration_file, quantize
 

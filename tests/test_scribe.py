@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quant import scribe, source, tokens
+from quant import scribe, tokens
 from quant.artifact import SINGLE
 from quant.errors import CalibrationError, SourceError
+from quant.intake import source
+from quant.intake.source import Source
 from quant.recipe import Recipe
-from quant.source import Source
 from tests import tiny
 
 RECIPE = Recipe(samples=3, length=24)

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from quant import artifact, source
-from quant.adapter import LINEAGE
+from quant import artifact
 from quant.artifact import INDEX, SINGLE
 from quant.errors import AdapterError, SourceError
+from quant.intake import source
+from quant.lora.adapter import LINEAGE
 from tests import tiny
 from tests.lora import write_lora
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from quant import artifact, suitability
-from quant.adapter import CONFIG, LINEAGE
+from quant import artifact
 from quant.errors import ArtifactError, SourceError
+from quant.lora import suitability
+from quant.lora.adapter import CONFIG, LINEAGE
 from tests import tiny, variants
 from tests.lora import write_lora
 

@@ -1,4 +1,4 @@
-"""`quant.trainer` and `quant.vocabulary`: a trainer's folder as SOURCE is the plain one."""
+"""`intake.trainer` and `intake.vocabulary`: a trainer's folder as SOURCE is the plain one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quant import artifact, pipeline, source
+from quant import artifact, pipeline
 from quant.errors import SourceError, SpaceError
+from quant.intake import source
+from quant.intake.source import Source
 from quant.pipeline import Order
 from quant.recipe import Recipe
-from quant.source import Source
 from tests import tiny, trainers
 from tests.test_checkpoint import no_file_larger_than
 from tests.test_fsdp import saved

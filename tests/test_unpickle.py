@@ -1,4 +1,4 @@
-"""`quant.unpickle`: reads what torch saves, and runs nothing of what a hostile file asks for."""
+"""`intake.unpickle`: reads what torch saves, and runs nothing of what a hostile file asks for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import unpickle
 from quant.errors import SourceError
-from quant.stored import Stored
-from quant.unpickle import Inert
+from quant.intake import unpickle
+from quant.intake.stored import Stored
+from quant.intake.unpickle import Inert
 from tests.trainers import foreign
 
 TENSORS = {

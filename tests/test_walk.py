@@ -1,4 +1,4 @@
-"""`quant.walk`: each family's block run twice, as served and as the parent, around a solver."""
+"""`solver.walk`: each family's block run twice, as served and as the parent, around a solver."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from quant import blocks, walk
-from quant.blocks import Decoder
-from quant.source import Source
-from quant.walk import Group, Inputs
+from quant.intake.source import Source
+from quant.solver import blocks, walk
+from quant.solver.blocks import Decoder
+from quant.solver.walk import Group, Inputs
 from tests import tiny
 from tests.test_blocks import CPU, opened
 

@@ -1,4 +1,4 @@
-"""`quant.zero`: every stage, world and kind of parameter comes back as it went in."""
+"""`quant.intake.zero`: every stage, world and kind of parameter comes back as it went in."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quant import unpickle, zero
 from quant.errors import SourceError
+from quant.intake import unpickle, zero
 from tests import tiny, trainers
 
 FROZEN = ("model.layers.0.mlp.gate_proj.weight", "model.norm.weight")

@@ -25,7 +25,7 @@ CALIBRATION = ("--samples", "12", "--length", "128")
 @pytest.fixture(scope="session")
 def artifacts() -> Callable[[str], Path]:
     """scheme -> the embedded model in that scheme."""
-    code = b"".join(path.read_bytes() for path in sorted((ROOT / "quant").glob("*.py")))
+    code = b"".join(path.read_bytes() for path in sorted((ROOT / "quant").rglob("*.py")))
     cache = ROOT / ".cache" / "e2e" / hashlib.sha256(code).hexdigest()[:12]
 
     def made(scheme: str) -> Path:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quant import checkpoint, source
+from quant import checkpoint
+from quant.intake import source
 
 pytestmark = pytest.mark.e2e
 

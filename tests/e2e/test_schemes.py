@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quant import source
+from quant.intake import source
 from tests.e2e.server import serving
 
 pytestmark = pytest.mark.e2e

@@ -1,0 +1,105 @@
+"""State dicts of FSDP and of plain torch trainers: sharded folders, and whole `.bin` files.
+
+FSDP, accelerate and torchtitan save a torch.distributed.checkpoint folder; older trainers one
+pickled file, or several beside an index. Owns where those lie; names are `quant.intake.naming`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from quant.errors import SourceError
+from quant.intake import dcp, unpickle
+from quant.intake.stored import Checkpoint, Stored, Weight, whole
+
+_INDEX = "pytorch_model.bin.index.json"
+_PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.(?:bin|pt)$")
+_DEPTH = 8  # a pickle may hold a dictionary that contains itself
+_SUBFOLDERS = ("pytorch_model_fsdp_*", "model", "pytorch_model")  # accelerate; others
+
+
+def find_sharded(folder: Path) -> Path | None:
+    """The folder with `.metadata`: this one, or the model's in it."""
+    if dcp.is_one(folder):
+        return folder
+    inside = [path for pattern in _SUBFOLDERS for path in sorted(folder.glob(pattern))]
+    found = [path for path in inside if dcp.is_one(path)]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise SourceError(f"{folder} holds {names}: give the folder of one model")
+    stray = next(iter(sorted(folder.glob("*.distcp"))), None)
+    if not found and stray is not None:
+        raise SourceError(f"{folder} holds {stray.name} and no {dcp.METADATA}: copy that file too")
+    return found[0] if found else None
+
+
+def read_sharded(folder: Path) -> Checkpoint:
+    weights = {name: tensor.weight() for name, tensor in dcp.read(folder).items()}
+    return Checkpoint(dcp.files(folder), weights)
+
+
+def find_whole(folder: Path) -> Path | None:
+    return folder if _candidates(folder) else None
+
+
+def read_whole(folder: Path) -> Checkpoint:
+    """One file, or all that the index or the names count."""
+    files = _complete(folder, _candidates(folder))
+    weights: dict[str, Weight] = {}
+    for path in files:
+        for name, stored in flat(unpickle.load(path)):
+            if name in weights:
+                raise SourceError(f"{path}: {name} is in {weights[name].path.name} too")
+            weights[name] = whole(stored)
+    if not weights:
+        raise SourceError(f"{files[0]} holds no tensors: it is no state dict")
+    return Checkpoint(tuple(files), weights)
+
+
+def flat(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Stored]]:
+    """Tensors of nested dictionaries by dotted names; what else lies there is not the model's."""
+    if not isinstance(content, dict):
+        raise SourceError(f"a state dict is expected, and {type(content).__name__} is there")
+    for key, value in content.items():
+        if isinstance(value, Stored):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict) and depth < _DEPTH:
+            yield from flat(value, f"{prefix}{key}.", depth + 1)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    return sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("pytorch_model*.pt")))
+
+
+def _complete(folder: Path, found: list[Path]) -> list[Path]:
+    if (folder / _INDEX).is_file():
+        return _indexed(folder)
+    parts = [match for path in found if (match := _PART.match(path.name))]
+    if not parts:
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise SourceError(f"{folder} holds {names}: leave one of them in it")
+        return found
+    if len(parts) != len(found) or len({(part[1], part[3]) for part in parts}) > 1:
+        raise SourceError(f"{folder} holds parts of more than one model: leave those of one")
+    there = {int(part[2]) for part in parts}
+    missing = sorted(set(range(1, int(parts[0][3]) + 1)) - there)
+    if missing:
+        raise SourceError(f"{folder} lacks part {missing[0]} of {int(parts[0][3])}: copy it too")
+    return found
+
+
+def _indexed(folder: Path) -> list[Path]:
+    path = folder / _INDEX
+    try:
+        names = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
+        raise SourceError(f"{path} is not an index of parts: {fault}") from fault
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise SourceError(f"{folder / name} is missing, and {_INDEX} lists it: copy it too")
+    return [folder / name for name in sorted(names)]

@@ -1,0 +1,186 @@
+"""Opens the model a user has: a Hugging Face or trainer's folder, a GGUF file, a hub id, `demo`.
+
+Tensors are read one at a time, adapters merged into them on the way. Refuses damaged shards,
+models that are quantized already, and anything but a decoder-only language model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from httpx2 import HTTPError  # what huggingface_hub speaks with; a proxy's refusal escapes it
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from quant import artifact
+from quant.artifact import Fingerprint
+from quant.errors import AdapterError, ArtifactError, SourceError
+from quant.headers import TensorHeader
+from quant.intake import architecture, gguf, remodel, trainer, vocabulary
+from quant.lora import adapter as lora
+from quant.lora import merge, starts
+from quant.lora.adapter import Adapter
+
+DEMO = "demo"
+CACHE = Path("~/.cache/quantserve")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+Say = Callable[[str], None]  # one line about what is happening now
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """The parent's tensors, read when asked for; every call reads anew and keeps nothing."""
+
+    folder: Path
+    headers: Mapping[str, TensorHeader]
+    adapters: tuple[Adapter, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.headers)
+
+    def get(self, name: str) -> Tensor:
+        """In the stored dtype, or in float32 where an adapter is merged into it."""
+        header = self._header(name)
+        with safe_open(self.folder / header.file, framework="pt") as file:
+            stored: Tensor = file.get_tensor(name)
+        return merge.merged(stored, self.adapters, name) if self.is_merged(name) else stored
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that `get` returns."""
+        if self.is_merged(name):
+            return torch.float32
+        return _dtype(self.folder, name, self._header(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._header(name).shape
+
+    def is_merged(self, name: str) -> bool:
+        return any(merge.touches(adapter, name) for adapter in self.adapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    def _header(self, name: str) -> TensorHeader:
+        if name not in self.headers:
+            raise SourceError(f"{self.folder} has no tensor named {name}")
+        return self.headers[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """`fingerprint` is of the parent alone; `dtype` is what the parent is served in."""
+
+    folder: Path
+    spec: str
+    config: PretrainedConfig
+    dtype: torch.dtype
+    fingerprint: Fingerprint
+    adapters: tuple[Adapter, ...]
+    tensors: Tensors
+    cache: Path
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config.architectures[0])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the parent's tensors on disk."""
+        return sum(header.end - header.begin for header in self.tensors.headers.values())
+
+
+def quiet(_line: str) -> None:
+    """A `Say` for callers with nobody to tell."""
+
+
+def open(
+    spec: str, *, adapters: Sequence[Path] = (), cache: Path | None = None, say: Say = quiet
+) -> Source:
+    """The model behind `spec`, checked whole, with `adapters` merged as its tensors are read.
+
+    Reads every byte of the weights once, for the fingerprint. `cache` keeps converted GGUF files
+    and checkpoints. SourceError or AdapterError name what is missing, damaged or does not fit.
+    """
+    cache = (cache or CACHE).expanduser().absolute()
+    given = _folder(spec, cache, say)
+    folder = vocabulary.fitted(given, architecture.config(given), cache, say)
+    config = architecture.config(folder)
+    try:
+        headers = artifact.headers(folder)
+        fingerprint = Fingerprint(
+            weights=artifact.weights_fingerprint(folder),
+            tokenizer=artifact.tokenizer_fingerprint(folder),
+        )
+    except ArtifactError as fault:
+        raise SourceError(str(fault)) from fault
+    opened = _adapters(adapters, fingerprint)
+    made_over = remodel.fitted(folder, config, headers, opened, cache)
+    if made_over != folder:
+        say("the adapter changes the head or the vocabulary: reading a copy that has room for it")
+        folder, config = made_over, architecture.config(made_over)
+        headers = artifact.headers(folder)
+    dtype = _served_dtype(folder, config, headers)
+    tensors = Tensors(folder, headers, opened)
+    return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache)
+
+
+def _folder(spec: str, cache: Path, say: Say) -> Path:
+    path = Path(spec).expanduser()
+    if spec == DEMO and not path.exists():
+        return gguf.folder(gguf.demo(), cache, say)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return gguf.folder(path, cache, say)
+    if path.is_dir():
+        return trainer.folder(path.resolve(), cache, say)
+    if path.exists():
+        raise SourceError(f"{path} is neither a model folder nor a .gguf file")
+    if not _HUB_ID.match(spec):
+        raise SourceError(f"{path} does not exist")
+    say(f"looking for {spec} on the hub")
+    try:
+        return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
+    except (OSError, HTTPError, HFValidationError) as fault:
+        reason = str(fault).partition("\n")[0]
+        raise SourceError(f"{spec} is no folder here, and the hub said: {reason}") from fault
+
+
+def _adapters(folders: Sequence[Path], parent: Fingerprint) -> tuple[Adapter, ...]:
+    opened = tuple(lora.read_trained(folder) for folder in folders)
+    for place, adapter in enumerate(opened):
+        lora.check_lineage(adapter, parent.weights)
+        starts.check(adapter)
+        if adapter.digest in {other.digest for other in opened[:place]}:
+            raise AdapterError(f"adapter {adapter.folder} is given twice", field="adapter")
+    return opened
+
+
+def _served_dtype(
+    folder: Path, config: PretrainedConfig, headers: Mapping[str, TensorHeader]
+) -> torch.dtype:
+    """What config.json says, else the dtype that most weights are stored in."""
+    stored = {name: _dtype(folder, name, header) for name, header in headers.items()}
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    sizes: Counter[torch.dtype] = Counter()
+    for name, header in headers.items():
+        sizes[stored[name]] += header.end - header.begin
+    return sizes.most_common(1)[0][0]
+
+
+def _dtype(folder: Path, name: str, header: TensorHeader) -> torch.dtype:
+    if header.dtype not in _DTYPES:
+        raise SourceError(
+            f"{folder / header.file}: {name} is {header.dtype}: not full-precision weights"
+        )
+    return _DTYPES[header.dtype]

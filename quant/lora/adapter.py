@@ -1,0 +1,245 @@
+"""A PEFT LoRA folder: read, checked, and held against the base it is to sit on.
+
+Standard library and pydantic only, because a server validates adapters before its engine sees
+them. Refuses pickles, tensors that are no part of a LoRA, and non-finite weights.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.errors import AdapterError, ArtifactError
+from quant.headers import TensorHeader, read_headers
+from quant.lora import lora_parts, obstacles
+from quant.lora.lora_config import LoraConfig, by_pattern, parse
+from quant.lora.lora_parts import Pair, Parts
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+LINEAGE = "quantserve-adapter.json"
+_MAX_JSON = 16 << 20
+_CHUNK = 1 << 22
+
+# Bytes per element, and the bits of its last two (little-endian) bytes that are all ones in an
+# infinity or NaN and in no other number.
+_EXPONENT = {"BF16": (2, 0x80, 0x7F), "F16": (2, 0x00, 0x7C), "F32": (4, 0x80, 0x7F)}
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """`digest` is over configuration and weights: equal digests compute the same thing.
+
+    `initial` is the folder of the weights that training started from, where they lie beside it.
+    """
+
+    folder: Path
+    config: LoraConfig
+    parts: Parts
+    digest: str
+    base_fingerprint: str | None
+    initial: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+    @property
+    def pairs(self) -> Mapping[str, Pair]:
+        return self.parts.pairs
+
+    @property
+    def rank(self) -> int:
+        return max(pair.rank for pair in self.pairs.values())
+
+
+def read(folder: Path) -> Adapter:
+    """An adapter that can be served as it is; AdapterError says why not, and what works instead."""
+    adapter = read_trained(folder)
+    for obstacle in obstacles.to_serving(adapter.config, adapter.parts):
+        raise AdapterError(
+            f"{adapter.folder} cannot be served beside its base: {obstacle.reason}; use"
+            f" `quantserve adapter {obstacle.remedy}`",
+            field=obstacle.field,
+            expected="plain LoRA",
+            found=obstacle.field,
+        )
+    return adapter
+
+
+def read_trained(folder: Path) -> Adapter:
+    """The adapter in a folder, of any variant, all of its bytes read once.
+
+    AdapterError names what is wrong.
+    """
+    folder = folder.resolve()
+    if not folder.is_dir():
+        raise AdapterError(f"adapter folder {folder} does not exist", field="folder")
+    config = parse(folder / CONFIG, _json(folder / CONFIG))
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise _no_weights(folder)
+    try:
+        headers = read_headers(weights)
+    except ArtifactError as fault:
+        raise AdapterError(str(fault), field=WEIGHTS) from fault
+    parts = lora_parts.sort(weights, headers, config)
+    base, initial = _base(folder / LINEAGE), _initial(folder, config)
+    return Adapter(folder, config, parts, _digest(folder, headers), base, initial)
+
+
+def validate(
+    adapter: Adapter,
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    max_rank: int | None,
+    base_weights_fingerprint: str | None,
+) -> None:
+    """AdapterError naming the first thing that does not fit the base.
+
+    `shapes` are the base's (out_features, in_features) by module; None skips its check.
+    """
+    if base_weights_fingerprint:
+        check_lineage(adapter, base_weights_fingerprint)
+    if max_rank is not None and adapter.rank > max_rank:
+        raise _misfit(adapter, "rank", expected=f"at most {max_rank}", found=str(adapter.rank))
+    for module, pair in adapter.pairs.items():
+        found = (pair.out_features, pair.in_features)
+        if transposed(adapter, module):
+            found = found[::-1]
+        if module not in shapes:
+            raise _misfit(
+                adapter, module, expected="no such module in the base", found=_size(found)
+            )
+        if found != shapes[module]:
+            raise _misfit(adapter, module, expected=_size(shapes[module]), found=_size(found))
+
+
+def check_lineage(adapter: Adapter, weights: str) -> None:
+    """AdapterError where the adapter says it was trained on other weights than these."""
+    trained_on = adapter.base_fingerprint
+    if trained_on and trained_on != weights:
+        raise _misfit(adapter, "base weights", expected=weights[:12], found=trained_on[:12])
+
+
+def scaling(config: LoraConfig, module: str) -> float:
+    """The factor before B A: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
+
+    rank_pattern and alpha_pattern override per module, as PEFT matches them.
+    """
+    alpha = by_pattern(config.alpha_pattern, module, config.lora_alpha)
+    rank = by_pattern(config.rank_pattern, module, config.r)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def transposed(adapter: Adapter, module: str) -> bool:
+    """True where the base stores the weight [in, out]: an embedding, or a GPT-2 Conv1D."""
+    return adapter.pairs[module].embedding or adapter.config.fan_in_fan_out
+
+
+def _initial(folder: Path, config: LoraConfig) -> Path | None:
+    """Where PEFT's and LLaMA-Factory's recipes save the weights before the first step."""
+    if config.start is None:
+        return None
+    name = f"{config.start.partition('_niter')[0]}_init"
+    places = (folder / name, folder.parent / name)
+    return next((place for place in places if (place / WEIGHTS).is_file()), None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AdapterError(f"{path} is missing", field=path.name)
+    if path.stat().st_size > _MAX_JSON:
+        raise AdapterError(f"{path} is larger than {_MAX_JSON} bytes", field=path.name)
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as fault:
+        raise AdapterError(f"{path} is not JSON: {fault}", field=path.name) from fault
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{path} is not a JSON object", field=path.name)
+    return raw
+
+
+def _no_weights(folder: Path) -> AdapterError:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        return AdapterError(
+            f"{folder / pickles[0]} is a pickle, which can run code when it is read; save the"
+            " adapter as safetensors",
+            field="weights",
+            expected=WEIGHTS,
+            found=pickles[0],
+        )
+    return AdapterError(f"{folder / WEIGHTS} is missing", field=WEIGHTS)
+
+
+def _digest(folder: Path, headers: dict[str, TensorHeader]) -> str:
+    """sha256 over both files; refuses a non-finite weight on the way."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    with (folder / WEIGHTS).open("rb") as file:
+        digest.update(file.read(min(header.begin for header in headers.values())))
+        for key, header in headers.items():
+            for start in range(header.begin, header.end, _CHUNK):
+                raw = file.read(min(_CHUNK, header.end - start))
+                digest.update(raw)
+                if not _finite(raw, header.dtype):
+                    raise AdapterError(
+                        f"{folder / WEIGHTS}: {key} holds an infinity or NaN",
+                        field=key,
+                        expected="finite numbers",
+                        found="inf or nan",
+                    )
+    return digest.hexdigest()
+
+
+def _finite(raw: bytes, dtype: str) -> bool:
+    size, low_mask, high_mask = _EXPONENT[dtype]
+    high, low = raw[size - 1 :: size], raw[size - 2 :: size]
+    # Sane weights have no such high byte at all: found (or not) at memory speed.
+    if not any(bytes([sign | mask]) in high for sign in (0, 0x80) for mask in _ones(high_mask)):
+        return True
+    both = zip(high, low, strict=True)
+    return not any(h & high_mask == high_mask and lo & low_mask == low_mask for h, lo in both)
+
+
+def _ones(mask: int) -> range:
+    """Every low seven bits that include the mask's: 7C..7F for 7C, 7F for 7F."""
+    return range(mask, 0x80)
+
+
+def _base(path: Path) -> str | None:
+    """The weights fingerprint of the base it was trained on, where a lineage file says so."""
+    if not path.is_file():
+        return None
+    raw = _json(path)
+    base = raw.get("base")
+    weights = base.get("weights") if isinstance(base, dict) else None
+    if raw.get("format") != 1 or not isinstance(weights, str):
+        raise AdapterError(
+            f"{path} is not a lineage file of format 1",
+            field=LINEAGE,
+            expected='{"format": 1, "base": {"weights": sha256}}',
+            found=json.dumps(raw)[:100],
+        )
+    return weights
+
+
+def _misfit(adapter: Adapter, field: str, *, expected: str, found: str) -> AdapterError:
+    return AdapterError(
+        f"adapter {adapter.folder} does not fit the base: {field}: expected {expected},"
+        f" found {found}",
+        field=field,
+        expected=expected,
+        found=found,
+    )
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"

@@ -1,0 +1,230 @@
+"""`quantserve adapter check`, `merge` and `export`.
+
+torch is imported when a command runs, not before.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from quant import bar
+from quant.errors import AdapterError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from quant.lora.blend import Blended
+    from quant.lora.export import Exported
+    from quant.lora.suitability import Suitability
+
+app = typer.Typer(
+    name="adapter",
+    help="Check, merge and export LoRA adapters.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+_Dtype = Literal["bfloat16", "float16", "float32"]
+_Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, the result last")]
+
+
+@app.command()
+def check(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA folder, of any variant")
+    ],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BASE_OR_ARTIFACT", help="hold it against this model folder or artifact, too"
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Print what ADAPTER is, and for merging and serving whether they work, or why not.
+
+    Exit status 0 when at least one of the two works, 2 otherwise. Serving adds plain LoRA pairs to
+    the base and nothing else; merging takes every variant.
+    """
+    from quant.lora import suitability
+
+    found = suitability.judge(adapter, base)
+    if as_json:
+        bar.write(found.model_dump(mode="json"))
+    else:
+        typer.echo(_lines(found))
+    if not found.usable:
+        raise AdapterError(f"{adapter} can neither be merged nor served: the reasons are above")
+
+
+@app.command()
+def merge(
+    base: Annotated[
+        str,
+        typer.Argument(metavar="BASE", help="the full-precision model, as `quantize` takes it"),
+    ],
+    adapter: Annotated[
+        list[str],
+        typer.Option(metavar="A[=WEIGHT]", help="a LoRA folder and its weight [1]; repeatable"),
+    ],
+    out: Annotated[Path, typer.Option(help="the model folder to make; it must not exist yet")],
+    method: Annotated[
+        Literal["linear", "cat", "ties", "dare"],
+        typer.Option(
+            help="linear: the weighted sum; cat: the same from concatenated factors; ties: trim, "
+            "elect a sign, average what agrees; dare: drop at random, rescale, sum"
+        ),
+    ] = "linear",
+    density: Annotated[
+        float | None,
+        typer.Option(help="the part of each change that ties or dare keeps [0.2, 0.5]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of what dare drops")] = 0,
+    training_base: Annotated[
+        Literal["stored", "nf4", "nf4-double", "residual"],
+        typer.Option(
+            help="what training saw of BASE: its weights as stored; as QLoRA rounds them to NF4, "
+            "without or with double quantization; or BASE is what PiSSA, LoftQ and the like left"
+        ),
+    ] = "stored",
+    dtype: Annotated[
+        _Dtype | None, typer.Option(help="of every tensor written [each as in BASE]")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="converted models [~/.cache/quantserve]")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Merge adapters into BASE and write a plain model folder that anything loads.
+
+    Takes every LoRA variant; changes are computed and summed in float32, a tensor at a time. A tied
+    head that an adapter changes alone gets weights of its own; a grown vocabulary brings its
+    tokenizer along.
+    """
+    from quant.lora import blend, mixture
+
+    named = [_weighted(text) for text in adapter]
+    order = blend.Order(
+        base=base,
+        target=out,
+        adapters=tuple(folder for folder, _ in named),
+        mixture=mixture.Mixture(tuple(weight for _, weight in named), method, density, seed),
+        training_base=training_base,
+        dtype=_dtype(dtype),
+        cache=cache,
+    )
+    if as_json:
+        bar.write(blend.run(order, bar.Lines()).told())
+        return
+    with bar.Bar("tensors") as shown:
+        done = blend.run(order, shown)
+    typer.echo(_merged(done))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA folder")],
+    base: Annotated[
+        Path,
+        typer.Option(
+            metavar="ARTIFACT_OR_FOLDER", help="what it will be served on; decided by fingerprint"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the adapter folder to make; it must not exist yet")],
+    dtype: Annotated[
+        _Dtype | None, typer.Option(help="of the factors [the base's 16 bits]")
+    ] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option(
+            help="the adapter that PiSSA, OLoRA or CorDA training started from "
+            "[START_init in ADAPTER or beside it]"
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Make ADAPTER ready for hot serving on one base: plain, scaled, of one rank, bound to it.
+
+    Scaling goes into B (lora_alpha is r), ranks are padded to the largest, and a lineage file names
+    the base's weights: an adapter trained on the parent fits the artifacts made from it. PiSSA and
+    the like become a plain change of doubled rank.
+    """
+    from quant.lora import export as exporting
+
+    order = exporting.Order(adapter, base, out, _dtype(dtype), initial)
+    if as_json:
+        bar.write(exporting.run(order, bar.Lines()).told())
+        return
+    with bar.Bar("modules") as shown:
+        done = exporting.run(order, shown)
+    typer.echo(_exported(done))
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """A[=WEIGHT]; a folder whose name holds `=` needs a weight, or a `/` at its end."""
+    folder, separator, number = text.rpartition("=")
+    if not separator:
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError as fault:
+        if Path(text).is_dir():
+            return Path(text), 1.0
+        raise RecipeError(f"--adapter {text!r}: expected FOLDER or FOLDER=WEIGHT") from fault
+    if not folder or not -1e6 < weight < 1e6:
+        raise RecipeError(f"--adapter {text!r}: expected FOLDER=WEIGHT, a finite weight")
+    return Path(folder), weight
+
+
+def _dtype(name: str | None) -> "torch.dtype | None":
+    import torch
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return None if name is None else known[name]
+
+
+def _lines(found: "Suitability") -> str:
+    targets = ", ".join(f"{tail} x{count}" for tail, count in found.targets.items())
+    rows = {
+        "adapter": f"{found.name}@{found.digest[:12]}, {found.bytes / 1e6:.1f} MB",
+        "variant": ", ".join(found.variant),
+        "rank": ", ".join(map(str, found.ranks)),
+        "scaling": ", ".join(f"{factor:g}" for factor in found.scaling),
+        "targets": targets,
+        "base": _base(found),
+        "merge": _verdict(found.merge.works, found.merge.reason),
+        "swap": _verdict(found.swap.works, found.swap.reason),
+    }
+    return "\n".join(f"{name:<9}{value}" for name, value in rows.items())
+
+
+def _base(found: "Suitability") -> str:
+    named = found.base_named or "not named"
+    return f"{named}, weights {found.base_weights[:12]}" if found.base_weights else named
+
+
+def _verdict(works: bool, reason: str) -> str:
+    return f"{'yes' if works else 'no'}: {reason}"
+
+
+def _merged(done: "Blended") -> str:
+    extra = "; its head is untied" * done.untied
+    if done.vocabulary is not None:
+        extra += f"; {done.vocabulary} rows of vocabulary"
+    return (
+        f"{done.folder}: {done.changed} of {done.tensors} tensors changed,"
+        f" {done.bytes / 1e6:.1f} MB{extra}\nnext: quantserve quantize {done.folder} --out ..."
+    )
+
+
+def _exported(done: "Exported") -> str:
+    notes = f", {done.start} undone" if done.start else ""
+    if done.merged:
+        notes += f"; adds to {', '.join(done.merged)}, merged into the base"
+    limit = f" --max-lora-rank {done.rank}" if done.rank > 16 else ""
+    return (
+        f"{done.folder}: rank {done.rank}, {done.modules} modules, {done.dtype},"
+        f" {done.bytes / 1e6:.1f} MB, for weights {done.base[:12]}{notes}\n"
+        f"next: quantserve serve ARTIFACT{limit} --adapter NAME={done.folder}"
+    )

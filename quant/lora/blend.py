@@ -1,0 +1,180 @@
+"""One or several adapters merged into a plain model folder, a tensor at a time.
+
+Reads a base as `quantize` does, computes every change in float32 and rounds once, to the dtype that
+is written. Keeps one tensor and its changes in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from quant import checkpoint, staging
+from quant.checkpoint import Writer
+from quant.errors import AdapterError, RecipeError, SpaceError
+from quant.intake import remodel, source
+from quant.intake.source import Source
+from quant.lora import adapter as lora
+from quant.lora import anatomy, mixture, nf4, starts
+from quant.lora.adapter import Adapter
+from quant.lora.anatomy import Anatomy, Plan
+from quant.lora.mixture import Mixer, Mixture
+
+TrainingBase = Literal["stored", "nf4", "nf4-double", "residual"]
+_MARGIN = 32 << 20  # bytes beside the tensors: tokenizer, configuration, headers
+
+
+class Progress(Protocol):
+    """Who is told what happens."""
+
+    def say(self, line: str) -> None: ...
+
+    def measured(self, name: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to merge into what, from where to where; `dtype` None is the base's own."""
+
+    base: str
+    target: Path
+    adapters: tuple[Path, ...]
+    mixture: Mixture
+    training_base: TrainingBase = "stored"
+    dtype: torch.dtype | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blended:
+    """What was written; `vocabulary` is the new number of rows, where it changed."""
+
+    folder: str
+    tensors: int
+    changed: int
+    bytes: int
+    untied: bool
+    vocabulary: int | None
+
+    def told(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Job:
+    opened: Source
+    anatomy: Anatomy
+    plan: Plan
+    adapters: tuple[Adapter, ...]
+    order: Order
+    progress: Progress
+    done: int = 0
+
+    def names(self) -> list[str]:
+        return remodel.names(self.anatomy, self.plan, self.opened.tensors.names())
+
+    def total(self) -> int:
+        trimmed = sum(len(adapter.parts.tensors()) for adapter in self.adapters)
+        return len(self.names()) + trimmed * mixture.passes(self.order.mixture)
+
+    def tell(self, name: str) -> None:
+        self.done += 1
+        self.progress.measured(name, self.done, self.total())
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor that training started from."""
+        kept = self.anatomy.embedding if self._is_tied_head(name) else name
+        tensor = self.opened.tensors.get(kept)
+        if self.order.training_base.startswith("nf4") and name in self.anatomy.linears:
+            double = self.order.training_base == "nf4-double"
+            turned = self.anatomy.linears[name]
+            upright = nf4.round_trip(tensor.T if turned else tensor, double=double)
+            return upright.T.contiguous() if turned else upright
+        return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        kept = self.anatomy.embedding if self._is_tied_head(name) else name
+        return self.order.dtype or self.opened.tensors.dtype(kept)
+
+    def _is_tied_head(self, name: str) -> bool:
+        return self.anatomy.tied and name == self.anatomy.head
+
+
+def run(order: Order, progress: Progress) -> Blended:
+    """Writes the merged model and says what it is.
+
+    Any QuantError, and Ctrl-C, leave neither a target nor a partial one behind.
+    """
+    target = order.target.expanduser().absolute()
+    staging.check_target(target, force=False)
+    adapters = _opened(order)
+    progress.say(f"opening {order.base}")
+    opened = source.open(order.base, cache=order.cache, say=progress.say)
+    job = _job(order, opened, adapters, progress)
+    width = (order.dtype or opened.dtype).itemsize
+    staging.check_space(target.parent, opened.bytes * width // opened.dtype.itemsize + _MARGIN)
+    with staging.staged(target) as folder:
+        mixer = mixture.mixer(order.mixture, adapters, job.stored, job.tell)
+        writer = Writer(folder)
+        for name in job.names():
+            job.tell(name)
+            writer.add(name, _written(job, mixer, name))
+        size = writer.close()
+        try:
+            checkpoint.copy_companions(opened.folder, folder)
+            files = remodel.copy_tokenizer(job.plan, adapters, folder)
+            remodel.write_config(opened.folder, folder, job.plan, order.dtype)
+        except OSError as fault:
+            raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault
+    if job.plan.vocabulary is not None and not files:
+        progress.say("the vocabulary changed and no adapter brings a tokenizer: the base's is kept")
+    changed = frozenset().union(*(adapter.parts.tensors() for adapter in adapters))
+    return Blended(
+        folder=str(target),
+        tensors=len(job.names()),
+        changed=len(changed),
+        bytes=size,
+        untied=job.plan.untie,
+        vocabulary=job.plan.vocabulary,
+    )
+
+
+def _opened(order: Order) -> tuple[Adapter, ...]:
+    if not order.adapters:
+        raise RecipeError("--adapter: at least one is needed")
+    adapters = tuple(lora.read_trained(folder) for folder in order.adapters)
+    if order.training_base == "residual":
+        # The base that training left is given: nothing has to be taken out of it again.
+        plain = {"init_lora_weights": True}
+        adapters = tuple(replace(a, config=a.config.model_copy(update=plain)) for a in adapters)
+    for place, adapter in enumerate(adapters):
+        if adapter.digest in {other.digest for other in adapters[:place]}:
+            raise AdapterError(f"adapter {adapter.folder} is given twice", field="adapter")
+        starts.check(adapter)
+    return adapters
+
+
+def _job(order: Order, opened: Source, adapters: tuple[Adapter, ...], progress: Progress) -> _Job:
+    known = opened.fingerprint.weights
+    for adapter in adapters:
+        lora.check_lineage(adapter, known)
+    parts = anatomy.of(opened.config)
+    shapes = {name: opened.tensors.shape(name) for name in opened.tensors.names()}
+    return _Job(opened, parts, anatomy.plan(parts, shapes, adapters), adapters, order, progress)
+
+
+def _written(job: _Job, mixer: Mixer, name: str) -> Tensor:
+    mixed = mixer.mixed(job.stored(name), name)
+    written = mixed.to(job.dtype(name))
+    if not bool(torch.isfinite(written).all()):
+        raise AdapterError(
+            f"{name} is not finite in {str(written.dtype).removeprefix('torch.')} once merged;"
+            " --dtype float32 holds it, or a smaller weight",
+            field=name,
+        )
+    return written

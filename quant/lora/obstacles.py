@@ -1,0 +1,56 @@
+"""What keeps an adapter from being served unmerged, and which path works instead.
+
+An engine adds s B A to the output of a layer and nothing else: no DoRA, no tensors of the base
+replaced, no biases. Standard library only.
+"""
+
+from typing import Literal, NamedTuple
+
+from quant.lora.lora_config import LoraConfig
+from quant.lora.lora_parts import Parts
+
+
+class Obstacle(NamedTuple):
+    """`remedy` is the command that makes the adapter usable: `adapter merge`, `adapter export`."""
+
+    field: str
+    reason: str
+    remedy: Literal["merge", "export"]
+
+
+def to_serving(config: LoraConfig, parts: Parts) -> list[Obstacle]:
+    """The obstacles between an adapter and a hot swap, those that export removes last."""
+    found = [
+        Obstacle(field, reason, "merge")
+        for field, there, reason in (
+            ("use_dora", config.use_dora, "DoRA rescales whole rows of the base weight"),
+            ("modules_to_save", bool(parts.whole), _replaced(parts)),
+            (
+                "trainable_token_indices",
+                bool(parts.rows or config.trainable_token_indices),
+                "it replaces rows of the embedding",
+            ),
+            ("lora_bias", config.lora_bias or bool(parts.offsets), "it adds to the base's biases"),
+            ("bias", config.bias != "none", "the base's biases were trained with it"),
+            (
+                "target_modules",
+                any(pair.embedding for pair in parts.pairs.values()),
+                "it adapts the embedding",
+            ),
+        )
+        if there
+    ]
+    if config.start is not None:
+        reason = f"training started from {config.start!r}, which changed the base weights"
+        found.append(Obstacle("init_lora_weights", reason, "export"))
+    if parts.copies:
+        first = min(parts.copies)
+        reason = f"it carries a copy of the base's {first} ({parts.copies[first]})"
+        found.append(Obstacle(parts.copies[first], reason, "export"))
+    return found
+
+
+def _replaced(parts: Parts) -> str:
+    names = sorted(parts.whole)
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f"it replaces whole tensors of the base: {', '.join(names[:2])}{more}"

@@ -1,0 +1,87 @@
+"""What a starting point took out of the base before training: s B0 A0, as two factors.
+
+PiSSA (arXiv 2404.02948) and OLoRA (2406.01775) follow from the base weight alone; any other start,
+and PiSSA's random solver, needs the initial adapter that its trainer saved. LoftQ (2310.08659)
+leaves a base that no pair gives back: only the base it saved will do.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quant.errors import AdapterError
+from quant.lora.adapter import Adapter, read_trained, scaling
+
+FROM_BASE = ("pissa", "olora")
+
+
+def why_not(adapter: Adapter, *, has_base: bool) -> str | None:
+    """Why the start of this adapter cannot be undone; None where it can, or there is none."""
+    start = adapter.config.start
+    if start is None or (has_base and start in FROM_BASE):
+        return None
+    if start == "loftq":
+        return "LoftQ trained on a quantized base that no pair of factors gives back"
+    if adapter.initial is None:
+        needed = "the base in full precision or " if start in FROM_BASE else ""
+        return f"undoing its start {start!r} needs {needed}the initial adapter, which is not there"
+    return None
+
+
+def check(adapter: Adapter) -> None:
+    """AdapterError where the start cannot be undone on a full-precision base."""
+    if (reason := why_not(adapter, has_base=True)) is not None:
+        raise AdapterError(
+            f"adapter {adapter.folder}: {reason}; `quantserve adapter merge --training-base"
+            " residual` merges it into the base that training left",
+            field="init_lora_weights",
+            expected="true",
+            found=str(adapter.config.start),
+        )
+
+
+def factors(adapter: Adapter, module: str, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A0 [rank, in] and B0 [out, rank] in float32 of one module; `weight` is float32 [out, in].
+
+    AdapterError where they are neither saved beside the adapter nor follow from `weight`.
+    """
+    reason = why_not(adapter, has_base=weight is not None)
+    if reason is not None:
+        raise AdapterError(f"adapter {adapter.folder}: {reason}", field="init_lora_weights")
+    if adapter.initial is not None:
+        return _saved(adapter, module)
+    assert weight is not None
+    rank, scale = adapter.pairs[module].rank, scaling(adapter.config, module)
+    return _of_base(str(adapter.config.start), weight, rank, scale)
+
+
+def _saved(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    assert adapter.initial is not None
+    first, pair = read_trained(adapter.initial), adapter.pairs[module]
+    if module not in first.pairs or first.pairs[module][2:] != pair[2:]:
+        raise AdapterError(
+            f"{first.folder} is not what {adapter.folder} started from: {module} differs",
+            field=module,
+        )
+    if not math.isclose(scaling(first.config, module), scaling(adapter.config, module)):
+        raise AdapterError(
+            f"{first.folder} scales {module} by {scaling(first.config, module):g}, and"
+            f" {adapter.folder} by {scaling(adapter.config, module):g}",
+            field="lora_alpha",
+        )
+    begun = first.pairs[module]
+    with safe_open(first.weights, framework="pt") as file:
+        return file.get_tensor(begun.a_key).float(), file.get_tensor(begun.b_key).float()
+
+
+def _of_base(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    if start == "olora":
+        left, right = torch.linalg.qr(weight)
+        return right[:rank].contiguous(), left[:, :rank].contiguous()
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    root = (values[:rank] / scale).sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root

@@ -1,0 +1,157 @@
+"""What an adapter is, and which paths are open to it: merging, and serving beside its base.
+
+Says about every closed path why, and which one is open.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from quant import artifact
+from quant.errors import AdapterError, ArtifactError
+from quant.intake import architecture
+from quant.lora import adapter as lora
+from quant.lora import anatomy, obstacles, starts
+from quant.lora.adapter import Adapter
+
+_SERVED_RANK = 16  # what `serve` allows unless told otherwise
+
+
+class Verdict(BaseModel):
+    """Whether a path is open, and under which condition, or why not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    works: bool
+    reason: str
+
+
+class Suitability(BaseModel):
+    """An adapter told in a few lines; `targets` counts modules by the last part of their names."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    digest: str
+    variant: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
+    targets: dict[str, int]
+    bytes: int
+    base_named: str | None
+    base_weights: str | None
+    merge: Verdict
+    swap: Verdict
+
+    @property
+    def usable(self) -> bool:
+        return self.merge.works or self.swap.works
+
+
+def judge(folder: Path, base: Path | None) -> Suitability:
+    """AdapterError where the folder is no LoRA at all; ArtifactError where `base` is no model."""
+    adapter = lora.read_trained(folder)
+    tails = Counter(module.rpartition(".")[2] for module in adapter.pairs)
+    factors = {lora.scaling(adapter.config, module) for module in adapter.pairs}
+    return Suitability(
+        name=adapter.name,
+        digest=adapter.digest,
+        variant=_variant(adapter),
+        ranks=tuple(sorted({pair.rank for pair in adapter.pairs.values()})),
+        scaling=tuple(sorted(factors)),
+        targets=dict(sorted(tails.items())),
+        bytes=adapter.weights.stat().st_size,
+        base_named=adapter.config.base_model_name_or_path,
+        base_weights=adapter.base_fingerprint,
+        merge=_merging(adapter, base),
+        swap=_swapping(adapter, base),
+    )
+
+
+def _variant(adapter: Adapter) -> tuple[str, ...]:
+    config, parts = adapter.config, adapter.parts
+    found = {
+        "rsLoRA": config.use_rslora,
+        "DoRA": config.use_dora,
+        "rank_pattern": bool(config.rank_pattern),
+        "alpha_pattern": bool(config.alpha_pattern),
+        "fan_in_fan_out": config.fan_in_fan_out,
+        f"start {config.start}": config.start is not None,
+        "saved modules": bool(parts.whole),
+        "retrained tokens": bool(parts.rows),
+        "embedding": any(pair.embedding for pair in parts.pairs.values()),
+        "biases": config.bias != "none" or bool(parts.offsets),
+    }
+    return tuple(name for name, there in found.items() if there) or ("plain LoRA",)
+
+
+def _merging(adapter: Adapter, base: Path | None) -> Verdict:
+    start = starts.why_not(adapter, has_base=True)
+    if start is not None:
+        return Verdict(
+            works=True,
+            reason=f"into the base that training left (--training-base residual): {start}",
+        )
+    if base is None:
+        return Verdict(works=True, reason="in float32")
+    try:
+        return _merging_into(adapter, base)
+    except AdapterError as fault:
+        return Verdict(works=False, reason=str(fault))
+
+
+def _merging_into(adapter: Adapter, base: Path) -> Verdict:
+    if artifact.quantization_config(base) is not None:
+        return Verdict(
+            works=False,
+            reason=f"{base} is quantized: merge into what it was made from, and quantize that",
+        )
+    shapes = {name: header.shape for name, header in artifact.headers(base).items()}
+    if adapter.base_fingerprint is not None:
+        lora.check_lineage(adapter, artifact.weights_fingerprint(base))
+    found = anatomy.plan(anatomy.of(architecture.config(base)), shapes, [adapter])
+    extra = "; the head parts from the embedding" * found.untie
+    if found.vocabulary is not None:
+        extra += f"; the vocabulary becomes {found.vocabulary}"
+    return Verdict(works=True, reason=f"in float32{extra}")
+
+
+def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
+    found = obstacles.to_serving(adapter.config, adapter.parts)
+    blocked = [obstacle for obstacle in found if obstacle.remedy == "merge"]
+    if blocked:
+        reasons = "; ".join(obstacle.reason for obstacle in blocked)
+        return Verdict(works=False, reason=f"{reasons}: use `quantserve adapter merge`")
+    try:
+        full = base is not None and artifact.quantization_config(base) is None
+        if (start := starts.why_not(adapter, has_base=full)) is not None:
+            return Verdict(works=False, reason=f"{start}: give --base, or use `adapter merge`")
+        if base is not None:
+            _check_base(adapter, base)
+    except AdapterError as fault:
+        return Verdict(works=False, reason=str(fault))
+    doubled = 2 if adapter.config.start is not None else 1
+    rank = adapter.rank * doubled
+    needs = f", with --max-lora-rank {rank}" if rank > _SERVED_RANK else ""
+    if found:
+        reasons = "; ".join(obstacle.reason for obstacle in found)
+        return Verdict(works=True, reason=f"after `quantserve adapter export`{needs}: {reasons}")
+    return Verdict(works=True, reason=f"as it is{needs}")
+
+
+def _check_base(adapter: Adapter, base: Path) -> None:
+    manifest = artifact.read(base)
+    weights = manifest.parent.weights if manifest else None
+    if weights is None and adapter.base_fingerprint is not None:
+        if artifact.quantization_config(base) is not None:
+            raise ArtifactError(f"{base} is quantized and does not say what its parent is")
+        weights = artifact.weights_fingerprint(base)
+    lora.validate(
+        adapter,
+        artifact.linear_shapes(base),
+        max_rank=None,
+        base_weights_fingerprint=weights,
+    )

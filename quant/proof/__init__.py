@@ -1,0 +1,1 @@
+"""What quantization did to the model, in numbers, and the gate on them."""

@@ -1,0 +1,153 @@
+"""`quantserve compare`: an artifact held against its parent.
+
+Exit status 3 with one line when the gate of --max-kl is shut; the result is stored all the same.
+torch, transformers and matplotlib are imported when the command runs, not before.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from quant import bar, recipe
+from quant.errors import RecipeError
+from quant.proof.evidence import Fidelity, Row, choice_rows, choice_title, text_rows, text_title
+
+if TYPE_CHECKING:
+    from quant.proof.compare import Found
+
+app = typer.Typer()
+
+
+@app.command()
+def compare(
+    parent: Annotated[
+        str,
+        typer.Argument(metavar="PARENT", help="what was quantized, as `quantize` takes it"),
+    ],
+    artifact_folder: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="what `quantize` wrote")
+    ],
+    text: Annotated[Path | None, typer.Option(help="measure on windows of this UTF-8 text")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='or on JSONL of {"text": ...} or {"messages": [...]} lines'),
+    ] = None,
+    choices: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help='and on JSONL of {"question", "choices": [...], "answer": index} lines; repeatable'
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="a LoRA folder that was merged into the artifact; repeatable"),
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="windows of the text [32]")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens of each [512]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="of the windows drawn and of the resamples [0]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [cpu]")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="exit with status 3 when the mean KL is above, in nats")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw each layer's loss and each token's KL into this PNG")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="a JSON object per line on stdout, the result last")
+    ] = False,
+) -> None:
+    """Measure how far ARTIFACT is from PARENT: perplexity, KL, agreement, answers that flip.
+
+    Without --text, --calibration or --choices the model writes a text of its own that calibrated
+    nothing. The result goes into the artifact's manifest and its card, README.md.
+    """
+    given = {"windows": windows, "length": length, "seed": seed, "device": device}
+    draw = recipe.draw({name: value for name, value in given.items() if value is not None})
+    _check(max_kl, plot, text, calibration, choices)
+
+    from quant.proof import compare
+
+    order = compare.Order(
+        parent=parent,
+        artifact=artifact_folder,
+        adapters=tuple(adapter or ()),
+        text=text,
+        calibration=calibration,
+        choices=tuple(choices or ()),
+        cache=cache,
+    )
+    if as_json:
+        found = compare.run(draw, order, bar.Lines())
+        bar.write(found.fidelity.model_dump(mode="json"))
+    else:
+        with bar.Bar("windows") as shown:
+            found = compare.run(draw, order, shown)
+        _print(found.fidelity)
+    _draw(found, plot, artifact_folder)
+    compare.check_limit(found.fidelity.text, max_kl, f"the result is in {artifact_folder}")
+
+
+def _check(
+    max_kl: float | None,
+    plot: Path | None,
+    text: Path | None,
+    calibration: Path | None,
+    choices: list[Path] | None,
+) -> None:
+    """Refuse before the models are loaded what would be refused after."""
+    recipe.check_limit(max_kl)
+    if text is not None and calibration is not None:
+        raise RecipeError("--text and --calibration both name the text to measure on; give one")
+    if choices and text is None and calibration is None:
+        for option, value in (("--max-kl", max_kl), ("--plot", plot)):
+            if value is not None:
+                raise RecipeError(
+                    f"{option} needs per-token KL, which --choices does not give; add --text or"
+                    " --calibration"
+                )
+    if plot is not None and not plot.expanduser().absolute().parent.is_dir():
+        raise RecipeError(f"--plot {plot}: its folder does not exist; make it first")
+
+
+def _print(found: Fidelity) -> None:
+    if found.text is not None:
+        _table(text_title(found.text), text_rows(found.text))
+    for quiz in found.choices:
+        _table(choice_title(quiz), choice_rows(quiz))
+
+
+def _table(title: str, rows: Iterator[Row]) -> None:
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("figure", justify="right")
+    table.add_column("95% interval", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _draw(found: "Found", plot: Path | None, folder: Path) -> None:
+    if plot is None or found.trace is None or found.fidelity.text is None:
+        return
+    from quant.proof import plots
+
+    drawn = plots.Findings(
+        name=folder.resolve().name,
+        parent=found.manifest.source,
+        layers=found.manifest.layers,
+        kl=found.trace.kl.numpy(),
+        text=found.fidelity.text,
+    )
+    plots.save(drawn, plot.expanduser())

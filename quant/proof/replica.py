@@ -1,0 +1,52 @@
+"""A whole model in float32 that computes what a server of it computes, rounding aside.
+
+The parent with its adapters merged, or an artifact with its weights dequantized and, for W8A8,
+its layers' inputs rounded. Refuses folders that leave a parameter without a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quant import checkpoint
+from quant.artifact import Manifest
+from quant.errors import CompareError
+from quant.intake.source import Source
+from quant.solver import blocks, int8
+
+
+def of_parent(source: Source, device: torch.device) -> PreTrainedModel:
+    tensors = ((name, source.tensors.get(name)) for name in source.tensors.names())
+    return _filled(source, tensors, device, str(source.folder))
+
+
+def of_artifact(
+    source: Source, folder: Path, manifest: Manifest, device: torch.device
+) -> PreTrainedModel:
+    """The parent's architecture with the weights that `folder` holds."""
+    model = _filled(source, checkpoint.dequantized(folder), device, str(folder))
+    if manifest.scheme == "w8a8":
+        for layer in manifest.layers:
+            model.get_submodule(layer.name).register_forward_pre_hook(_rounded)
+    return model
+
+
+def _filled(
+    source: Source, tensors: Iterable[tuple[str, Tensor]], device: torch.device, place: str
+) -> PreTrainedModel:
+    model = blocks.skeleton(source, device).model
+    held = {name: tensor.to(device, torch.float32) for name, tensor in tensors}
+    model.load_state_dict(held, strict=False, assign=True)
+    model.tie_weights()
+    if empty := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise CompareError(f"{place} lacks {empty[0]}, which {source.architecture} needs to run")
+    return model
+
+
+def _rounded(_layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (int8.as_served(inputs[0]),)

@@ -1,0 +1,180 @@
+"""The decoder blocks of a model, one at a time: found, filled with their weights, emptied again.
+
+Generic over architectures: the model's own code runs on a skeleton without weights, and what it
+passes to its blocks is recorded. Knows no module names; refuses models whose blocks hold no
+`nn.Linear`, or weights that are none (fused experts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quant.errors import RecipeError, SourceError
+from quant.intake.source import Source
+
+_PROBE_TOKENS = 8
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(slots=True)
+class Stream:
+    """Rows of calibration on their way through the model, as it was and as it is served."""
+
+    hidden: Tensor  # [rows, length, width], float32, behind the blocks chosen so far
+    mask: Tensor  # [rows, length] bool, true where a token is real
+    calls: list[Call] = field(default_factory=list)  # what each block gets beside `hidden`
+    parent: Tensor = field(init=False)  # as `hidden`, behind the parent's own blocks
+
+    def __post_init__(self) -> None:
+        self.parent = self.hidden
+
+    def real(self, inputs: Tensor) -> Tensor:
+        """Inputs [rows, length, columns] of real tokens only, [tokens, columns]."""
+        if bool(self.mask.all()):
+            return inputs.flatten(0, -2)
+        return inputs[self.mask]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A model without weights, and where its blocks are."""
+
+    model: PreTrainedModel
+    prefix: str  # of the blocks' names, as in "model.layers."
+    blocks: Sequence[nn.Module]
+    device: torch.device
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Full name -> (out_features, in_features) of every linear layer in the blocks."""
+        return {
+            f"{self.prefix}{place}.{name}": (linear.out_features, linear.in_features)
+            for place, block in enumerate(self.blocks)
+            for name, linear in linears(block).items()
+        }
+
+
+def device(name: str) -> torch.device:
+    """The device of that name; RecipeError unless this machine has it."""
+    try:
+        found = torch.device(name)
+    except RuntimeError as fault:
+        raise RecipeError(f"{name!r} is not a device torch knows") from fault
+    if found.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r}: cpu or cuda is needed")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device {name!r}: this torch sees no CUDA device")
+    return found
+
+
+def skeleton(source: Source, device: torch.device) -> Decoder:
+    """The source's architecture without weights, to be run on `device`.
+
+    SourceError where its blocks cannot be solved.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            source.config, attn_implementation="sdpa", dtype=torch.float32
+        )
+    model.eval().requires_grad_(requires_grad=False)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    depth = source.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            decoder = Decoder(model, f"{name}.", list(module), device)
+            _check(decoder, source.architecture)
+            return decoder
+    raise SourceError(f"{source.architecture} has no list of {depth} decoder blocks")
+
+
+def embed(
+    decoder: Decoder, source: Source, rows: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[list[Stream], Stream]:
+    """A stream per (input_ids, mask), and a short one for probing, before the first block.
+
+    Everything outside the blocks but the output head is read for this, and freed again.
+    """
+    outside = {
+        name for name, _ in decoder.model.named_parameters() if not name.startswith(decoder.prefix)
+    }
+    head = {f"lm_head.{kind}" for kind in ("weight", "bias")} & outside
+    on_device = [(ids.to(decoder.device), mask.to(decoder.device)) for ids, mask in rows]
+    with filled(decoder.model, {name: name for name in outside - head}, source, decoder.device):
+        streams = [_record(decoder, ids, mask) for ids, mask in on_device]
+        ids, mask = (tensor[:1, :_PROBE_TOKENS] for tensor in on_device[0])
+        probe = _record(decoder, ids, mask)
+    return streams, probe
+
+
+def _check(decoder: Decoder, architecture: str) -> None:
+    for place, block in enumerate(decoder.blocks):
+        if not linears(block):
+            raise SourceError(f"{architecture}: {decoder.prefix}{place} holds no nn.Linear")
+        for name, weight in block.named_parameters():
+            if weight.ndim > 2:
+                raise SourceError(
+                    f"{architecture}: {decoder.prefix}{place}.{name} has {weight.ndim} dimensions;"
+                    " only nn.Linear layers can be quantized (no fused experts, no convolutions)"
+                )
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {n: module for n, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+@contextmanager
+def filled(
+    module: nn.Module, names: Mapping[str, str], source: Source, device: torch.device
+) -> Iterator[None]:
+    """Holds the source's tensors inside `module`: own name -> the source's. Embeddings stay in
+    the stored dtype, the rest is float32."""
+    sparse = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
+    tensors = {}
+    for own, name in names.items():
+        stored = source.tensors.get(name).to(device)
+        tensors[own] = stored if own in sparse else stored.float()
+    module.load_state_dict(tensors, strict=False, assign=True)
+    try:
+        yield
+    finally:
+        empty = {own: tensor.to("meta") for own, tensor in tensors.items()}
+        module.load_state_dict(empty, strict=False, assign=True)
+
+
+class _Enough(Exception):
+    """Ends a forward after its last block."""
+
+
+def _record(decoder: Decoder, ids: Tensor, mask: Tensor) -> Stream:
+    """Runs the model around its blocks, noting what it would pass to each."""
+    embedded = decoder.model.get_input_embeddings()(ids).float()
+    stream = Stream(embedded, mask)
+
+    def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not stream.calls:
+            stream.hidden = stream.parent = hidden
+        stream.calls.append((args, kwargs))
+        if len(stream.calls) == len(decoder.blocks):
+            raise _Enough
+        return hidden
+
+    with ExitStack() as undo, torch.no_grad():
+        for block in decoder.blocks:
+            block.forward = note
+            undo.callback(delattr, block, "forward")
+        try:
+            # Real tokens are a prefix of each row: causal attention hides the padding from them.
+            decoder.model.base_model(inputs_embeds=embedded, use_cache=False)
+        except _Enough:
+            return stream
+    raise SourceError(f"only {len(stream.calls)} of {len(decoder.blocks)} blocks were called")

@@ -1,0 +1,194 @@
+"""The solver's inner loops, compiled: one group of columns at a time, every row for itself.
+
+Float32 tensors in and out; the loops run on the CPU wherever the tensors are. Rows run in parallel
+and never meet, so the result does not depend on the number of threads. The innermost loops run
+along memory without branches, which lets the compiler turn them into vector code; numba keeps what
+it compiled for the next run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numba import njit, prange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quant.solver.grid import Levels
+
+Floats = NDArray[np.float32]
+Limits = tuple[np.float32, np.float32]  # the lowest and the highest step
+_Loop = TypeVar("_Loop", bound=Callable[..., object])
+
+_FINALISTS = 4  # offered scales that are tried with feedback, of those that round best
+_ONE, _ZERO = np.float32(1), np.float32(0)
+_WORST = np.finfo(np.float32).max  # fastmath promises the compiler that no infinity is met
+
+
+def quantize(
+    weights: tuple[Tensor, Tensor], feedback: Tensor, cost: Tensor, scales: Tensor, levels: Levels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps and errors [rows, size] and the scale [rows] of one group of columns.
+
+    `weights` are [rows, size]: wanted, and wanted plus what earlier columns fed into them;
+    `feedback` [size, size] holds at [k, later] what an error in column k adds to a later column;
+    `cost` [size] is what an error in a column costs; `scales` [rows, offered]. A row takes the
+    offered scale whose feedback pass costs least, out of the few that round best.
+    """
+    given = (_array(weights[0]), _array(weights[1]))
+    arrays = _array(feedback), _array(cost), _array(scales)
+    return _tensors(_quantize_rows(given, *arrays, _limits(levels)), cost.device)
+
+
+def best_rounding(weights: Tensor, cost: Tensor, scales: Tensor, levels: Levels) -> Tensor:
+    """Of `scales` [rows, offered], the one [rows] under which rounding `weights` costs least."""
+    found = _best_rounding_rows(_array(weights), _array(cost), _array(scales), _limits(levels))
+    return torch.from_numpy(found).to(weights.device)
+
+
+def descend(
+    steps: Tensor, scale: Tensor, gradient: Tensor, hessian: Tensor, levels: Levels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moves each step of one group to where the loss is least, the others held.
+
+    `steps` [rows, size]; `scale` [rows]; `gradient` [rows, size] is the rows' error times the
+    Hessian's columns; `hessian` [size, size]. Returns the steps, and for each row the numerator
+    and the denominator [rows] of the change of scale that would then be best.
+    """
+    arrays = _array(steps).copy(), _array(scale), _array(gradient), _array(hessian)
+    return _tensors(_descend_rows(*arrays, _limits(levels)), steps.device)
+
+
+def _array(tensor: Tensor) -> Floats:
+    found: Floats = tensor.cpu().contiguous().numpy()
+    return found
+
+
+def _tensors(
+    arrays: tuple[Floats, Floats, Floats], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (torch.from_numpy(array).to(device) for array in arrays)
+    return first, second, third
+
+
+def _limits(levels: Levels) -> Limits:
+    return np.float32(levels.low), np.float32(levels.high)
+
+
+def _compiled(loop: _Loop) -> _Loop:
+    built: _Loop = njit(fastmath=True, cache=True, error_model="numpy")(loop)
+    return built
+
+
+def _parallel(loop: _Loop) -> _Loop:
+    built: _Loop = njit(parallel=True, fastmath=True, cache=True, error_model="numpy")(loop)
+    return built
+
+
+@_compiled
+def _rounding_loss(weights: Floats, scale: np.float32, cost: Floats, limits: Limits) -> np.float32:
+    """What rounding each column by itself would cost."""
+    low, high = limits
+    inverse, loss = _ONE / scale, _ZERO
+    for k in range(weights.size):
+        missed = weights[k] - min(max(np.rint(weights[k] * inverse), low), high) * scale
+        loss += cost[k] * missed * missed
+    return loss
+
+
+@_compiled
+def _feed_back(
+    row: tuple[Floats, Floats, Floats, Floats],
+    feedback: Floats,
+    cost: Floats,
+    scale: np.float32,
+    limits: Limits,
+) -> np.float32:
+    """Rounds one row's group column by column, each error fed to the columns after it.
+
+    `row` is what is wanted and already fed (read), steps and errors (written).
+    """
+    (wanted, fed, steps, errors), (low, high) = row, limits
+    inverse, loss = _ONE / scale, _ZERO
+    left = fed.copy()
+    for k in range(wanted.size):
+        step = min(max(np.rint(left[k] * inverse), low), high)
+        missed = left[k] - step * scale
+        loss += cost[k] * missed * missed
+        steps[k], errors[k] = step, wanted[k] - step * scale
+        for later in range(k + 1, wanted.size):
+            left[later] += feedback[k, later] * errors[k]
+    return loss
+
+
+@_parallel
+def _best_rounding_rows(weights: Floats, cost: Floats, scales: Floats, limits: Limits) -> Floats:
+    rows = weights.shape[0]
+    chosen = np.empty(rows, np.float32)
+    for row in prange(rows):
+        best = _WORST
+        for place in range(scales.shape[1]):
+            loss = _rounding_loss(weights[row], scales[row, place], cost, limits)
+            if loss < best:
+                best, chosen[row] = loss, scales[row, place]
+    return chosen
+
+
+@_parallel
+def _quantize_rows(
+    weights: tuple[Floats, Floats],
+    feedback: Floats,
+    cost: Floats,
+    scales: Floats,
+    limits: Limits,
+) -> tuple[Floats, Floats, Floats]:
+    wanted, fed = weights
+    rows, size = wanted.shape
+    steps, errors = np.empty_like(wanted), np.empty_like(wanted)
+    chosen = np.empty(rows, np.float32)
+    for row in prange(rows):
+        losses = np.empty(scales.shape[1], np.float32)
+        for place in range(losses.size):
+            losses[place] = _rounding_loss(fed[row], scales[row, place], cost, limits)
+        tried = np.empty((2, size), np.float32)
+        best = _WORST
+        for _ in range(min(_FINALISTS, losses.size)):
+            place = int(np.argmin(losses))
+            losses[place] = _WORST
+            scale = scales[row, place]
+            state = (wanted[row], fed[row], tried[0], tried[1])
+            loss = _feed_back(state, feedback, cost, scale, limits)
+            if loss < best:
+                best = loss
+                chosen[row], steps[row], errors[row] = scale, tried[0], tried[1]
+    return steps, errors, chosen
+
+
+@_parallel
+def _descend_rows(
+    steps: Floats, scale: Floats, gradient: Floats, hessian: Floats, limits: Limits
+) -> tuple[Floats, Floats, Floats]:
+    rows, size = steps.shape
+    low, high = limits
+    matched, energy = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    for row in prange(rows):
+        step, left, unit = steps[row], gradient[row].copy(), scale[row]
+        for k in range(size):
+            best = min(max(np.rint(step[k] + left[k] / (hessian[k, k] * unit)), low), high)
+            if best != step[k]:
+                moved = (best - step[k]) * unit
+                step[k] = best
+                for other in range(size):
+                    left[other] -= moved * hessian[k, other]
+        total, norm = _ZERO, _ZERO
+        for k in range(size):
+            total += step[k] * left[k]
+            inner = _ZERO
+            for other in range(size):
+                inner += hessian[k, other] * step[other]
+            norm += step[k] * inner
+        matched[row], energy[row] = total, norm
+    return steps, matched, energy

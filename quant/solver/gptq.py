@@ -1,0 +1,225 @@
+"""GPTQ: Hessians of layer inputs, and the codes that least disturb a layer's outputs.
+
+Tensors in, tensors out. Refuses, with SolveError, what has no solution: no tokens, non-finite
+numbers, inputs that are all zero, a Hessian that stays indefinite at any damping. Never rounds
+silently instead.
+
+Frantar et al., ICLR 2023 (2210.17323), in the equivalent form of LDLQ (Chee et al., 2307.13304):
+with H = R R^T, R upper triangular, column k is rounded after adding
+sum_{i<k} (w_i - q_i) R_ik / R_kk. One Cholesky of the reversed H, and no inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.errors import SolveError
+from quant.solver import columns, grid
+from quant.solver.grid import Levels
+
+_STRIP = 384  # columns of a Hessian updated at a time; only strips right of the diagonal are
+_PANEL = 128  # columns quantized one after another before the next matrix product
+_MOST_DAMPING = 10.0
+
+
+class Hessian:
+    """H = sum x x^T / tokens over the inputs [tokens, columns] of a layer, in float32."""
+
+    def __init__(self, columns: int, device: torch.device | None = None) -> None:
+        self._sum = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Counts every row of `inputs` [tokens, columns]; leave padding out."""
+        inputs = inputs.float()
+        for start in range(0, inputs.shape[1], _STRIP):
+            strip = inputs[:, start : start + _STRIP]
+            self._sum[start : start + _STRIP, start:].addmm_(strip.T, inputs[:, start:])
+        self.tokens += inputs.shape[0]
+
+    def is_zero(self) -> bool:
+        """Whether nothing was added, or nothing but zeros."""
+        return not bool(self._sum.diagonal().any())
+
+    def mean(self) -> Tensor:
+        """[columns, columns]. SolveError without tokens, or with non-finite or all-zero inputs."""
+        if self.tokens == 0:
+            raise SolveError("no calibration token reached it")
+        upper = self._sum.triu()
+        whole = (upper + upper.triu(1).T) / self.tokens
+        if not bool(torch.isfinite(whole).all()):
+            raise SolveError("its inputs are not finite")
+        if float(whole.diagonal().amax()) == 0:
+            raise SolveError("its inputs are all zero")
+        return whole
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A damped Hessian, ready to solve with: columns in the order they are quantized.
+
+    `feedback` [columns, columns] is unit lower triangular, R_ik / R_kk at [k, i]; `cost`
+    [columns] is R_kk^2, what an error in a column costs after the later ones made up for it.
+    """
+
+    order: Tensor
+    feedback: Tensor
+    cost: Tensor
+    damping: float
+    dead: int  # columns whose input was zero throughout
+
+    def solved(self, rows: Tensor) -> Tensor:
+        """`rows` [rows, columns] times the inverse of the damped Hessian, which is F^T C F."""
+        given = rows[:, self.order].T
+        half = torch.linalg.solve_triangular(
+            self.feedback.T, given, upper=True, unitriangular=True
+        ).div_(self.cost[:, None])
+        found = torch.linalg.solve_triangular(self.feedback, half, upper=False, unitriangular=True)
+        back: Tensor = found.T[:, self.order.argsort()]
+        return back
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Codes int8 [rows, columns] and scale float32 [rows, groups], in the order of the weight.
+
+    The losses [rows] are (w - q) H (w - q)^T on the undamped H, of these codes and of rounding
+    to nearest with the scale that fits the largest weight.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    loss: Tensor
+    rounding_loss: Tensor
+
+    def rows(self, rows: slice) -> Solution:
+        """Of some of the rows."""
+        return Solution(
+            self.codes[rows], self.scale[rows], self.loss[rows], self.rounding_loss[rows]
+        )
+
+    def weight(self) -> Tensor:
+        """The weight a server will compute with, float32 [rows, columns]."""
+        return dequantize(self.codes, self.scale)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Signed codes [rows, columns] times scale [rows, groups], in float32."""
+    grouped = codes.float().reshape(*scale.shape, -1)  # [rows, groups, size]
+    return (grouped * scale.float()[..., None]).flatten(1)
+
+
+def factorize(hessian: Tensor, damping: float, group: int) -> Factor:
+    """The factor of hessian [columns, columns] + damping * mean(diagonal) * identity.
+
+    The damping doubles until the factorization succeeds. `group` columns share a scale.
+    """
+    diagonal = hessian.diagonal().clone()
+    dead = diagonal == 0
+    level = float(diagonal.mean())
+    # A dead column is tied to no other: with any diagonal it is rounded to nearest by itself.
+    diagonal[dead] = level
+    order = _order(diagonal, group)
+    reverse = order.flip(0)
+    backwards = hessian[reverse][:, reverse]
+    attempt = damping
+    while attempt <= _MOST_DAMPING:
+        backwards.diagonal().copy_(diagonal[reverse] + attempt * level)
+        upper, failed = torch.linalg.cholesky_ex(backwards, upper=True)
+        if not int(failed) and bool(torch.isfinite(upper).all()):
+            lower = upper.flip(0, 1)  # R^T
+            pivots = lower.diagonal().clone()
+            feedback = lower.div_(pivots[:, None])
+            return Factor(order, feedback, pivots.square(), attempt, int(dead.sum()))
+        attempt *= 2
+    raise SolveError(f"its Hessian could not be factorized with damping up to {attempt / 2:g}")
+
+
+def solve(weight: Tensor, hessian: Tensor, factor: Factor, group: int, levels: Levels) -> Solution:
+    """Codes for weight [rows, columns]; `group` columns share a scale, -1 for all of them.
+
+    Rows are independent: stack every layer that reads the same input. A row for which plain
+    rounding is better by the Hessian keeps plain rounding.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise SolveError("its weights are not finite")
+    weight = weight.float()
+    size = group if group > 0 else weight.shape[1]
+    back = factor.order.argsort()
+    steps, scales = _quantize(weight[:, factor.order], factor, size, levels)
+    # A group stays whole in `order`: any member tells where its scale went.
+    found = (steps[:, back].to(torch.int8), scales[:, back[::size] // size].contiguous())
+    return better(weight, hessian, found, _rounded(weight, size, levels))
+
+
+def _order(diagonal: Tensor, group: int) -> Tensor:
+    """Groups by their largest diagonal, columns inside a group by their own, largest first.
+
+    What matters most is rounded while the most columns are left to make up for it; groups stay
+    contiguous, so the checkpoint needs no column index ("group-aware reordering").
+    """
+    size = group if group > 0 else diagonal.numel()
+    grouped = diagonal.view(-1, size)  # [groups, size]
+    inside = grouped.argsort(dim=1, descending=True, stable=True)
+    groups = grouped.amax(dim=1).argsort(descending=True, stable=True)
+    starts = torch.arange(grouped.shape[0], device=diagonal.device) * size
+    return (inside + starts[:, None])[groups].flatten()
+
+
+def _quantize(wanted: Tensor, factor: Factor, size: int, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Steps [rows, columns] and scales [rows, groups], in solving order.
+
+    Matrix products run where the weights are, the loops over columns on the CPU.
+    """
+    steps, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    feedback, cost, scales = factor.feedback.T.contiguous(), factor.cost, []
+    for start in range(0, wanted.shape[1], size):
+        group = slice(start, start + size)
+        fed = torch.addmm(wanted[:, group], errors[:, :start], feedback[:start, group])
+        offered = grid.offered(fed, levels)
+        if size > _PANEL:  # too wide to try every scale with feedback
+            offered = columns.best_rounding(fed, cost[group], offered, levels)[:, None]
+        for first in range(start, start + size, _PANEL):
+            panel = slice(first, min(first + _PANEL, start + size))
+            inside = fed[:, first - start : panel.stop - start]
+            inside = torch.addmm(inside, errors[:, start:first], feedback[start:first, panel])
+            given = (wanted[:, panel], inside)
+            steps[:, panel], errors[:, panel], scale = columns.quantize(
+                given, feedback[panel, panel], cost[panel], offered, levels
+            )
+            offered = scale[:, None]
+        scales.append(offered)
+    return steps, torch.cat(scales, dim=1)
+
+
+def _rounded(weight: Tensor, size: int, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Codes and scale of plain rounding."""
+    grouped = weight.reshape(-1, size)  # [rows * groups, size]
+    scale = levels.stored(grid.largest_fits(grouped, levels))
+    codes = grid.to_steps(grouped, scale, levels).to(torch.int8).view(weight.shape)
+    return codes, scale.view(weight.shape[0], -1)
+
+
+def better(
+    weight: Tensor,
+    hessian: Tensor,
+    found: tuple[Tensor, Tensor],
+    rounded: tuple[Tensor, Tensor],
+) -> Solution:
+    losses = []
+    for codes, scale in (found, rounded):
+        error = weight - dequantize(codes, scale)
+        losses.append((error @ hessian).mul_(error).sum(dim=1))
+    loss, rounding_loss = losses
+    if not bool(torch.isfinite(loss).all()):
+        raise SolveError("its solution is not finite")
+    worse = (loss > rounding_loss)[:, None]
+    return Solution(
+        codes=torch.where(worse, rounded[0], found[0]),
+        scale=torch.where(worse, rounded[1], found[1]),
+        loss=torch.minimum(loss, rounding_loss),
+        rounding_loss=rounding_loss,
+    )

@@ -1,0 +1,188 @@
+"""The linear layers of a model on their way into a checkpoint: solved, held a block, reported.
+
+Knows which grid and which inputs each scheme means. Refuses to go on past a layer that could not
+be solved, and names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quant import checkpoint
+from quant.artifact import LayerReport
+from quant.checkpoint import Layer
+from quant.errors import SolveError
+from quant.intake.source import Source
+from quant.recipe import Recipe
+from quant.solver import descent, gptq, grid, int8
+from quant.solver.descent import Moments
+from quant.solver.folds import Feed
+from quant.solver.gptq import Factor, Solution
+from quant.solver.walk import Group
+
+_HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
+_SAMPLE = 64  # tokens of each batch on which a smoothing is chosen
+
+
+class Progress(Protocol):
+    """Who is told what happens."""
+
+    def say(self, line: str) -> None: ...
+
+    def solved(self, report: LayerReport, done: int, total: int) -> None: ...
+
+
+class Layers:
+    """`visit` solves and `encoded` gives away; `reports` and `digests` stay, [layers] of each.
+
+    Losses are mean squared errors of a layer's outputs over the calibration tokens it was fitted
+    to, evened, against the shifted target's and relative to the outputs' mean square.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        group: int,
+        dtype: torch.dtype,
+        shapes: Mapping[str, tuple[int, int]],
+        progress: Progress,
+    ) -> None:
+        self.scheme, self.group, self.dtype = recipe.scheme, group, dtype
+        self.reports: list[LayerReport] = []
+        self.digests: dict[str, str] = {}
+        self._damping, self._shapes, self._progress = recipe.damping, shapes, progress
+        self._levels = (
+            int8.CHANNEL if self.scheme == "w8a8" else grid.full_range(recipe.bits, dtype)
+        )
+        self.scales_inputs = self.scheme == "w8a8"
+        self._solved: dict[str, Layer] = {}
+        self._smoothed: dict[nn.Linear, Tensor] = {}  # what a layer's inputs are divided by
+        self._folded: dict[str, Tensor] = {}  # the parent's tensors that do the dividing
+
+    def seen(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        """What a served layer computes with."""
+        if self.scheme != "w8a8":
+            return inputs
+        return int8.as_served(inputs / self._smoothed[linear])
+
+    def visit(self, group: Group) -> None:
+        """Solves the layers of a group and sets their weights."""
+        weight = torch.cat([linear.weight for linear in group.linears.values()])
+        names = [f"{group.prefix}{name}" for name in group.linears]
+        even = descent.evening([given.parent for given in group.inputs])
+        try:
+            weight = self._smooth(weight, group, even)
+            solution, energy, factor = self._solve(weight, group, even)
+        except SolveError as fault:
+            raise SolveError(f"{' and '.join(names)} could not be solved: {fault}") from fault
+        if factor.dead:
+            self._progress.say(
+                f"{names[0]}: {factor.dead} of {weight.shape[1]} inputs"
+                " are zero on every calibration token"
+            )
+        start = 0
+        for name, linear in zip(names, group.linears.values(), strict=True):
+            rows = slice(start, start + linear.out_features)
+            part = solution.rows(rows)
+            self._keep(name, linear, part)
+            self._report(name, part, energy[rows], factor.damping)
+            start = rows.stop
+
+    def encoded(self, source: Source, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a checkpoint that stand for the parent's tensor `name`."""
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or module not in self._solved:
+            yield name, self.kept(source, name)
+            return
+        layer = self._solved.pop(module)
+        for kind, tensor in checkpoint.encode(self.scheme, layer, self.dtype).items():
+            yield f"{module}.{kind}", tensor
+
+    def kept(self, source: Source, name: str) -> Tensor:
+        """The parent's tensor in the dtype it will be served in, a folded scale in it."""
+        if name in self._folded:
+            return self._folded.pop(name)
+        return source.tensors.get(name).to(self.dtype)
+
+    def _smooth(self, weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
+        """The weight over inputs whose spread has moved into it, where a layer can take it over."""
+        if self.scheme != "w8a8":
+            return weight
+        scale = torch.ones(weight.shape[1], device=weight.device)
+        if group.feed is not None:
+            first = (given.parent[:_SAMPLE] for given in group.inputs)
+            sample = [rows * by[:_SAMPLE] for rows, by in zip(first, even, strict=True)]
+            scale = self._fold(group, group.feed, int8.smoothing(weight, torch.cat(sample)))
+        for linear in group.linears.values():
+            self._smoothed[linear] = scale
+        return weight * scale
+
+    def _fold(self, group: Group, feed: Feed, scale: Tensor) -> Tensor:
+        """Lets the feeding layer divide by `scale`; by what it divides once that is stored."""
+        name = f"{group.prefix}{feed.name}"
+        layer = self._solved.get(name)
+        if layer is not None:
+            self._set(name, Layer(layer.codes, feed.scaled(layer.scale, 1 / scale.cpu())))
+            return scale
+        if isinstance(feed.layer, nn.Linear):  # solved only later
+            return torch.ones_like(scale)
+        folded = self._folded[f"{name}.weight"] = feed.folded(scale, self.dtype)
+        return feed.divisor(folded.float())
+
+    def _solve(
+        self, weight: Tensor, group: Group, even: Sequence[Tensor]
+    ) -> tuple[Solution, Tensor, Factor]:
+        """The solution for stacked rows, the mean square of each row's output, the factor."""
+        fitted, held = (Moments(weight.shape[1], weight.device) for _ in range(2))
+        linear = next(iter(group.linears.values()))
+        for given, by in zip(group.inputs, even, strict=True):
+            served = self.seen(linear, given.served).mul(by)
+            parent = self._meant(linear, given.parent).mul(by)
+            last = len(served) - len(served) // _HELD
+            fitted.add(served[:last], parent[:last])
+            held.add(served[last:], parent[last:])
+        matrix = fitted.hessian.mean()
+        factor = gptq.factorize(matrix, self._damping, self.group)
+        target = descent.shifted(weight, fitted, held, factor)
+        solution = gptq.solve(target, matrix, factor, self.group, self._levels)
+        solution = descent.improved(target, solution, (fitted, held), self._levels)
+        return solution, (weight @ matrix).mul_(weight).sum(dim=1), factor
+
+    def _meant(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        """The parent's inputs in the units of the served ones."""
+        return inputs / self._smoothed[linear] if self.scheme == "w8a8" else inputs
+
+    def _keep(self, name: str, linear: nn.Linear, solution: Solution) -> None:
+        self._set(name, Layer(solution.codes.cpu(), solution.scale.cpu()))
+        linear.weight.copy_(solution.weight())
+
+    def _set(self, name: str, layer: Layer) -> None:
+        self._solved[name] = layer
+        self.digests[name] = layer.digest()
+
+    def _report(self, name: str, solution: Solution, energy: Tensor, damping: float) -> None:
+        scale = max(float(energy.sum()), torch.finfo(torch.float32).tiny)
+        report = LayerReport(
+            name=name,
+            loss=float(solution.loss.sum()) / scale,
+            rounding_loss=float(solution.rounding_loss.sum()) / scale,
+            damping=damping,
+        )
+        self.reports.append(report)
+        self._progress.solved(report, len(self.reports), len(self._shapes))
+
+    def bytes_after(self, source: Source) -> int:
+        """Bytes of the checkpoint's tensors."""
+        total = 0
+        for name in source.tensors.names():
+            shape = source.tensors.shape(name)
+            module = name.removesuffix(".weight")
+            if module in self._shapes:
+                total += checkpoint.layer_bytes(self.scheme, self._shapes[module], self.group)
+            else:
+                total += torch.Size(shape).numel() * self.dtype.itemsize
+        return total
