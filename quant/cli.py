@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -65,8 +65,11 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option(help="the folder to make; it must not exist yet")],
     scheme: Annotated[
-        Literal["w4a16", "w8a16", "w8a8"],
-        typer.Option(help="int4 or int8 weights (GPTQ), or int8 weights and activations"),
+        str,
+        typer.Option(
+            metavar="w4a16|w8a16|w8a8",
+            help="int4 or int8 weights (GPTQ), or int8 weights and activations",
+        ),
     ] = "w4a16",
     group_size: Annotated[
         int | None,

@@ -4,15 +4,37 @@ Refuses keys and values it does not know.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from quant.errors import RecipeError
 
 Scheme = Literal["w4a16", "w8a16", "w8a8"]
 GROUP_SIZES = (32, 64, 128, -1)
+
+# What others quantize to and this program does not write, by pattern: why, and what to ask for.
+_REFUSED = {
+    r"w[123]a\d+": "stock vLLM has no kernel for weights of 1 to 3 bits, its GPTQ has 4 and 8;"
+    " w4a16 is the smallest that every vLLM serves",
+    r"w[567]a\d+": "stock vLLM has no kernel for weights of 5 to 7 bits, its GPTQ has 4 and 8;"
+    " take w8a16, or w4a16",
+    r"w4a8.*": "stock vLLM multiplies 4-bit weights with 8-bit activations on Hopper GPUs and Arm"
+    " only; take w4a16 for size, w8a8 for 8-bit activations",
+    r"w4a4.*|(nv|mx)?fp4.*": "4-bit floats have kernels on the newest GPUs only, and 4-bit"
+    " integer activations have none; w4a16 has the same size",
+    r"(w8a\d+[-_]?)?(fp8|float8).*|mxfp8": "8-bit floats need a recent GPU; w8a8 is the same"
+    " size in integers, which CPUs and older GPUs multiply too",
+}
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -33,6 +55,16 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     damping: float = Field(default=0.01, gt=0, le=1)
     device: str = "cpu"
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _is_written(cls, scheme: object) -> object:
+        for pattern, reason in _REFUSED.items():
+            if isinstance(scheme, str) and re.fullmatch(pattern, scheme, re.IGNORECASE):
+                raise ValueError(f"{scheme} is not written: {reason}")
+        if scheme not in get_args(Scheme):
+            raise ValueError(f"{scheme!r} is not one of {', '.join(get_args(Scheme))}")
+        return scheme
 
     @model_validator(mode="after")
     def _groups_fit_the_scheme(self) -> Self:
@@ -85,7 +117,7 @@ def _checked(fields: Mapping[str, Any], kind: type[Asked]) -> Asked:
     try:
         return kind.model_validate(fields)
     except ValidationError as fault:
-        reasons = (f"{_place(e['loc'])}{e['msg']}" for e in fault.errors(include_url=False))
+        reasons = (f"{_place(e['loc'])}{_reason(e)}" for e in fault.errors(include_url=False))
         raise RecipeError("; ".join(reasons)) from fault
 
 
@@ -106,6 +138,10 @@ def choose_group_size(recipe: Recipe, input_widths: Iterable[int]) -> int:
         f"group size {size} does not divide the input width {odd[0]} of a layer"
         f" (widths: {', '.join(map(str, widths))})"
     )
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -51,6 +51,31 @@ def test_an_impossible_value_is_refused_by_its_field(field: str, value: Any) -> 
         build({field: value})
 
 
+@pytest.mark.parametrize(
+    ("scheme", "reason", "instead"),
+    [
+        ("w3a16", "stock vLLM has no kernel for weights of 1 to 3 bits", "w4a16"),
+        ("W2A16", "stock vLLM has no kernel for weights of 1 to 3 bits", "w4a16"),
+        ("w4a8", "on Hopper GPUs and Arm only", "w8a8"),
+        ("w4a8_fp8", "on Hopper GPUs and Arm only", "w8a8"),
+        ("w4a4", "4-bit integer activations have none", "w4a16"),
+        ("nvfp4", "newest GPUs only", "w4a16"),
+        ("fp8", "8-bit floats need a GPU", "w8a8"),
+        ("w8a8-fp8", "8-bit floats need a GPU", "w8a8"),
+        ("int4", "is not one of", "w4a16, w8a16, w8a8"),
+    ],
+)
+def test_a_scheme_that_nothing_serves_is_refused_with_what_to_use(
+    scheme: str, reason: str, instead: str
+) -> None:
+    with pytest.raises(RecipeError) as refused:
+        build({"scheme": scheme})
+    said = str(refused.value)
+    assert said.startswith("scheme: ") and scheme in said
+    assert reason in said and instead in said
+    assert "\n" not in said
+
+
 def test_every_fault_is_in_the_one_message() -> None:
     with pytest.raises(RecipeError) as refused:
         build({"samples": 0, "length": 1, "colour": "red"})
