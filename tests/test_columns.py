@@ -1,21 +1,24 @@
-"""`solver.columns`: the compiled loops are the slow ones, row by row, on any number of threads."""
+"""`solver.columns` and `solver.batched`: both are the slow loops, row by row, on any threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import numba
 import pytest
 import torch
 from torch import Tensor
 
-from quant.solver import columns, grid, int8
+from quant.solver import batched, columns, grid, int8
 from quant.solver.grid import Levels
 
 ROWS, SIZE = 40, 32
 INT4, INT8 = grid.full_range(4, torch.float16), grid.full_range(8, torch.bfloat16)
 LEVELS = [INT4, INT8, int8.CHANNEL]
+
+each_loop = pytest.mark.parametrize("loops", [columns, batched], ids=["compiled", "batched"])
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -83,10 +86,11 @@ def threads(count: int) -> Iterator[None]:
         numba.set_num_threads(before)
 
 
+@each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
-def test_steps_and_errors_are_those_of_the_slow_loop(levels: Levels) -> None:
+def test_steps_and_errors_are_those_of_the_slow_loop(loops: ModuleType, levels: Levels) -> None:
     given, feedback, cost, offered = problem(levels)
-    steps, errors, scale = columns.quantize(given, feedback, cost, offered, levels)
+    steps, errors, scale = loops.quantize(given, feedback, cost, offered, levels)
     expected = feed_back(given, feedback, cost, scale, levels)
     same = (steps == expected[0]).all(dim=1)
     assert int((~same).sum()) <= 1  # float32 may break a tie the other way
@@ -94,12 +98,14 @@ def test_steps_and_errors_are_those_of_the_slow_loop(levels: Levels) -> None:
     assert levels.low <= float(steps.min()) and float(steps.max()) <= levels.high
 
 
+@each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_the_chosen_scales_feedback_costs_least_among_those_that_round_best(
+    loops: ModuleType,
     levels: Levels,
 ) -> None:
     given, feedback, cost, offered = problem(levels)
-    _, _, scale = columns.quantize(given, feedback, cost, offered, levels)
+    _, _, scale = loops.quantize(given, feedback, cost, offered, levels)
     order = rounding_losses(given[1], cost, offered, levels).argsort(dim=1)
     finalists = offered.gather(1, order[:, :4])
     tried = [feed_back(given, feedback, cost, one, levels)[2] for one in finalists.T]
@@ -110,24 +116,28 @@ def test_the_chosen_scales_feedback_costs_least_among_those_that_round_best(
     assert not torch.equal(scale, finalists[:, 0]), "trying finalists changes nothing"
 
 
+@each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
-def test_best_rounding_finds_the_least_loss_of_all_offered(levels: Levels) -> None:
+def test_best_rounding_finds_the_least_loss_of_all_offered(
+    loops: ModuleType, levels: Levels
+) -> None:
     (_, weights), _, cost, offered = problem(levels)
-    scale = columns.best_rounding(weights, cost, offered, levels)
+    scale = loops.best_rounding(weights, cost, offered, levels)
     found = rounding_losses(weights, cost, scale[:, None], levels)[:, 0]
     least = rounding_losses(weights, cost, offered, levels).amin(dim=1)
     torch.testing.assert_close(found, least, rtol=1e-5, atol=0)
     assert bool((offered == scale[:, None]).any(dim=1).all())
 
 
+@each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_descent_is_that_of_the_slow_loop(levels: Levels, sign: float) -> None:
+def test_descent_is_that_of_the_slow_loop(loops: ModuleType, levels: Levels, sign: float) -> None:
     weights, matrix = drawn(ROWS, SIZE), hessian()
     scale = sign * weights.abs().amax(dim=1) / levels.high
     steps = grid.to_steps(weights, scale, levels)
     gradient = (weights - steps * scale[:, None]) @ matrix
-    ours = columns.descend(steps, scale, gradient, matrix, levels)
+    ours = loops.descend(steps, scale, gradient, matrix, levels)
     slow = descended(steps, scale, gradient, matrix, levels)
     assert not torch.equal(ours[0], steps)
     same = (ours[0] == slow[0]).all(dim=1)
@@ -160,13 +170,14 @@ def test_the_number_of_threads_does_not_matter() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_rows_do_not_meet() -> None:
+@each_loop
+def test_rows_do_not_meet(loops: ModuleType) -> None:
     (wanted, fed), feedback, cost, offered = problem(INT4)
-    whole = columns.quantize((wanted, fed), feedback, cost, offered, INT4)
+    whole = loops.quantize((wanted, fed), feedback, cost, offered, INT4)
     for row in (0, 17, ROWS - 1):
         only = slice(row, row + 1)
         given = (wanted[only], fed[only])
-        alone = columns.quantize(given, feedback, cost, offered[only], INT4)
+        alone = loops.quantize(given, feedback, cost, offered[only], INT4)
         assert all(torch.equal(a, b[only]) for a, b in zip(alone, whole, strict=True))
 
 
@@ -176,14 +187,15 @@ def untouched(inputs: list[Tensor], call: Callable[[], object]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
 
 
-def test_inputs_are_left_alone() -> None:
+@each_loop
+def test_inputs_are_left_alone(loops: ModuleType) -> None:
     given, feedback, cost, offered = problem(INT4)
     inputs = [*given, feedback, cost, offered]
-    assert untouched(inputs, lambda: columns.quantize(given, feedback, cost, offered, INT4))
-    assert untouched(inputs, lambda: columns.best_rounding(given[0], cost, offered, INT4))
+    assert untouched(inputs, lambda: loops.quantize(given, feedback, cost, offered, INT4))
+    assert untouched(inputs, lambda: loops.best_rounding(given[0], cost, offered, INT4))
     steps, scale = torch.zeros(ROWS, SIZE), torch.ones(ROWS)
     inputs = [steps, scale, gradient := drawn(ROWS, SIZE), matrix := hessian()]
-    assert untouched(inputs, lambda: columns.descend(steps, scale, gradient, matrix, INT4))
+    assert untouched(inputs, lambda: loops.descend(steps, scale, gradient, matrix, INT4))
 
 
 def test_columns_out_of_a_wider_tensor_are_taken_as_they_are() -> None:

@@ -1,6 +1,6 @@
 """The solver's inner loops, compiled: one group of columns at a time, every row for itself.
 
-Float32 tensors in and out; the loops run on the CPU wherever the tensors are. Rows run in parallel
+Float32 tensors in and out; tensors on an accelerator go to `batched` instead. Rows run in parallel
 and never meet, so the result does not depend on the number of threads. The innermost loops run
 along memory without branches, which lets the compiler turn them into vector code; numba keeps what
 it compiled for the next run.
@@ -17,13 +17,13 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quant.solver.grid import Levels
+from quant.solver import batched
+from quant.solver.grid import FINALISTS, Levels
 
 Floats = NDArray[np.float32]
 Limits = tuple[np.float32, np.float32]  # the lowest and the highest step
 _Loop = TypeVar("_Loop", bound=Callable[..., object])
 
-_FINALISTS = 4  # offered scales that are tried with feedback, of those that round best
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _WORST = np.finfo(np.float32).max  # fastmath promises the compiler that no infinity is met
 
@@ -38,15 +38,19 @@ def quantize(
     `cost` [size] is what an error in a column costs; `scales` [rows, offered]. A row takes the
     offered scale whose feedback pass costs least, out of the few that round best.
     """
+    if cost.is_cuda:
+        return batched.quantize(weights, feedback, cost, scales, levels)
     given = (_array(weights[0]), _array(weights[1]))
     arrays = _array(feedback), _array(cost), _array(scales)
-    return _tensors(_quantize_rows(given, *arrays, _limits(levels)), cost.device)
+    return _tensors(_quantize_rows(given, *arrays, _limits(levels)))
 
 
 def best_rounding(weights: Tensor, cost: Tensor, scales: Tensor, levels: Levels) -> Tensor:
     """Of `scales` [rows, offered], the one [rows] under which rounding `weights` costs least."""
+    if cost.is_cuda:
+        return batched.best_rounding(weights, cost, scales, levels)
     found = _best_rounding_rows(_array(weights), _array(cost), _array(scales), _limits(levels))
-    return torch.from_numpy(found).to(weights.device)
+    return torch.from_numpy(found)
 
 
 def descend(
@@ -58,19 +62,19 @@ def descend(
     Hessian's columns; `hessian` [size, size]. Returns the steps, and for each row the numerator
     and the denominator [rows] of the change of scale that would then be best.
     """
+    if steps.is_cuda:
+        return batched.descend(steps, scale, gradient, hessian, levels)
     arrays = _array(steps).copy(), _array(scale), _array(gradient), _array(hessian)
-    return _tensors(_descend_rows(*arrays, _limits(levels)), steps.device)
+    return _tensors(_descend_rows(*arrays, _limits(levels)))
 
 
 def _array(tensor: Tensor) -> Floats:
-    found: Floats = tensor.cpu().contiguous().numpy()
+    found: Floats = tensor.contiguous().numpy()
     return found
 
 
-def _tensors(
-    arrays: tuple[Floats, Floats, Floats], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, third = (torch.from_numpy(array).to(device) for array in arrays)
+def _tensors(arrays: tuple[Floats, Floats, Floats]) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = map(torch.from_numpy, arrays)
     return first, second, third
 
 
@@ -155,7 +159,7 @@ def _quantize_rows(
             losses[place] = _rounding_loss(fed[row], scales[row, place], cost, limits)
         tried = np.empty((2, size), np.float32)
         best = _WORST
-        for _ in range(min(_FINALISTS, losses.size)):
+        for _ in range(min(FINALISTS, losses.size)):
             place = int(np.argmin(losses))
             losses[place] = _WORST
             scale = scales[row, place]

@@ -13,6 +13,7 @@ from torch import Tensor
 # Ratios to the scale that just fits the largest weight, by bits: first, last, count. Below one,
 # large weights are clipped for the sake of the others; what lies outside never won where measured.
 _RATIOS = {4: (0.55, 1.1, 24), 8: (0.92, 1.05, 20)}
+FINALISTS = 4  # offered scales that are tried with feedback, of those that round best
 
 
 @dataclass(frozen=True, slots=True)
