@@ -7,14 +7,16 @@ headers, never tensors; trusts neither header sizes nor file names it finds.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+from quant import formats
 from quant.errors import ArtifactError
+from quant.formats import Format
 from quant.headers import TensorHeader, read_headers
 from quant.proof.evidence import Fidelity
 
@@ -23,15 +25,9 @@ _PARTIAL = f".{MANIFEST}.partial"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
 _CHUNK = 1 << 22
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -56,12 +52,17 @@ class MergedAdapter(_Frozen):
 
 
 class LayerReport(_Frozen):
-    """Loss of the solved codes, and of plain rounding on the same Hessian in the same units."""
+    """Loss of the solved codes, and of plain rounding on the same Hessian in the same units.
+
+    `bits` of a weight, 16 for a layer left in full precision; None where the manifest has them.
+    """
 
     name: str
     loss: float
     rounding_loss: float
     damping: float
+    bits: Literal[4, 8, 16] | None = None
+    group: int = -1
 
 
 class CalibrationReport(_Frozen):
@@ -91,7 +92,8 @@ class Manifest(_Frozen):
     recipe: dict[str, JsonValue]
     scheme: Literal["w4a16", "w8a16", "w8a8"]
     bits: int
-    group_size: int
+    group_size: int  # both are most layers'
+    bits_per_weight: float | None = None
     calibration: CalibrationReport
     layers: tuple[LayerReport, ...]
     bytes_before: int
@@ -175,18 +177,19 @@ def headers(folder: Path) -> dict[str, TensorHeader]:
 def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """Module name -> (out_features, in_features) of every two-dimensional weight.
 
-    Plain and compressed-tensors int-quantized weights as they are stored, GPTQ's `qweight`
-    [in * bits / 32, out] unpacked by the bits of config.json. Embeddings are among them: headers
-    alone cannot tell; nor can they tell a GPT-2 Conv1D, stored (in, out).
+    Plain and int-quantized weights as stored, GPTQ's `qweight` [in * bits / 32, out] unpacked by
+    its bits in config.json. Embeddings are among them: headers alone cannot tell; nor can they
+    tell a GPT-2 Conv1D, stored (in, out).
     """
     shapes: dict[str, tuple[int, int]] = {}
-    bits: int | None = None
+    section: dict[str, Any] = {}
     for name, header in headers(folder).items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and len(header.shape) == 2:
             shapes[module] = (header.shape[0], header.shape[1])
         elif kind == "qweight" and len(header.shape) == 2:
-            bits = bits or _gptq_bits(folder)
+            section = section or quantization_config(folder) or {}
+            bits = format_of(folder, section, module).bits
             shapes[module] = (header.shape[1], header.shape[0] * 32 // bits)
     return shapes
 
@@ -228,12 +231,12 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     return section if isinstance(section, dict) else None
 
 
-def _gptq_bits(folder: Path) -> int:
-    section = quantization_config(folder) or {}
-    bits = section.get("bits")
-    if not isinstance(bits, int) or bits not in (2, 4, 8):
-        raise ArtifactError(f"{folder / 'config.json'}: quantization_config.bits is {bits!r}")
-    return bits
+def format_of(folder: Path, section: Mapping[str, Any], module: str) -> Format:
+    """What the `section` of the folder's config.json says of a layer. ArtifactError."""
+    try:
+        return formats.of_layer(section, module)
+    except ArtifactError as fault:
+        raise ArtifactError(f"{folder / 'config.json'}: {fault}") from fault
 
 
 _INDEX = TypeAdapter(dict[str, str])

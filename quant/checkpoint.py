@@ -1,8 +1,9 @@
-"""Safetensors shards and `quantization_config` exactly as stock vLLM loads them, and back.
+"""Safetensors shards exactly as stock vLLM loads them, and back.
 
 W4A16 and W8A16 are AutoGPTQ checkpoints ("gptq", v1), W8A8 is compressed-tensors
-"int-quantized". Owns tensor names and dtypes; bit layout is `quant.packing`'s. Refuses to leave a
-layer behind that does not read back as what the solver chose.
+"int-quantized". Owns tensor names and dtypes; bit layout is `quant.packing`'s, which layer has
+which format `quant.formats`'. Refuses to leave a layer behind that does not read back as what the
+solver chose.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from quant import artifact, packing
 from quant.errors import ArtifactError, SpaceError
-from quant.recipe import Scheme
+from quant.formats import FULL, Format, Plan
 from quant.solver import gptq
 
 SHARD_BYTES = 1 << 29  # what is held before it is written
@@ -45,42 +46,28 @@ class Layer:
         return gptq.dequantize(self.codes, self.scale)
 
 
-def encode(scheme: Scheme, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+def encode(form: Format, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of one layer by the last part of their names; scales in `dtype` where they may."""
-    return _ENCODERS[scheme](layer, dtype)
-
-
-def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Layer:
-    """The layer that `encode` was given."""
-    if scheme == "w8a8":
-        return Layer(tensors["weight"], tensors["weight_scale"])
-    bits = _BITS[scheme]
-    codes = packing.unpack_gptq(tensors["qweight"], bits).to(torch.int16) - (1 << (bits - 1))
-    return Layer(codes.to(torch.int8), tensors["scales"].T)
-
-
-def layer_bytes(scheme: Scheme, shape: tuple[int, int], group: int) -> int:
-    """Bytes that a layer of shape (out, in) takes on disk."""
-    rows, columns = shape
-    if scheme == "w8a8":
-        return rows * columns + 4 * rows
-    bits, groups = _BITS[scheme], 1 if group < 0 else columns // group
-    return rows * columns * bits // 8 + groups * rows * (16 + bits) // 8 + 4 * columns
-
-
-def quantization_config(scheme: Scheme, group: int) -> dict[str, Any]:
-    """What config.json says about the weights; every key is one that vLLM reads."""
-    if scheme == "w8a8":
-        return _INT8_CONFIG
+    if form.inputs == 8:
+        return {"weight": layer.codes, "weight_scale": layer.scale.float()}
+    middle = 1 << (form.bits - 1)
+    rows, columns = layer.codes.shape
+    groups = layer.scale.shape[1]
+    zeros = torch.full((groups, rows), middle, dtype=torch.int32)
     return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": _BITS[scheme],
-        "group_size": group,
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
+        "qweight": packing.pack_gptq(layer.codes.to(torch.int16) + middle, form.bits),
+        "qzeros": packing.pack_zeros(zeros, form.bits),
+        "scales": layer.scale.T.to(dtype),
+        "g_idx": (torch.arange(columns) // (columns // groups)).to(torch.int32),
     }
+
+
+def decode(form: Format, tensors: Mapping[str, Tensor]) -> Layer:
+    """The layer that `encode` was given."""
+    if form.inputs == 8:
+        return Layer(tensors["weight"], tensors["weight_scale"])
+    codes = packing.unpack_gptq(tensors["qweight"], form.bits).to(torch.int16)
+    return Layer((codes - (1 << (form.bits - 1))).to(torch.int8), tensors["scales"].T)
 
 
 class Writer:
@@ -146,17 +133,21 @@ def copy_companions(parent: Path, folder: Path) -> None:
 
 def read_layers(folder: Path) -> Iterator[tuple[str, Layer]]:
     """Every quantized layer of a checkpoint by module name, unpacked from the written files."""
-    scheme = _scheme(folder)
-    for module, tensors in _modules(folder):
-        if _MARK[scheme] in tensors:
-            yield module, decode(scheme, tensors)
+    for module, _, layer in _layers(folder):
+        if layer is not None:
+            yield module, layer
 
 
-def verify(folder: Path, chosen: Mapping[str, str]) -> None:
+def verify(folder: Path, chosen: Mapping[str, str], plan: Plan) -> None:
     """Holds each layer in the files against the digest of what was chosen for it.
 
-    ArtifactError names the first layer that differs, is missing, or was not asked for.
+    ArtifactError names the first layer that differs, is missing, or was not asked for, or whose
+    format config.json does not tell.
     """
+    section = _section(folder)
+    for name, form in plan.items():
+        if (told := artifact.format_of(folder, section, name)) != form:
+            raise ArtifactError(f"{folder}: config.json says {told} of {name}, which has {form}")
     missing = dict(chosen)
     for name, layer in read_layers(folder):
         if missing.pop(name, None) != layer.digest():
@@ -170,12 +161,11 @@ def dequantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     Names are those of the parent; quantized weights are float32, others as stored.
     """
-    scheme = _scheme(folder)
-    for module, tensors in _modules(folder):
-        if _MARK[scheme] not in tensors:
+    for module, tensors, layer in _layers(folder):
+        if layer is None:
             yield from ((f"{module}.{leaf}", tensor) for leaf, tensor in tensors.items())
             continue
-        yield f"{module}.weight", decode(scheme, tensors).weight()
+        yield f"{module}.weight", layer.weight()
         if "bias" in tensors:
             yield f"{module}.bias", tensors["bias"]
 
@@ -185,79 +175,28 @@ _COMPANIONS = (
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 _OUR_OWN = ("config.json", "quantize_config.json", artifact.INDEX, artifact.MANIFEST)
-
-_BITS: dict[Scheme, int] = {"w4a16": 4, "w8a16": 8, "w8a8": 8}
-_MARK: dict[Scheme, str] = {"w4a16": "qweight", "w8a16": "qweight", "w8a8": "weight_scale"}
-
-
-def _gptq(bits: int) -> Callable[[Layer, torch.dtype], dict[str, Tensor]]:
-    def encoded(layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
-        middle = 1 << (bits - 1)
-        rows, columns = layer.codes.shape
-        groups = layer.scale.shape[1]
-        zeros = torch.full((groups, rows), middle, dtype=torch.int32)
-        return {
-            "qweight": packing.pack_gptq(layer.codes.to(torch.int16) + middle, bits),
-            "qzeros": packing.pack_zeros(zeros, bits),
-            "scales": layer.scale.T.to(dtype),
-            "g_idx": (torch.arange(columns) // (columns // groups)).to(torch.int32),
-        }
-
-    return encoded
-
-
-def _int8(layer: Layer, _dtype: torch.dtype) -> dict[str, Tensor]:
-    return {"weight": layer.codes, "weight_scale": layer.scale.float()}
-
-
-_ENCODERS: dict[Scheme, Callable[[Layer, torch.dtype], dict[str, Tensor]]] = {
-    "w4a16": _gptq(4),
-    "w8a16": _gptq(8),
-    "w8a8": _int8,
-}
-
-_INT8_CONFIG: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head"],
-    "kv_cache_scheme": None,
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 8,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "channel",
-                "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "token",
-                "dynamic": True,
-            },
-            "output_activations": None,
-        }
-    },
-}
+_MARKS = {"qweight", "weight_scale"}  # who has one of them is quantized
 
 
 def _part(place: int) -> str:
     return f"part-{place:05}.safetensors"
 
 
-def _scheme(folder: Path) -> Scheme:
-    section = artifact.quantization_config(folder) or {}
-    for scheme in _BITS:
-        known = quantization_config(scheme, section.get("group_size", -1))
-        if all(section.get(key) == known[key] for key in ("quant_method",)) and section.get(
-            "bits"
-        ) == known.get("bits"):
-            return scheme
-    raise ArtifactError(f"{folder / 'config.json'}: not a quantization this program writes")
+def _section(folder: Path) -> Mapping[str, Any]:
+    return artifact.quantization_config(folder) or {}
+
+
+def _layers(folder: Path) -> Iterator[tuple[str, dict[str, Tensor], Layer | None]]:
+    """Module name, its tensors, and the layer they hold where it is a quantized one."""
+    section = _section(folder)
+    for module, tensors in _modules(folder):
+        if not _MARKS & tensors.keys():
+            yield module, tensors, None
+            continue
+        form = artifact.format_of(folder, section, module)
+        if form == FULL:
+            raise ArtifactError(f"{folder}: config.json says {form} of {module}, which has codes")
+        yield module, tensors, decode(form, tensors)
 
 
 def _modules(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from quant import artifact, bar
-from quant.artifact import LayerReport, Manifest
+from quant.artifact import Manifest
 from quant.errors import ArtifactError, QuantError
+from quant.formats import FULL
 from quant.lora import adapter_cli
 from quant.proof import card, compare_cli
 from quant.recipe import build, check_limit
@@ -154,7 +155,7 @@ def inspect(
     console = Console(highlight=False)
     console.print(_facts(manifest))
     if layers:
-        console.print(_layers(manifest.layers))
+        console.print(_layers(manifest))
 
 
 def _told(manifest: Manifest, out: Path) -> None:
@@ -170,7 +171,6 @@ def _told(manifest: Manifest, out: Path) -> None:
 def _facts(manifest: Manifest) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     size = f"{manifest.bytes_before / 1e6:.1f} MB -> {manifest.bytes_after / 1e6:.1f} MB"
-    group = "per channel" if manifest.group_size == -1 else f"groups of {manifest.group_size}"
     text = manifest.calibration
     worst = max(manifest.layers, key=lambda layer: layer.loss)
     rows = {
@@ -178,7 +178,7 @@ def _facts(manifest: Manifest) -> Table:
         "parent": f"weights {manifest.parent.weights[:12]}, "
         f"tokenizer {manifest.parent.tokenizer[:12]}",
         "merged": ", ".join(f"{a.name}@{a.digest[:12]}" for a in manifest.adapters) or "no adapter",
-        "scheme": f"{manifest.scheme}, {group}",
+        "scheme": card.scheme(manifest),
         "size": f"{size} in {len(manifest.files)} files",
         "calibration": f"{text.samples} x {text.origin}, {text.tokens} tokens ({text.digest[:12]})",
         "loss": f"{card.gain(manifest.layers):.3f} of plain rounding's over {len(manifest.layers)} "
@@ -191,11 +191,14 @@ def _facts(manifest: Manifest) -> Table:
     return table
 
 
-def _layers(layers: tuple[LayerReport, ...]) -> Table:
-    table = Table("layer", "loss", "of rounding", "damping", box=None)
-    for layer in layers:
+def _layers(manifest: Manifest) -> Table:
+    table = Table("layer", "bits", "group", "loss", "of rounding", "damping", box=None)
+    for layer in manifest.layers:
         ratio = layer.loss / layer.rounding_loss if layer.rounding_loss else 1.0
-        table.add_row(layer.name, f"{layer.loss:.2e}", f"{ratio:.3f}", f"{layer.damping:g}")
+        form = card.form(manifest, layer)
+        group = "-" if form == FULL else "row" if form.group < 0 else str(form.group)
+        figures = f"{layer.loss:.2e}", f"{ratio:.3f}", f"{layer.damping:g}"
+        table.add_row(layer.name, str(form.bits), group, *figures)
     return table
 
 

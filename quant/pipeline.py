@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from quant import artifact, calibration, checkpoint, staging
+from quant import artifact, calibration, checkpoint, formats, staging
 from quant.artifact import Manifest, MergedAdapter
 from quant.calibration import Batches
 from quant.checkpoint import Writer
 from quant.errors import SpaceError
+from quant.formats import Plan
 from quant.intake import source
 from quant.intake.source import Source
 from quant.proof import card, gate
@@ -67,7 +68,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         progress.say("reading back every layer")
         facts = _facts(recipe, order, opened, rows)
         found = {
-            "group_size": layers.group,
+            **_formats(recipe, layers.plan, decoder),
             "layers": tuple(layers.reports),
             "bytes_after": size,
             "seconds": round(time.monotonic() - began, 1),
@@ -92,9 +93,10 @@ def _rows(
 def _layers(recipe: Recipe, opened: Source, decoder: Decoder, progress: Progress) -> Layers:
     shapes = decoder.shapes()
     group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
+    plan = dict.fromkeys(shapes, formats.of_scheme(recipe.scheme, group))
     # Kernels and scales are 16-bit: a float32 parent is served in bfloat16.
     half = opened.dtype if opened.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    return Layers(recipe, group, half, shapes, progress)
+    return Layers(recipe, plan, half, shapes, progress)
 
 
 def _solve(layers: Layers, decoder: Decoder, opened: Source, writer: Writer, rows: Batches) -> None:
@@ -120,11 +122,11 @@ def _finished(
     folder: Path, name: str, layers: Layers, opened: Source, manifest: Manifest
 ) -> Manifest:
     """Adds what a server needs beside the tensors, reads every layer back, and seals."""
-    section = checkpoint.quantization_config(layers.scheme, layers.group)
+    section = formats.section(manifest.scheme, layers.plan)
     try:
         checkpoint.write_config(opened.folder, folder, section, layers.dtype)
         checkpoint.copy_companions(opened.folder, folder)
-        checkpoint.verify(folder, layers.digests)
+        checkpoint.verify(folder, layers.digests, layers.plan)
         card.write(folder, manifest, name)
         return artifact.seal(folder, manifest)
     except OSError as fault:
@@ -134,6 +136,12 @@ def _finished(
 def _is_tied_copy(name: str, opened: Source) -> bool:
     """An output head that is the embedding: loaders tie it again."""
     return name == "lm_head.weight" and bool(opened.config.get_text_config().tie_word_embeddings)
+
+
+def _formats(recipe: Recipe, plan: Plan, decoder: Decoder) -> dict[str, float]:
+    most = formats.most_common(recipe.scheme, plan)
+    weighed = formats.bits_per_weight(plan, decoder.shapes())
+    return {"bits": most.bits, "group_size": most.group, "bits_per_weight": weighed}
 
 
 def _facts(recipe: Recipe, order: Order, opened: Source, rows: Batches) -> Manifest:

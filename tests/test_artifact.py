@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant import artifact
+from quant import artifact, formats
 from quant.artifact import INDEX, MANIFEST, SINGLE, CalibrationReport, Fingerprint, Manifest
 from quant.errors import ArtifactError
+from quant.formats import Format
 from tests import tiny
 
 FACTS = Manifest(
@@ -264,7 +265,8 @@ def test_gptq_words_are_unpacked(tmp_path: Path, bits: int) -> None:
     words = torch.zeros(64 * bits // 32, 48, dtype=torch.int32)  # [in * bits / 32, out]
     scales = torch.zeros(2, 48)
     folder = plain(tmp_path, **{"m.q_proj.qweight": words, "m.q_proj.scales": scales})
-    (folder / "config.json").write_text(json.dumps({"quantization_config": {"bits": bits}}))
+    section = {"quant_method": "gptq", "bits": bits, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": section}))
     assert artifact.linear_shapes(folder) == {"m.q_proj": (48, 64)}
 
 
@@ -274,13 +276,27 @@ def test_int8_weights_have_the_shapes_that_are_stored(tmp_path: Path) -> None:
     assert artifact.linear_shapes(folder) == {"m.q_proj": (48, 64)}
 
 
-@pytest.mark.parametrize("config", [{}, {"quantization_config": {"bits": "four"}}])
+def test_gptq_words_are_unpacked_by_the_bits_of_their_layer(tmp_path: Path) -> None:
+    names = "m.0.up_proj.qweight", "m.1.up_proj.qweight"
+    folder = plain(tmp_path, **{name: torch.zeros(8, 48, dtype=torch.int32) for name in names})
+    plan = {"m.0.up_proj": Format(4, 32), "m.1.up_proj": Format(8, 32)}
+    section = formats.section("w4a16", plan)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": section}))
+    assert artifact.linear_shapes(folder) == {"m.0.up_proj": (48, 64), "m.1.up_proj": (48, 32)}
+
+
+NO_BITS = {"quant_method": "gptq", "bits": "four", "group_size": 32}
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": NO_BITS}])
 def test_gptq_words_without_their_bits_are_refused(
     tmp_path: Path, config: dict[str, object]
 ) -> None:
     folder = plain(tmp_path, **{"m.qweight": torch.zeros(8, 48, dtype=torch.int32)})
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match=r"config\.json: quantization_config\.bits is"):
+    with pytest.raises(
+        ArtifactError, match=r"config\.json: (None None is no|m would have 'four' bits)"
+    ):
         artifact.linear_shapes(folder)
 
 

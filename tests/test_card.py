@@ -33,6 +33,18 @@ def test_it_says_what_the_artifact_is_and_how_to_serve_it() -> None:
     assert "Not measured yet: `quantserve compare" in page
 
 
+def test_one_format_is_told_in_a_word_and_many_are_counted() -> None:
+    assert card.scheme(facts()) == "w4a16, groups of 64"
+    wide = LAYER.model_copy(update={"name": "b", "bits": 8, "group": 128})
+    whole = LAYER.model_copy(update={"name": "c", "bits": 16})
+    mixed = facts(layers=(LAYER, LAYER, wide, whole), bits_per_weight=4.512)
+    assert card.scheme(mixed) == (
+        "w4a16, 4.51 bits per weight: 2 layers 4-bit groups of 64, 1 layer 8-bit groups of 128,"
+        " 1 layer full precision"
+    )
+    assert f"| scheme | {card.scheme(mixed)} |" in card.text(mixed, "mine")
+
+
 def test_the_table_holds_every_figure_and_its_interval() -> None:
     page = card.text(facts(fidelity=fidelity(text(), quiz())), "mine")
     assert "| mean KL(parent \\|\\| artifact), nats | 0.05 | 0.04 .. 0.06 |" in page

@@ -16,9 +16,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant import artifact, checkpoint
+from quant import artifact, checkpoint, formats
 from quant.checkpoint import Layer, Writer
 from quant.errors import ArtifactError, SpaceError
+from quant.formats import FULL, Format, Plan
 from quant.recipe import Scheme
 from tests import tiny
 from tests.test_packing import autogptq_dequantize
@@ -43,14 +44,24 @@ def written(folder: Path, scheme: Scheme, count: int = 3, shard_bytes: int = 1 <
     writer = Writer(folder, shard_bytes)
     names = [f"model.layers.{place}.proj" for place in range(count)]
     for place, name in enumerate(names):
-        for kind, tensor in checkpoint.encode(scheme, layer(scheme, place), torch.bfloat16).items():
+        for kind, tensor in checkpoint.encode(
+            form(scheme), layer(scheme, place), torch.bfloat16
+        ).items():
             writer.add(f"{name}.{kind}", tensor)
         writer.add(f"{name}.bias", torch.full((ROWS,), float(place)))
         writer.add(f"model.layers.{place}.norm.weight", torch.ones(COLUMNS).bfloat16())
     writer.close()
-    section = checkpoint.quantization_config(scheme, -1 if scheme == "w8a8" else GROUP)
+    section = formats.section(scheme, plan(scheme, names))
     (folder / "config.json").write_text(json.dumps({"quantization_config": section}))
     return names
+
+
+def form(scheme: Scheme) -> Format:
+    return formats.of_scheme(scheme, GROUP)
+
+
+def plan(scheme: Scheme, names: list[str]) -> Plan:
+    return dict.fromkeys(names, form(scheme))
 
 
 def digests(scheme: Scheme, names: list[str]) -> dict[str, str]:
@@ -72,7 +83,7 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_layer_comes_back_from_its_tensors(scheme: Scheme, dtype: torch.dtype) -> None:
     chosen = layer(scheme, dtype=dtype)
-    back = checkpoint.decode(scheme, checkpoint.encode(scheme, chosen, dtype))
+    back = checkpoint.decode(form(scheme), checkpoint.encode(form(scheme), chosen, dtype))
     assert torch.equal(back.codes, chosen.codes) and torch.equal(back.scale.float(), chosen.scale)
     assert back.digest() == chosen.digest()
     assert torch.equal(back.weight(), chosen.weight())
@@ -81,7 +92,7 @@ def test_a_layer_comes_back_from_its_tensors(scheme: Scheme, dtype: torch.dtype)
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
 def test_autogptqs_formula_reads_the_same_weights(scheme: Scheme) -> None:
     chosen = layer(scheme)
-    tensors = checkpoint.encode(scheme, chosen, torch.bfloat16)
+    tensors = checkpoint.encode(form(scheme), chosen, torch.bfloat16)
     assert {kind: tensor.dtype for kind, tensor in tensors.items()} == {
         "qweight": torch.int32,
         "qzeros": torch.int32,
@@ -94,10 +105,10 @@ def test_autogptqs_formula_reads_the_same_weights(scheme: Scheme) -> None:
 
 def test_compressed_tensors_reads_the_same_weights() -> None:
     chosen = layer("w8a8")
-    config = QuantizationConfig.model_validate(checkpoint.quantization_config("w8a8", -1))
+    config = QuantizationConfig.model_validate(formats.section("w8a8", {"a": formats.INT8}))
     assert config.format == "int-quantized" and config.ignore == ["lm_head"]
     scheme = config.config_groups["group_0"]
-    tensors = checkpoint.encode("w8a8", chosen, torch.bfloat16)
+    tensors = checkpoint.encode(formats.INT8, chosen, torch.bfloat16)
     assert set(tensors) == set(IntQuantizationCompressor.compression_param_names(scheme))
     theirs = IntQuantizationCompressor.decompress(tensors, scheme)
     assert torch.equal(theirs["weight"].float(), chosen.weight())
@@ -105,29 +116,17 @@ def test_compressed_tensors_reads_the_same_weights() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_size_of_a_layer_is_known_before_it_is_made(scheme: Scheme) -> None:
-    tensors = checkpoint.encode(scheme, layer(scheme), torch.bfloat16)
-    group = -1 if scheme == "w8a8" else GROUP
-    size = checkpoint.layer_bytes(scheme, (ROWS, COLUMNS), group)
+    tensors = checkpoint.encode(form(scheme), layer(scheme), torch.bfloat16)
+    size = form(scheme).stored((ROWS, COLUMNS))
     assert size == sum(tensor.nbytes for tensor in tensors.values())
-
-
-@pytest.mark.parametrize(("scheme", "bits"), BITS.items())
-def test_the_gptq_section_says_what_vllm_reads(scheme: Scheme, bits: int) -> None:
-    assert checkpoint.quantization_config(scheme, 64) == {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": bits,
-        "group_size": 64,
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
-    }
+    loaded = sum(tensor.nbytes for kind, tensor in tensors.items() if kind != "g_idx")
+    assert form(scheme).payload((ROWS, COLUMNS)) == loaded
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_checkpoint_verifies_against_what_was_chosen(scheme: Scheme, tmp_path: Path) -> None:
     names = written(tmp_path / "out", scheme)
-    checkpoint.verify(tmp_path / "out", digests(scheme, names))
+    checkpoint.verify(tmp_path / "out", digests(scheme, names), plan(scheme, names))
     assert [name for name, _ in checkpoint.read_layers(tmp_path / "out")] == names
 
 
@@ -145,14 +144,36 @@ def test_one_flipped_bit_is_found(scheme: Scheme, part: str, tmp_path: Path) -> 
         file.seek(header.begin + 5)
         file.write(bytes([byte ^ 0b10]))
     with pytest.raises(ArtifactError, match=f"{names[1]} does not read back"):
-        checkpoint.verify(tmp_path / "out", digests(scheme, names))
+        checkpoint.verify(tmp_path / "out", digests(scheme, names), plan(scheme, names))
+
+
+def test_a_format_that_config_does_not_tell_is_found(tmp_path: Path) -> None:
+    names = written(tmp_path / "out", "w4a16")
+    chosen = digests("w4a16", names)
+    mixed = {**plan("w4a16", names), names[1]: Format(8, GROUP)}
+    told = r"config\.json says 4-bit groups of 32 of model\.layers\.1\.proj, which has 8-bit"
+    with pytest.raises(ArtifactError, match=told):
+        checkpoint.verify(tmp_path / "out", chosen, mixed)
+    tiny.edit_json(
+        tmp_path / "out" / "config.json", quantization_config=formats.section("w4a16", mixed)
+    )
+    with pytest.raises(ArtifactError, match=f"{names[1]} does not read back"):
+        checkpoint.verify(tmp_path / "out", chosen, mixed)
+
+
+def test_codes_of_a_layer_that_config_calls_whole_are_found(tmp_path: Path) -> None:
+    names = written(tmp_path / "out", "w4a16")
+    section = formats.section("w4a16", {**plan("w4a16", names), names[2]: FULL})
+    tiny.edit_json(tmp_path / "out" / "config.json", quantization_config=section)
+    with pytest.raises(ArtifactError, match=f"full precision of {names[2]}, which has codes"):
+        list(checkpoint.dequantized(tmp_path / "out"))
 
 
 def test_a_layer_that_was_never_written_is_found(tmp_path: Path) -> None:
     names = written(tmp_path / "out", "w4a16")
     chosen = digests("w4a16", names) | {"model.layers.9.proj": "0" * 64}
     with pytest.raises(ArtifactError, match=r"lacks the layer model\.layers\.9\.proj"):
-        checkpoint.verify(tmp_path / "out", chosen)
+        checkpoint.verify(tmp_path / "out", chosen, {})
 
 
 def test_a_layer_nobody_chose_is_found(tmp_path: Path) -> None:
@@ -160,7 +181,7 @@ def test_a_layer_nobody_chose_is_found(tmp_path: Path) -> None:
     chosen = digests("w4a16", names)
     del chosen[names[2]]
     with pytest.raises(ArtifactError, match=names[2]):
-        checkpoint.verify(tmp_path / "out", chosen)
+        checkpoint.verify(tmp_path / "out", chosen, {})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -177,7 +198,7 @@ def test_dequantized_tensors_carry_the_parents_names(scheme: Scheme, tmp_path: P
 def test_a_folder_quantized_by_others_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "out", "w4a16")
     tiny.edit_json(tmp_path / "out" / "config.json", quantization_config={"quant_method": "awq"})
-    with pytest.raises(ArtifactError, match="not a quantization this program writes"):
+    with pytest.raises(ArtifactError, match="'awq' None is no quantization this program writes"):
         list(checkpoint.read_layers(tmp_path / "out"))
 
 

@@ -41,8 +41,9 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from bench.lora import one_process
-from quant import checkpoint, packing
+from quant import checkpoint, formats, packing
 from quant.checkpoint import Layer
+from quant.formats import FULL, INT8, Format
 from serve import kernels, kernels_native, kernels_ops
 from tests import tiny
 
@@ -72,16 +73,20 @@ def solved(width: int, scheme: str, group: int, dtype: torch.dtype) -> Layer:
     return Layer(codes, scale if scheme == "w8a8" else scale.to(dtype))
 
 
+def section_of(scheme: Any, group: int) -> dict[str, Any]:
+    return formats.section(scheme, {NAME: formats.of_scheme(scheme, group)})
+
+
 def config_of(scheme: Any, group: int = 64) -> Any:
-    section = checkpoint.quantization_config(scheme, group)
+    section = section_of(scheme, group)
     if scheme == "w8a8":
         return CompressedTensorsConfig.from_config(section)
     return get_quantization_config(kernels.GPTQ).from_config(section)
 
 
-def qkv(config: Any, dtype: torch.dtype, *, bias: bool = False) -> Any:
+def qkv(config: Any, dtype: torch.dtype, *, bias: bool = False, name: str = NAME) -> Any:
     return QKVParallelLinear(
-        INPUTS, HEAD, 4, 1, bias=bias, params_dtype=dtype, quant_config=config, prefix=NAME
+        INPUTS, HEAD, 4, 1, bias=bias, params_dtype=dtype, quant_config=config, prefix=name
     )
 
 
@@ -116,7 +121,7 @@ def test_a_gptq_layer_is_ours_and_right(scheme: Any, group: int, dtype: torch.dt
     bias = torch.randn(sum(WIDTHS.values())).to(dtype)
     layer.bias.data.copy_(bias)
     for shard, part in parts.items():
-        load(layer, checkpoint.encode(scheme, part, dtype), shard)
+        load(layer, checkpoint.encode(formats.of_scheme(scheme, group), part, dtype), shard)
     finish(layer)
     weight = torch.cat([part.weight() for part in parts.values()])
     for rows in ROWS:
@@ -132,7 +137,7 @@ def test_a_w8a8_layer_is_ours_and_exact(dtype: torch.dtype) -> None:
     assert isinstance(layer.scheme.kernel, kernels.PackedInt8Kernel)
     parts = {shard: solved(width, "w8a8", -1, dtype) for shard, width in WIDTHS.items()}
     for shard, part in parts.items():
-        load(layer, checkpoint.encode("w8a8", part, dtype), shard)
+        load(layer, checkpoint.encode(formats.INT8, part, dtype), shard)
     finish(layer)
     weight = torch.cat([part.weight() for part in parts.values()]).double()
     for rows in ROWS:
@@ -144,7 +149,7 @@ def test_a_w8a8_layer_is_ours_and_exact(dtype: torch.dtype) -> None:
 
 
 def test_w8a8_with_one_scale_per_fused_part() -> None:
-    section = json.loads(json.dumps(checkpoint.quantization_config("w8a8", -1)))
+    section = json.loads(json.dumps(section_of("w8a8", -1)))
     section["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
     layer = qkv(CompressedTensorsConfig.from_config(section), torch.float32)
     weights = []
@@ -198,7 +203,8 @@ def test_a_packed_layer_keeps_its_codes_only_and_a_weight_to_ask(scheme: Any) ->
     )  # fmt: skip
     for shard in (0, 1):
         part = solved(64, scheme, 64 if scheme == "w4a16" else -1, torch.bfloat16)
-        for name, tensor in checkpoint.encode(scheme, part, torch.bfloat16).items():
+        form = formats.of_scheme(scheme, 64)
+        for name, tensor in checkpoint.encode(form, part, torch.bfloat16).items():
             if name != "g_idx":
                 parameter = getattr(layer, name)
                 parameter.weight_loader(parameter, tensor, shard)
@@ -222,7 +228,7 @@ def test_a_packed_layer_keeps_its_codes_only_and_a_weight_to_ask(scheme: Any) ->
 def test_a_gptq_layer_that_cannot_run_is_refused_at_load(
     change: dict[str, Any], reason: str
 ) -> None:
-    section = checkpoint.quantization_config("w4a16", 64) | change
+    section = section_of("w4a16", 64) | change
     with pytest.raises(ValueError, match=reason):
         qkv(get_quantization_config(kernels.GPTQ).from_config(section), torch.bfloat16)
 
@@ -257,7 +263,7 @@ def test_static_int8_activations_stay_with_vllms_kernel() -> None:
     hasattr(torch.ops._C, "cpu_gemm_wna16"), reason="vLLM has an int4 kernel of its own here"
 )
 def test_int4_without_any_kernel_is_refused_at_load_not_at_the_first_request() -> None:
-    section = checkpoint.quantization_config("w4a16", 48)
+    section = section_of("w4a16", 48)
     with pytest.raises(ValueError, match="groups of 48 do not divide 256 inputs"):
         qkv(get_quantization_config(kernels.GPTQ).from_config(section), torch.bfloat16)
 
@@ -294,8 +300,42 @@ def test_only_gptq_checkpoints_are_claimed(
     assert claimed == (kernels.GPTQ if ours else None)
 
 
+def test_every_layer_of_a_mixed_checkpoint_has_its_own_bits_and_groups() -> None:
+    forms = [Format(4, 64), Format(8, 128), Format(4, 32), Format(4, 128), FULL]
+    kinds = ("q_proj", "k_proj", "v_proj")
+    plan = {
+        f"model.layers.{place}.self_attn.{kind}": form
+        for place, form in enumerate([forms[0], *forms])
+        for kind in kinds
+    }
+    config = get_quantization_config(kernels.GPTQ).from_config(formats.section("w4a16", plan))
+    for place, form in enumerate([forms[0], *forms]):
+        name = f"model.layers.{place}.self_attn.qkv_proj"
+        layer, x = qkv(config, torch.float32, name=name), rows_of(9, torch.float32)
+        if form == FULL:
+            assert type(layer.quant_method) is UnquantizedLinearMethod
+            continue
+        scheme = "w4a16" if form.bits == 4 else "w8a16"
+        parts = {s: solved(width, scheme, form.group, x.dtype) for s, width in WIDTHS.items()}
+        for shard, part in parts.items():
+            load(layer, checkpoint.encode(form, part, x.dtype), shard)
+        finish(layer)
+        weight = torch.cat([part.weight() for part in parts.values()])
+        assert distance(layer(x)[0], x @ weight.t()) <= LOSS[x.dtype]
+
+
+def test_a_w8a8_checkpoint_may_leave_whole_fused_layers_alone() -> None:
+    names = [f"model.layers.{place}.self_attn.{kind}_proj" for place in (0, 1) for kind in "qkv"]
+    plan = dict.fromkeys(names[:3], INT8) | dict.fromkeys(names[3:], FULL)
+    config = CompressedTensorsConfig.from_config(formats.section("w8a8", plan))
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert isinstance(qkv(config, torch.float32).scheme.kernel, kernels.PackedInt8Kernel)
+    left = qkv(config, torch.float32, name="model.layers.1.self_attn.qkv_proj")
+    assert type(left.quant_method) is UnquantizedLinearMethod
+
+
 def test_layers_a_checkpoint_leaves_alone_stay_vllms() -> None:
-    section = checkpoint.quantization_config("w4a16", 64) | {"dynamic": {f"-:{NAME}": {}}}
+    section = section_of("w4a16", 64) | {"dynamic": {f"-:{NAME}": {}}}
     config = get_quantization_config(kernels.GPTQ).from_config(section)
     assert type(qkv(config, torch.float32).quant_method) is UnquantizedLinearMethod
     assert type(qkv(None, torch.float32).quant_method) is UnquantizedLinearMethod
@@ -363,7 +403,7 @@ def test_a_claimed_checkpoint_is_read_as_ours(tmp_path: Path) -> None:
     for scheme, expected in (("w4a16", kernels.GPTQ), ("w8a8", "compressed-tensors")):
         path = tmp_path / "config.json"
         config = json.loads(path.read_text())
-        config["quantization_config"] = checkpoint.quantization_config(scheme, 32)  # type: ignore[arg-type]
+        config["quantization_config"] = section_of(scheme, 32)
         path.write_text(json.dumps(config))
         assert ModelConfig(model=str(tmp_path), dtype="float32").quantization == expected
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quant import checkpoint
+from quant import checkpoint, formats
 from quant.artifact import LayerReport
 from quant.errors import SolveError
+from quant.formats import FULL, INT8, Format, Plan
 from quant.intake import source
 from quant.intake.source import Source
 from quant.recipe import Recipe, Scheme, choose_group_size
@@ -26,7 +27,7 @@ from tests import tiny
 
 CPU = torch.device("cpu")
 BLOCK = "model.layers.0"
-Q, K, V = (f"{BLOCK}.self_attn.{name}_proj" for name in "qkv")
+Q, K, V, OUT = (f"{BLOCK}.self_attn.{name}_proj" for name in "qkvo")
 
 
 class Notes:
@@ -98,12 +99,17 @@ def solve_blocks(
     real: int = 24,
     count: int = 1,
     smooth: bool = True,
+    other: Plan | None = None,
 ) -> tuple[Layers, Recording, Stream]:
-    """The layers of the first `count` blocks solved, and the stream behind them."""
+    """The layers of the first `count` blocks solved, and the stream behind them.
+
+    `other` names layers that are not in the recipe's own format.
+    """
     decoder = blocks.skeleton(model, CPU)
     shapes = decoder.shapes()
     group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
-    layers = Layers(recipe, group, torch.bfloat16, shapes, notes)
+    plan = dict.fromkeys(shapes, formats.of_scheme(recipe.scheme, group)) | dict(other or {})
+    layers = Layers(recipe, plan, torch.bfloat16, shapes, notes)
     layers.scales_inputs &= smooth
     ids = torch.randint(4, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(5))
     mask = torch.arange(24).expand(16, 24) < real
@@ -132,7 +138,7 @@ def test_the_reported_loss_is_that_of_the_layers_outputs(scheme: Scheme, tmp_pat
     assert list(reports) == [name for group in recording.groups for name in group]
     for group in recording.groups:
         fitted, held = moments_of(recording.inputs[group[0]])
-        factor = gptq.factorize(fitted.hessian.mean(), 0.01, layers.group)
+        factor = gptq.factorize(fitted.hessian.mean(), 0.01, layers.plan[Q].group)
         before = [recording.before[name] for name in group]
         targets = descent.shifted(torch.cat(before), fitted, held, factor)
         given = recording.inputs[group[0]]
@@ -154,8 +160,8 @@ def test_a_layer_makes_up_for_what_those_before_it_lost(tmp_path: Path) -> None:
     levels, nearer = grid.full_range(4, torch.bfloat16), []
     for name, inputs in recording.inputs.items():
         weight, (fitted, held) = recording.before[name], moments_of(inputs)
-        factor = gptq.factorize(fitted.hessian.mean(), 0.01, layers.group)
-        alone = gptq.solve(weight, fitted.hessian.mean(), factor, layers.group, levels)
+        factor = gptq.factorize(fitted.hessian.mean(), 0.01, layers.plan[Q].group)
+        alone = gptq.solve(weight, fitted.hessian.mean(), factor, layers.plan[Q].group, levels)
         alone = descent.improved(weight, alone, (fitted, held), levels)
         (even,) = descent.evening([inputs.parent])
         meant = inputs.parent @ weight.T
@@ -173,20 +179,41 @@ def test_an_int8_layer_is_solved_for_the_inputs_it_will_see(
     smoothed: dict[str, bool], tmp_path: Path
 ) -> None:
     recipe, notes = Recipe(scheme="w8a8"), Notes()
-    _, recording, _ = solve_blocks(opened(tmp_path), recipe, notes, **smoothed)
+    _, recording, _ = solve_blocks(opened(tmp_path), recipe, notes, smooth=smoothed["smooth"])
     for served, _ in recording.inputs.values():
         torch.testing.assert_close(int8.as_served(served), served)
 
 
+MIXED: dict[Scheme, Plan] = {
+    "w4a16": {Q: Format(8, 32), K: Format(8, 32), V: Format(8, 32), OUT: FULL,
+              f"{BLOCK}.mlp.down_proj": Format(4, 128)},
+    "w8a16": {},
+    "w8a8": {OUT: FULL, f"{BLOCK}.mlp.gate_proj": FULL, f"{BLOCK}.mlp.up_proj": FULL},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8"])
-def test_what_is_written_is_what_the_next_block_saw(scheme: Scheme, tmp_path: Path) -> None:
+def test_what_is_written_is_what_the_next_block_saw(
+    scheme: Scheme, tmp_path: Path, *, mixed: bool
+) -> None:
     model = opened(tmp_path)
-    layers, recording, _ = solve_blocks(model, Recipe(scheme=scheme), Notes())
+    other = MIXED[scheme] if mixed else {}
+    layers, recording, _ = solve_blocks(model, Recipe(scheme=scheme), Notes(), other=other)
+    reports = {report.name: report for report in layers.reports}
     for name, weight in recording.after.items():
+        form = layers.plan[name]
+        assert (reports[name].bits, reports[name].group) == (form.bits, form.group)
+        if form == FULL:
+            assert dict(layers.encoded(model, f"{name}.weight"))[f"{name}.weight"].equal(
+                model.tensors.get(f"{name}.weight")
+            )
+            assert weight.equal(model.tensors.get(f"{name}.weight").float())
+            continue
         tensors = dict(layers.encoded(model, f"{name}.weight"))
         assert all(key.startswith(f"{name}.") for key in tensors)
         kinds = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
-        layer = checkpoint.decode(scheme, kinds)
+        layer = checkpoint.decode(layers.plan[name], kinds)
         assert layer.digest() == layers.digests[name]
         if scheme != "w8a8" or not name.endswith("up_proj"):  # it divides for the next layer
             assert torch.equal(layer.weight(), weight)
@@ -200,7 +227,7 @@ def served_model(model: Source, layers: Layers) -> PreTrainedModel:
         module = name.removesuffix(".weight")
         if f"{module}.weight_scale" in made:
             kinds = {key.rpartition(".")[2]: tensor for key, tensor in made.items()}
-            made = {name: checkpoint.decode("w8a8", kinds).weight()}
+            made = {name: checkpoint.decode(layers.plan[module], kinds).weight()}
         state |= made
     built = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
     built.load_state_dict(state)
@@ -222,6 +249,21 @@ def behind_the_blocks(built: PreTrainedModel, *, rounds: bool) -> Tensor:
 
 def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).square().sum() / other.square().sum())
+
+
+def test_a_full_layer_among_int8_ones_sees_its_inputs_as_they_are(tmp_path: Path) -> None:
+    model = opened(tmp_path, outliers=True)
+    recipe, other = Recipe(scheme="w8a8"), MIXED["w8a8"]
+    layers, recording, stream = solve_blocks(model, recipe, Notes(), count=2, other=other)
+    for name in other:
+        served = recording.inputs[name].served
+        assert not torch.allclose(int8.as_served(served), served)
+    written = served_model(model, layers)
+    for name, module in written.named_modules():
+        if layers.plan.get(name) == INT8:
+            module.register_forward_pre_hook(lambda _, args: (int8.as_served(args[0]),))
+    lost = apart(stream.hidden, stream.parent)
+    assert apart(behind_the_blocks(written, rounds=False), stream.hidden) < 0.2 * lost
 
 
 W8A8_FAMILIES = ("llama", "qwen2", "gemma3_text", "phi3")
@@ -326,9 +368,7 @@ def test_the_checkpoints_size_is_known_beforehand(scheme: Scheme, tmp_path: Path
     model = opened(tmp_path)
     layers, _, _ = solve_blocks(model, Recipe(scheme=scheme), Notes())
     shapes = blocks.skeleton(model, CPU).shapes()
-    quantized = sum(
-        checkpoint.layer_bytes(scheme, shape, layers.group) for shape in shapes.values()
-    )
+    quantized = sum(layers.plan[name].stored(shape) for name, shape in shapes.items())
     others = [n for n in model.tensors.names() if n.removesuffix(".weight") not in shapes]
     kept = sum(layers.kept(model, name).nbytes for name in others)
     assert layers.bytes_after(model) == quantized + kept < 0.8 * model.bytes

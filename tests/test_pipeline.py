@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quant import artifact, checkpoint, pipeline, recipe, tokens
+from quant import artifact, checkpoint, formats, pipeline, recipe, tokens
 from quant.artifact import LayerReport, Manifest
 from quant.errors import RecipeError, SpaceError, TargetExists
 from quant.lora import adapter
@@ -225,12 +225,13 @@ def test_the_manifest_states_the_facts(made: Made) -> None:
     config = json.loads((made.folder / "config.json").read_text())
     assert [manifest.architecture] == config["architectures"]
     assert config["dtype"] == "bfloat16"
-    assert config["quantization_config"] == checkpoint.quantization_config(
-        manifest.scheme, manifest.group_size
-    )
+    form = formats.of_scheme(manifest.scheme, manifest.group_size)
+    plan = {layer.name: form for layer in manifest.layers}
+    assert config["quantization_config"] == formats.section(manifest.scheme, plan)
     assert manifest.group_size == (-1 if manifest.scheme == "w8a8" else 32)
     assert manifest.bits == (4 if manifest.scheme == "w4a16" else 8)
     assert [layer.name for layer in manifest.layers] == made.told.layers
+    assert {(layer.bits, layer.group) for layer in manifest.layers} == {(form.bits, form.group)}
     assert len(manifest.layers) == 2 * (4 if manifest.architecture == "Phi3ForCausalLM" else 7)
     assert all(0 < layer.loss <= layer.rounding_loss for layer in manifest.layers)
     assert manifest.bytes_after == sum(t.nbytes for t in made.tensors.values())

@@ -6,10 +6,12 @@ Leaves a README.md alone that somebody else wrote. Knows no more than the manife
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from quant.artifact import LayerReport, Manifest
+from quant.formats import Format
 from quant.proof.evidence import Fidelity, Row, choice_rows, choice_title, text_rows, text_title
 
 NAME = "README.md"
@@ -51,6 +53,29 @@ def text(manifest: Manifest, name: str) -> str:
     return "\n".join(parts) + "\n"
 
 
+def scheme(manifest: Manifest) -> str:
+    """How the layers are stored: one format, or how many have which, and the bits in all."""
+    whole = Format(manifest.bits, manifest.group_size)
+    counted = Counter(form(manifest, layer) for layer in manifest.layers)
+    if len(counted) < 2:
+        return f"{manifest.scheme}, {whole.grouping()}"
+    return f"{manifest.scheme}, {manifest.bits_per_weight:.2f} bits per weight: {listed(counted)}"
+
+
+def listed(counted: Mapping[Format, int]) -> str:
+    """How many layers have which format."""
+    return ", ".join(
+        f"{counted[form]} layer{'s' * (counted[form] > 1)} {form}" for form in sorted(counted)
+    )
+
+
+def form(manifest: Manifest, layer: LayerReport) -> Format:
+    """How one layer is stored."""
+    if layer.bits is None:
+        return Format(manifest.bits, manifest.group_size)
+    return Format(layer.bits, layer.group)
+
+
 def gain(layers: Sequence[LayerReport]) -> float:
     """The layers' mean loss as a fraction of what plain rounding would lose."""
     rounding = sum(layer.rounding_loss for layer in layers)
@@ -74,12 +99,11 @@ def _shrunk(manifest: Manifest) -> str:
 
 
 def _facts(manifest: Manifest) -> Iterator[tuple[str, ...]]:
-    group = "per channel" if manifest.group_size == -1 else f"groups of {manifest.group_size}"
     yield "parent", f"weights `{manifest.parent.weights}`"
     yield "", f"tokenizer `{manifest.parent.tokenizer}`"
     for adapter in manifest.adapters:
         yield "merged", f"{adapter.name}, rank {adapter.rank}, `{adapter.digest}`"
-    yield "scheme", f"{manifest.scheme}, {group}"
+    yield "scheme", scheme(manifest)
     yield "recipe", ", ".join(f"{key} {value}" for key, value in manifest.recipe.items())
     used = manifest.calibration
     yield (

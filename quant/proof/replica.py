@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quant import checkpoint
+from quant import checkpoint, formats
 from quant.artifact import Manifest
 from quant.errors import CompareError
 from quant.intake.source import Source
@@ -30,8 +30,8 @@ def of_artifact(
 ) -> PreTrainedModel:
     """The parent's architecture with the weights that `folder` holds."""
     model = _filled(source, checkpoint.dequantized(folder), device, str(folder))
-    if manifest.scheme == "w8a8":
-        for layer in manifest.layers:
+    for layer in manifest.layers if manifest.scheme == "w8a8" else ():
+        if layer.bits != formats.FULL.bits:
             model.get_submodule(layer.name).register_forward_pre_hook(_rounded)
     return model
 

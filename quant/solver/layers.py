@@ -1,6 +1,6 @@
 """The linear layers of a model on their way into a checkpoint: solved, held a block, reported.
 
-Knows which grid and which inputs each scheme means. Refuses to go on past a layer that could not
+Knows which grid and which inputs each format means. Refuses to go on past a layer that could not
 be solved, and names it.
 """
 
@@ -16,12 +16,14 @@ from quant import checkpoint
 from quant.artifact import LayerReport
 from quant.checkpoint import Layer
 from quant.errors import SolveError
+from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
 from quant.recipe import Recipe
 from quant.solver import descent, gptq, grid, int8
 from quant.solver.descent import Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
+from quant.solver.grid import Levels
 from quant.solver.walk import Group
 
 _HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
@@ -46,37 +48,39 @@ class Layers:
     def __init__(
         self,
         recipe: Recipe,
-        group: int,
+        plan: Plan,
         dtype: torch.dtype,
-        shapes: Mapping[str, tuple[int, int]],
+        shapes: Shapes,
         progress: Progress,
     ) -> None:
-        self.scheme, self.group, self.dtype = recipe.scheme, group, dtype
+        self.plan, self.dtype = plan, dtype
         self.reports: list[LayerReport] = []
         self.digests: dict[str, str] = {}
         self._damping, self._shapes, self._progress = recipe.damping, shapes, progress
-        self._levels = (
-            int8.CHANNEL if self.scheme == "w8a8" else grid.full_range(recipe.bits, dtype)
-        )
-        self.scales_inputs = self.scheme == "w8a8"
+        self.scales_inputs = any(form.inputs == 8 for form in plan.values())
         self._solved: dict[str, Layer] = {}
         self._smoothed: dict[nn.Linear, Tensor] = {}  # what a layer's inputs are divided by
         self._folded: dict[str, Tensor] = {}  # the parent's tensors that do the dividing
 
     def seen(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """What a served layer computes with."""
-        if self.scheme != "w8a8":
+        if linear not in self._smoothed:
             return inputs
         return int8.as_served(inputs / self._smoothed[linear])
 
     def visit(self, group: Group) -> None:
-        """Solves the layers of a group and sets their weights."""
-        weight = torch.cat([linear.weight for linear in group.linears.values()])
+        """Solves the layers of a group, which have one format, and sets their weights."""
         names = [f"{group.prefix}{name}" for name in group.linears]
+        form = self.plan[names[0]]
+        if form == FULL:
+            self._leave(dict(zip(names, group.linears.values(), strict=True)))
+            return
+        weight = torch.cat([linear.weight for linear in group.linears.values()])
         even = descent.evening([given.parent for given in group.inputs])
         try:
-            weight = self._smooth(weight, group, even)
-            solution, energy, factor = self._solve(weight, group, even)
+            if form.inputs == 8:
+                weight = self._smooth(weight, group, even)
+            solution, energy, factor = self._solve(weight, group, even, form)
         except SolveError as fault:
             raise SolveError(f"{' and '.join(names)} could not be solved: {fault}") from fault
         if factor.dead:
@@ -99,7 +103,7 @@ class Layers:
             yield name, self.kept(source, name)
             return
         layer = self._solved.pop(module)
-        for kind, tensor in checkpoint.encode(self.scheme, layer, self.dtype).items():
+        for kind, tensor in checkpoint.encode(self.plan[module], layer, self.dtype).items():
             yield f"{module}.{kind}", tensor
 
     def kept(self, source: Source, name: str) -> Tensor:
@@ -110,8 +114,6 @@ class Layers:
 
     def _smooth(self, weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
         """The weight over inputs whose spread has moved into it, where a layer can take it over."""
-        if self.scheme != "w8a8":
-            return weight
         scale = torch.ones(weight.shape[1], device=weight.device)
         if group.feed is not None:
             first = (given.parent[:_SAMPLE] for given in group.inputs)
@@ -134,7 +136,7 @@ class Layers:
         return feed.divisor(folded.float())
 
     def _solve(
-        self, weight: Tensor, group: Group, even: Sequence[Tensor]
+        self, weight: Tensor, group: Group, even: Sequence[Tensor], form: Format
     ) -> tuple[Solution, Tensor, Factor]:
         """The solution for stacked rows, the mean square of each row's output, the factor."""
         fitted, held = (Moments(weight.shape[1], weight.device) for _ in range(2))
@@ -146,15 +148,25 @@ class Layers:
             fitted.add(served[:last], parent[:last])
             held.add(served[last:], parent[last:])
         matrix = fitted.hessian.mean()
-        factor = gptq.factorize(matrix, self._damping, self.group)
+        levels = self._levels(form)
+        factor = gptq.factorize(matrix, self._damping, form.group)
         target = descent.shifted(weight, fitted, held, factor)
-        solution = gptq.solve(target, matrix, factor, self.group, self._levels)
-        solution = descent.improved(target, solution, (fitted, held), self._levels)
+        solution = gptq.solve(target, matrix, factor, form.group, levels)
+        solution = descent.improved(target, solution, (fitted, held), levels)
         return solution, (weight @ matrix).mul_(weight).sum(dim=1), factor
+
+    def _levels(self, form: Format) -> Levels:
+        return int8.CHANNEL if form.inputs == 8 else grid.full_range(form.bits, self.dtype)
 
     def _meant(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """The parent's inputs in the units of the served ones."""
-        return inputs / self._smoothed[linear] if self.scheme == "w8a8" else inputs
+        return inputs / self._smoothed[linear] if linear in self._smoothed else inputs
+
+    def _leave(self, linears: Mapping[str, nn.Linear]) -> None:
+        """Layers that stay in full precision: what follows sees them in the dtype served."""
+        for name, linear in linears.items():
+            linear.weight.copy_(linear.weight.to(self.dtype))
+            self._told(LayerReport(name=name, loss=0, rounding_loss=0, damping=0, bits=FULL.bits))
 
     def _keep(self, name: str, linear: nn.Linear, solution: Solution) -> None:
         self._set(name, Layer(solution.codes.cpu(), solution.scale.cpu()))
@@ -171,7 +183,12 @@ class Layers:
             loss=float(solution.loss.sum()) / scale,
             rounding_loss=float(solution.rounding_loss.sum()) / scale,
             damping=damping,
+            bits=self.plan[name].bits,
+            group=self.plan[name].group,
         )
+        self._told(report)
+
+    def _told(self, report: LayerReport) -> None:
         self.reports.append(report)
         self._progress.solved(report, len(self.reports), len(self._shapes))
 
@@ -182,7 +199,7 @@ class Layers:
             shape = source.tensors.shape(name)
             module = name.removesuffix(".weight")
             if module in self._shapes:
-                total += checkpoint.layer_bytes(self.scheme, self._shapes[module], self.group)
+                total += self.plan[module].stored(self._shapes[module])
             else:
                 total += torch.Size(shape).numel() * self.dtype.itemsize
         return total

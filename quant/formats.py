@@ -1,0 +1,184 @@
+"""How the weight of one linear layer is stored, and how config.json says which layer is how.
+
+Owns `quantization_config`: uniform, or with rules that single out layers (`dynamic` for gptq,
+`ignore` for compressed-tensors), and reads it back the way stock vLLM does. Refuses sections that
+this program does not write. Standard library only: a server reads it too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quant.errors import ArtifactError
+from quant.recipe import Scheme
+
+# Layers that vLLM loads as one, under a name of its own. It looks a gptq rule up by that name only,
+# so that a rule has to match it beside the parts', which is what others look for.
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "kv_proj": ("k_proj", "v_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "w13": ("w1", "w3"),
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Format:
+    """Of one layer: `bits` of a weight, 16 for one left as it is; `group` inputs share a scale,
+    -1 all of a row; `inputs` is 8 where activations are rounded to int8 too."""
+
+    bits: int
+    group: int = -1
+    inputs: int = 16
+
+    def payload(self, shape: tuple[int, int]) -> int:
+        """Bytes of weights, scales and zero points of a layer (out, in), as a server holds them."""
+        rows, columns = shape
+        if self.bits == 16:
+            return 2 * rows * columns
+        if self.inputs == 8:
+            return rows * columns + 4 * rows
+        groups = 1 if self.group < 0 else columns // self.group
+        return rows * columns * self.bits // 8 + groups * rows * (16 + self.bits) // 8
+
+    def stored(self, shape: tuple[int, int]) -> int:
+        """Bytes on disk: gptq also has an int32 per input, its group, that vLLM does not load."""
+        indexed = self.bits < 16 and self.inputs == 16
+        return self.payload(shape) + 4 * shape[1] * indexed
+
+    def fits(self, columns: int) -> bool:
+        """Whether groups divide a layer of that many inputs."""
+        return self.group < 0 or columns % self.group == 0
+
+    def grouping(self) -> str:
+        return "per channel" if self.group < 0 else f"groups of {self.group}"
+
+    def __str__(self) -> str:
+        if self.bits == 16:
+            return "full precision"
+        return f"{self.bits}-bit {self.grouping()}"
+
+
+FULL = Format(16)
+INT8 = Format(8, inputs=8)
+
+Plan = Mapping[str, Format]  # of every linear layer in the blocks, by full name
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def of_scheme(scheme: Scheme, group: int) -> Format:
+    """What every layer of a scheme has when nothing else is asked for."""
+    return INT8 if scheme == "w8a8" else Format(4 if scheme == "w4a16" else 8, group)
+
+
+def bits_per_weight(plan: Plan, shapes: Shapes) -> float:
+    """Of the layers in the plan together, scales and zero points included."""
+    payload = sum(form.payload(shapes[name]) for name, form in plan.items())
+    return 8 * payload / sum(shapes[name][0] * shapes[name][1] for name in plan)
+
+
+def most_common(scheme: Scheme, plan: Plan) -> Format:
+    """What most quantized layers have; INT8 or four bits a channel where none is quantized."""
+    counted = Counter(form for form in plan.values() if form != FULL)
+    # Ties go to the smallest, whatever order the layers came in.
+    return min(counted, key=lambda form: (-counted[form], form), default=of_scheme(scheme, -1))
+
+
+def section(scheme: Scheme, plan: Plan) -> dict[str, Any]:
+    """The `quantization_config` of a plan; every key is one that vLLM reads."""
+    base = most_common(scheme, plan)
+    if scheme == "w8a8":
+        full = sorted(name for name, form in plan.items() if form == FULL)
+        return _INT8_SECTION | {"ignore": ["lm_head", *full]}
+    rules = dict(_rules({name: form for name, form in plan.items() if form != base}))
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": base.bits,
+        "group_size": base.group,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+    } | ({"dynamic": rules} if rules else {})
+
+
+def of_layer(told: Mapping[str, Any], name: str) -> Format:
+    """What `told`, a `quantization_config`, says of a layer, by its own name or a fused one.
+
+    ArtifactError where it is none of ours.
+    """
+    method = told.get("quant_method"), told.get("format")
+    if method == ("compressed-tensors", "int-quantized"):
+        return FULL if name in told.get("ignore", ()) else INT8
+    if method != ("gptq", None):
+        raise ArtifactError(f"{' '.join(map(repr, method))} is no quantization this program writes")
+    base = {key: told.get(key) for key in ("bits", "group_size")}
+    for rule, changes in (told.get("dynamic") or {}).items():
+        # The first rule that matches from the start of the name decides.
+        if re.match(rule.removeprefix("-:").removeprefix("+:"), name):
+            if rule.startswith("-:"):
+                return FULL
+            base |= changes
+            break
+    bits, group = base["bits"], base["group_size"]
+    if bits not in (4, 8) or not isinstance(group, int):
+        raise ArtifactError(f"{name} would have {bits!r} bits in groups of {group!r}")
+    return Format(bits, group)
+
+
+def _rules(plan: Plan) -> Iterator[tuple[str, dict[str, int]]]:
+    """A rule for each format and set of siblings, all blocks where they have it in one pattern."""
+    siblings: dict[tuple[str, str, str, Format], set[str]] = defaultdict(set)
+    for name, form in plan.items():
+        blocks, place, inside = re.split(r"\.(\d+)\.", name, maxsplit=1)
+        parent, _, leaf = f".{inside}".rpartition(".")
+        siblings[blocks, place, f"{parent}.", form].add(leaf)
+    places: dict[tuple[str, str, str, Format], list[str]] = defaultdict(list)
+    for (blocks, place, parent, form), leaves in siblings.items():
+        places[blocks, parent, "|".join(sorted(leaves | _fused(leaves))), form].append(place)
+    for (blocks, parent, choice, form), found in places.items():
+        numbers = "|".join(sorted(found, key=int))
+        pattern = rf"{re.escape(blocks)}\.(?:{numbers}){re.escape(parent)}(?:{choice})$"
+        if form == FULL:
+            yield f"-:{pattern}", {}
+        else:
+            yield f"+:{pattern}", {"bits": form.bits, "group_size": form.group}
+
+
+def _fused(leaves: set[str]) -> set[str]:
+    return {name for name, parts in _FUSED.items() if leaves.issuperset(parts)}
+
+
+_INT8_SECTION: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "kv_cache_scheme": None,
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "channel",
+                "dynamic": False,
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+            "output_activations": None,
+        }
+    },
+}
