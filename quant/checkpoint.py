@@ -1,4 +1,4 @@
-"""Safetensors shards exactly as stock vLLM loads them, and back.
+"""Tensors exactly as stock vLLM loads them, and back.
 
 W4A16 and W8A16 are AutoGPTQ checkpoints ("gptq", v1), W8A8 is compressed-tensors
 "int-quantized". Owns tensor names and dtypes; bit layout is `quant.packing`'s, which layer has
@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from quant import artifact, packing
-from quant.errors import ArtifactError, SpaceError
+from quant.errors import ArtifactError
 from quant.formats import FULL, Format, Plan
 from quant.solver import gptq
-
-SHARD_BYTES = 1 << 29  # what is held before it is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,48 +65,6 @@ def decode(form: Format, tensors: Mapping[str, Tensor]) -> Layer:
         return Layer(tensors["weight"], tensors["weight_scale"])
     codes = packing.unpack_gptq(tensors["qweight"], form.bits).to(torch.int16)
     return Layer((codes - (1 << (form.bits - 1))).to(torch.int8), tensors["scales"].T)
-
-
-class Writer:
-    """Collects tensors into shards of a folder; `close` writes the rest and the index."""
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._limit = folder, shard_bytes
-        self._held: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.nbytes
-        if self._held and sum(t.nbytes for t in self._held.values()) + size > self._limit:
-            self._flush()
-        self._held[name] = tensor.detach().cpu().contiguous()
-        self._bytes += size
-
-    def close(self) -> int:
-        """Bytes of all tensors."""
-        self._flush()
-        count = len(self._shards)
-        if count == 1:
-            (self._folder / _part(0)).rename(self._folder / artifact.SINGLE)
-            return self._bytes
-        index: dict[str, str] = {}
-        for place, names in enumerate(self._shards):
-            final = f"model-{place + 1:05}-of-{count:05}.safetensors"
-            (self._folder / _part(place)).rename(self._folder / final)
-            index |= dict.fromkeys(names, final)
-        metadata = {"metadata": {"total_size": self._bytes}, "weight_map": index}
-        (self._folder / artifact.INDEX).write_text(json.dumps(metadata, indent=1) + "\n")
-        return self._bytes
-
-    def _flush(self) -> None:
-        path = self._folder / _part(len(self._shards))
-        try:
-            save_file(self._held, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as fault:
-            raise SpaceError(f"{path.parent} cannot hold the next shard: {fault}") from fault
-        self._shards.append(list(self._held))
-        self._held = {}
 
 
 def write_config(
@@ -176,10 +131,6 @@ _COMPANIONS = (
 )  # fmt: skip
 _OUR_OWN = ("config.json", "quantize_config.json", artifact.INDEX, artifact.MANIFEST)
 _MARKS = {"qweight", "weight_scale"}  # who has one of them is quantized
-
-
-def _part(place: int) -> str:
-    return f"part-{place:05}.safetensors"
 
 
 def _section(folder: Path) -> Mapping[str, Any]:

@@ -1,13 +1,13 @@
 """`quantserve quantize` and `quantserve inspect`, beside `quantserve compare`.
 
 Every mistake of the user's is one line on stderr and exit status 2, a shut gate one and 3; Ctrl-C
-is one line and 2, and leaves nothing behind. torch and transformers are imported when a command
-runs, not before.
+is one line and 2, which says where the same command will go on. torch and transformers are
+imported when a command runs, not before.
 """
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -45,13 +45,21 @@ def main(run: Callable[[], object] = app) -> None:
     try:
         run()
     except QuantError as fault:
-        sys.stderr.write(f"quantserve: {fault}\n")
+        sys.stderr.write(f"quantserve: {'; '.join((str(fault), *_notes(fault)))}\n")
         sys.exit(fault.exit_status)
     except (KeyboardInterrupt, SystemExit) as left:
         if isinstance(left, SystemExit) and left.code != _TYPER_INTERRUPTED:
             raise
-        sys.stderr.write("quantserve: interrupted; nothing was written\n")
+        notes = list(_notes(left)) or ["nothing was written"]
+        sys.stderr.write(f"quantserve: {'; '.join(('interrupted', *notes))}\n")
         sys.exit(2)
+
+
+def _notes(fault: BaseException | None) -> Iterator[str]:
+    """What was added to an exception on its way, such as how the next run goes on."""
+    while fault is not None:  # Typer's own exit stands before the Ctrl-C that caused it
+        yield from vars(fault).get("__notes__", ())
+        fault = fault.__context__
 
 
 @app.command()
@@ -96,6 +104,9 @@ def quantize(
         typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
     ] = None,
     force: Annotated[bool, typer.Option(help="replace the artifact at --out")] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="start over where the same command was cut short [go on]")
+    ] = False,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -126,6 +137,7 @@ def quantize(
         calibration_file=calibration,
         cache=cache,
         force=force,
+        fresh=fresh,
         max_kl=max_kl,
     )
     if as_json:

@@ -6,28 +6,29 @@ Streams: a block's weights are read, solved, written and dropped before the next
 from __future__ import annotations
 
 import platform
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from quant import artifact, calibration, checkpoint, formats, staging
+from quant import artifact, calibration, checkpoint, command, formats, journal, staging
 from quant.artifact import Manifest, MergedAdapter
-from quant.calibration import Batches
-from quant.checkpoint import Writer
+from quant.calibration import Batches, Part
 from quant.errors import SpaceError
 from quant.formats import Plan
 from quant.intake import source
 from quant.intake.source import Source
+from quant.journal import Journal
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe, choose_group_size
 from quant.solver import blocks, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, Progress
+from quant.staging import Stage
 
 _STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
 _MARGIN = 32 << 20  # bytes beside the tensors: tokenizer, configuration, headers
@@ -43,15 +44,17 @@ class Order:
     calibration_file: Path | None = None
     cache: Path | None = None
     force: bool = False
+    fresh: bool = False  # give up what an earlier run was cut short in
     max_kl: float | None = None  # nats; what is further from its parent is not published
 
 
 def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     """Quantizes a model into a new folder and returns its manifest.
 
-    Any QuantError, and Ctrl-C, leave neither a target nor a partial one behind.
+    The same command goes on where an earlier one was cut short, and makes the same files. A
+    QuantError leaves neither a target nor a partial one behind; Ctrl-C, a full disk and a crash
+    leave what the next run goes on from, once a block is done, and say so in a note.
     """
-    began = time.monotonic()
     device = blocks.device(recipe.device)
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=order.force)
@@ -59,35 +62,49 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     opened = source.open(order.spec, adapters=order.adapters, cache=order.cache, say=progress.say)
     decoder = blocks.skeleton(opened, device)
     layers = _layers(recipe, opened, decoder, progress)
-    staging.check_space(target.parent, layers.bytes_after(opened) + _MARGIN)
-    with staging.staged(target) as folder:
-        rows, barrier = _rows(recipe, order, opened, progress)
-        writer = Writer(folder)
-        _solve(layers, decoder, opened, writer, rows)
-        size = writer.close()
+    with staging.resumable(target) as stage:
+        staging.check_space(target.parent, layers.bytes_after(opened) + _MARGIN - stage.bytes())
+        barrier = _gate(recipe, order, opened, progress)
+        kept = _journal(recipe, order, opened, stage, progress)
+        rows = kept.rows()
+        _solve(layers, decoder, opened, kept, rows)
+        size = kept.assemble()
         progress.say("reading back every layer")
         facts = _facts(recipe, order, opened, rows)
         found = {
             **_formats(recipe, layers.plan, decoder),
             "layers": tuple(layers.reports),
             "bytes_after": size,
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(kept.seconds, 1),
         }
         facts = facts.model_copy(update=found)
-        sealed = _finished(folder, target.name, layers, opened, facts)
-        return barrier.admit(opened, folder, sealed) if barrier else sealed
+        sealed = _finished(stage.folder, target.name, layers, opened, facts)
+        return barrier.admit(opened, stage.folder, sealed) if barrier else sealed
 
 
-def _rows(
-    recipe: Recipe, order: Order, opened: Source, progress: Progress
-) -> tuple[Batches, Gate | None]:
-    """The rows that calibrate, and the gate with rows that do not where one was asked for."""
-    file, say = order.calibration_file, progress.say
+def _gate(recipe: Recipe, order: Order, opened: Source, progress: Progress) -> Gate | None:
+    """The rows that calibrate nothing and decide, where that was asked for."""
     if order.max_kl is None:
-        return calibration.prepare(opened, recipe, file, say), None
-    rows = calibration.prepare(opened, recipe, file, say, "calibrating")
-    held = gate.rows(opened, recipe, file, say)
-    return rows, Gate(held, order.max_kl, order.target.expanduser().absolute(), say)
+        return None
+    held = gate.rows(opened, recipe, order.calibration_file, progress.say)
+    return Gate(held, order.max_kl, order.target.expanduser().absolute(), progress.say)
+
+
+def _journal(
+    recipe: Recipe, order: Order, opened: Source, stage: Stage, progress: Progress
+) -> Journal:
+    """Of the same command's earlier run, or a new one with the rows that calibrate."""
+    file, gated = order.calibration_file, order.max_kl is not None
+
+    def rows() -> Batches:
+        part: Part = "calibrating" if gated else "whole"
+        return calibration.prepare(opened, recipe, file, progress.say, part)
+
+    depth = opened.config.get_text_config().num_hidden_layers
+    if order.fresh:
+        stage.take(anew=True)
+    facts = command.facts(recipe, opened, file, gated=gated)
+    return journal.opened(stage, facts, depth, rows, progress.say)
 
 
 def _layers(recipe: Recipe, opened: Source, decoder: Decoder, progress: Progress) -> Layers:
@@ -99,23 +116,24 @@ def _layers(recipe: Recipe, opened: Source, decoder: Decoder, progress: Progress
     return Layers(recipe, plan, half, shapes, progress)
 
 
-def _solve(layers: Layers, decoder: Decoder, opened: Source, writer: Writer, rows: Batches) -> None:
-    """Writes every tensor of the parent, the blocks' linear layers quantized."""
-    for name in opened.tensors.names():
-        if not name.startswith(decoder.prefix) and not _is_tied_copy(name, opened):
-            writer.add(name, layers.kept(opened, name))
+def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows: Batches) -> None:
+    """Keeps every tensor of the parent, the blocks' linear layers quantized."""
+    names = opened.tensors.names()
+    outside = [
+        n for n in names if not n.startswith(decoder.prefix) and not _is_tied_copy(n, opened)
+    ]
+    kept.outside([(name, partial(layers.kept, opened, name)) for name in outside])
     per_stream = max(1, _STREAM_TOKENS // rows.input_ids.shape[1])
     batches = zip(
         torch.split(rows.input_ids, per_stream), torch.split(rows.mask, per_stream), strict=True
     )
     streams = blocks.embed(decoder, opened, list(batches))
-    for place in range(len(decoder.blocks)):
+    kept.resume(layers, streams[0])
+    for place in range(kept.entry.done, len(decoder.blocks)):
         walk.run(decoder, place, opened, streams, layers)
-        prefix = f"{decoder.prefix}{place}."
-        for name in opened.tensors.names():
-            if name.startswith(prefix):
-                for written, tensor in layers.encoded(opened, name):
-                    writer.add(written, tensor)
+        inside = [name for name in names if name.startswith(f"{decoder.prefix}{place}.")]
+        tensors = dict(pair for name in inside for pair in layers.encoded(opened, name))
+        kept.finished(tensors, layers, streams[0])
 
 
 def _finished(

@@ -1,7 +1,8 @@
-"""The folder an artifact grows in: a hidden sibling of the target, renamed into place at the end.
+"""Where an artifact grows: in a hidden sibling of the target, renamed into place at the end.
 
-A failure or Ctrl-C leaves nothing; a killed process leaves the hidden folder, which the next run
-clears. Refuses a target that exists, unless told to replace an artifact.
+A failure leaves nothing, unless the run has done something that the next one can go on from: then
+Ctrl-C, a full disk and a crash leave the hidden folder, as a killed process does. Refuses a target
+that exists, unless told to replace an artifact.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from quant import artifact
-from quant.errors import SourceError, SpaceError, TargetExists
+from quant.errors import QuantError, SourceError, SpaceError, TargetExists
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -42,37 +44,85 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+@dataclass(slots=True)
+class Stage:
+    """`folder` becomes the target; `state` is what the next run needs to go on.
+
+    Until `take`n it may hold another command's work, which a failure leaves alone. `promise` says
+    what the next run will do; while there is one, what is done survives all but a refusal.
+    """
+
+    folder: Path
+    state: Path
+    taken: bool = False
+    promise: str | None = None
+
+    def take(self, *, anew: bool) -> None:
+        """Makes the stage this run's own: `anew` empties it."""
+        for place in (self.state, self.folder):  # a folder without state is nothing to go on from
+            if anew:
+                _discard(place)
+            place.mkdir(parents=True, exist_ok=True)
+        self.taken = True
+
+    def bytes(self) -> int:
+        """That lie in it already."""
+        return sum(path.stat().st_size for path in self.folder.parent.rglob("*") if path.is_file())
+
+
+@contextmanager
+def resumable(target: Path) -> Iterator[Stage]:
+    """A stage whose `folder` becomes `target` on a clean exit, by one rename.
+
+    A failure that the next run can go on after leaves the stage, and carries its promise as a
+    note; any other removes it. Call `check_target` first: what stands at `target` is replaced.
+    """
+    home = target.with_name(f".{target.name}.partial")
+    with _locked(home, target):
+        stage = Stage(home / "artifact", home / "state")
+        found = stage.state.exists()
+        try:
+            yield stage
+            _publish(stage.folder, target)
+        except BaseException as fault:
+            if stage.promise is not None and _may_go_on_after(fault):
+                fault.add_note(stage.promise)
+            elif stage.taken or not found:
+                shutil.rmtree(home, ignore_errors=True)
+            raise
+        shutil.rmtree(home, ignore_errors=True)
+
+
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """An empty folder that becomes `target` on a clean exit, by one rename, and else is removed.
 
     Call `check_target` first: what stands at `target` at the end is replaced.
     """
-    folder = target.with_name(f".{target.name}.partial")
+    with resumable(target) as stage:
+        stage.take(anew=True)
+        yield stage.folder
+
+
+@contextmanager
+def _locked(home: Path, target: Path) -> Iterator[None]:
+    """Makes `home` and holds it: one process at a time writes a target."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / ".lock").open("w")
     except OSError as fault:
-        raise SourceError(f"{folder} cannot be written: {fault.strerror}") from fault
+        raise SourceError(f"{home} cannot be written: {fault.strerror}") from fault
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:
             raise TargetExists(f"another process is writing {target} at this moment") from fault
-        try:
-            _empty(folder)
-            yield folder
-            (folder / ".lock").unlink()
-            _publish(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        yield
 
 
-def _empty(folder: Path) -> None:
-    """Clears what a killed run left."""
-    for stale in folder.iterdir():
-        if stale.name != ".lock":
-            _remove(stale)
+def _may_go_on_after(fault: BaseException) -> bool:
+    """Not after a refusal, which would only come again."""
+    return isinstance(fault, SpaceError) or not isinstance(fault, QuantError)
 
 
 def _publish(folder: Path, target: Path) -> None:
@@ -83,6 +133,15 @@ def _publish(folder: Path, target: Path) -> None:
     folder.rename(target)
     with suppress(OSError):  # the new artifact stands; the next run clears what is left of the old
         _remove(replaced)
+
+
+def _discard(folder: Path) -> None:
+    """Gone at once, not file by file: what is left of a state is never taken for one."""
+    stale = folder.with_name("stale")
+    _remove(stale)
+    if folder.exists():
+        folder.rename(stale)
+        _remove(stale)
 
 
 def _remove(path: Path) -> None:

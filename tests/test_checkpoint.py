@@ -13,14 +13,13 @@ import pytest
 import torch
 from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors.torch import load_file
-from torch import Tensor
 
 from quant import artifact, checkpoint, formats
-from quant.checkpoint import Layer, Writer
-from quant.errors import ArtifactError, SpaceError
+from quant.checkpoint import Layer
+from quant.errors import ArtifactError
 from quant.formats import FULL, Format, Plan
 from quant.recipe import Scheme
+from quant.shards import Writer
 from tests import tiny
 from tests.test_packing import autogptq_dequantize
 
@@ -38,10 +37,10 @@ def layer(scheme: Scheme, seed: int = 0, dtype: torch.dtype = torch.bfloat16) ->
     return Layer(codes, scale if scheme == "w8a8" else scale.to(dtype).float())
 
 
-def written(folder: Path, scheme: Scheme, count: int = 3, shard_bytes: int = 1 << 20) -> list[str]:
+def written(folder: Path, scheme: Scheme, count: int = 3) -> list[str]:
     """A checkpoint of `count` layers with a norm between them; the layers' names."""
     folder.mkdir()
-    writer = Writer(folder, shard_bytes)
+    writer = Writer(folder)
     names = [f"model.layers.{place}.proj" for place in range(count)]
     for place, name in enumerate(names):
         for kind, tensor in checkpoint.encode(
@@ -200,52 +199,6 @@ def test_a_folder_quantized_by_others_is_refused(tmp_path: Path) -> None:
     tiny.edit_json(tmp_path / "out" / "config.json", quantization_config={"quant_method": "awq"})
     with pytest.raises(ArtifactError, match="'awq' None is no quantization this program writes"):
         list(checkpoint.read_layers(tmp_path / "out"))
-
-
-def test_little_is_written_as_one_file(tmp_path: Path) -> None:
-    written(tmp_path / "out", "w4a16")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "model.safetensors",
-        "config.json",
-    }
-
-
-def test_much_is_written_as_indexed_shards(tmp_path: Path) -> None:
-    limit = 3000
-    written(tmp_path / "out", "w8a8", count=5, shard_bytes=limit)
-    index = json.loads((tmp_path / "out" / artifact.INDEX).read_text())
-    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    count = len(shards)
-    assert shards == [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
-    found: dict[str, Tensor] = {}
-    for shard in shards:
-        held = load_file(tmp_path / "out" / shard)
-        assert {index["weight_map"][name] for name in held} == {shard}
-        assert sum(tensor.nbytes for tensor in held.values()) <= limit
-        found |= held
-    assert set(found) == set(index["weight_map"])
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
-    whole = tmp_path / "whole"
-    written(whole, "w8a8", count=5)
-    assert artifact.weights_fingerprint(whole) == artifact.weights_fingerprint(tmp_path / "out")
-
-
-def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
-    writer = Writer(tmp_path, shard_bytes=100)
-    for name in ("a", "b"):
-        writer.add(name, torch.ones(1000))
-    assert writer.close() == 8000
-    assert len(list(tmp_path.glob("model-*-of-00002.safetensors"))) == 2
-
-
-def test_a_shard_the_disk_cannot_hold_is_named(tmp_path: Path) -> None:
-    writer = Writer(tmp_path)
-    writer.add("a", torch.ones(100_000))
-    with (
-        no_file_larger_than(10_000),
-        pytest.raises(SpaceError, match=f"{tmp_path} cannot hold the next shard"),
-    ):
-        writer.close()
 
 
 def test_config_keeps_what_the_parent_says(tmp_path: Path) -> None:

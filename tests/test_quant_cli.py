@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from quant import artifact
+from quant import artifact, cli
 from quant.artifact import Manifest
 from tests import tiny, warm
 from tests.lora import write_lora
@@ -36,7 +37,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no-text": (("--calibration", "{home}/blank.jsonl"), ("blank.jsonl", "no usable line")),
     "bad-line": (("--calibration", "{home}/broken.jsonl"), ("broken.jsonl:3", "malformed")),
     "device": (("--device", "cuda:63"), ("cuda:63",)),
-    "disk": (("--calibration", "{home}/texts.jsonl"), ("cannot hold the next shard",)),
+    "disk": (
+        ("--calibration", "{home}/texts.jsonl"),
+        ("cannot hold activations", "File too large"),
+    ),
     "taken": ((), ("out-taken exists already", "--force")),
 }
 OF_PARENT = set(MISTAKES) - {"nowhere", "corrupt", "unknown", "quantized"}
@@ -195,10 +199,21 @@ def signalled(deep: Path, folder: Path, number: signal.Signals) -> Ran:
     return Ran(run.status(), run.stdout, run.stderr)
 
 
-def test_ctrl_c_exits_with_2_and_leaves_nothing(deep: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_2_and_says_how_to_go_on(deep: Path, tmp_path: Path) -> None:
     run = signalled(deep, tmp_path, signal.SIGINT)
-    assert (run.status, run.stderr) == (2, "quantserve: interrupted; nothing was written\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"said"}
+    told = r"quantserve: interrupted; continues at block \d+ of 48 when run again; --fresh .*\n"
+    assert run.status == 2 and re.fullmatch(told, run.stderr)
+    assert {path.name for path in tmp_path.iterdir()} == {"said", ".out.partial"}
+
+
+def test_ctrl_c_before_anything_is_done_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        cli.main(interrupted)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "quantserve: interrupted; nothing was written\n"
 
 
 def test_a_killed_run_leaves_no_target_and_the_next_one_succeeds(

@@ -90,7 +90,7 @@ def test_a_folder_appears_at_the_end_and_whole(target: Path) -> None:
     with staging.staged(target) as folder:
         (folder / "a").mkdir()
         (folder / "a" / "b").write_text("x")
-        assert folder.parent == target.parent and not target.exists()
+        assert folder.parent.parent == target.parent and not target.exists()
     assert (target / "a" / "b").read_text() == "x"
     assert os.listdir(target) == ["a"]
     assert left(target) == ["model"]
@@ -156,6 +156,53 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pytest.fail("there is nowhere to write")
 
 
+PROMISE = "continues when run again"
+
+
+def cut_short(target: Path, fault: BaseException, promise: str | None = PROMISE) -> BaseException:
+    """What came out of a run that did something and then failed."""
+    with pytest.raises(type(fault)) as caught, staging.resumable(target) as stage:
+        stage.take(anew=True)
+        (stage.folder / "half").write_text("x")
+        (stage.state / "journal").write_text("far")
+        stage.promise = promise
+        raise fault
+    return caught.value
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), SpaceError("full"), RuntimeError("a bug")])
+def test_what_can_be_gone_on_with_survives_and_says_so(target: Path, fault: BaseException) -> None:
+    assert cut_short(target, fault).__notes__ == [PROMISE]
+    assert left(target) == [".model.partial"]
+    with staging.resumable(target) as stage:
+        stage.take(anew=False)
+        assert (stage.state / "journal").read_text() == "far"
+        assert (stage.folder / "half").read_text() == "x"
+    assert os.listdir(target) == ["half"] and left(target) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "promise"), [(SourceError("bad"), PROMISE), (KeyboardInterrupt(), None)]
+)
+def test_a_refusal_and_a_run_that_did_nothing_leave_nothing(
+    target: Path, fault: BaseException, promise: str | None
+) -> None:
+    assert not hasattr(cut_short(target, fault, promise), "__notes__")
+    assert left(target) == []
+
+
+def test_another_commands_work_is_left_alone_until_it_is_taken(target: Path) -> None:
+    cut_short(target, KeyboardInterrupt())
+    with pytest.raises(SourceError), staging.resumable(target):
+        raise SourceError("refused before it began")
+    with staging.resumable(target) as stage:
+        assert (stage.state / "journal").read_text() == "far" and stage.bytes() == 4
+        stage.take(anew=True)
+        assert not list(stage.state.iterdir()) and not list(stage.folder.iterdir())
+        assert stage.bytes() == 0
+    assert os.listdir(target) == []
+
+
 def hold(target: Path, ready: Connection) -> None:
     with staging.staged(target) as folder:
         (folder / "theirs").write_text("x")
@@ -212,7 +259,7 @@ def test_what_a_killed_run_left_is_cleared_by_the_next(target: Path, other_run: 
     assert left(target) == [".model.partial"]
     with staging.staged(target) as folder:
         assert folder == other_run.folder
-        assert os.listdir(folder) == [".lock"]
+        assert os.listdir(folder) == []
     assert os.listdir(target) == [] and left(target) == ["model"]
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from quant import artifact, checkpoint
-from quant.checkpoint import Writer
 from quant.headers import TensorHeader
 from quant.intake import cached
 from quant.lora import anatomy
 from quant.lora.adapter import Adapter
 from quant.lora.anatomy import Anatomy, Plan
 from quant.lora.merge import whole
+from quant.shards import Writer
 
 
 def fitted(

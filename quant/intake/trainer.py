@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from quant import artifact, staging
-from quant.checkpoint import Writer
 from quant.errors import SourceError
 from quant.intake import architecture, cached, fsdp, megatron, naming, zero
 from quant.intake.architecture import Outline
 from quant.intake.stored import Checkpoint, Weight
+from quant.shards import Writer
 
 FORMAT = 1  # of the converted folders: raise it when the same files would convert differently
 _CONFIGS = ("config.json", "generation_config.json")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from quant import checkpoint, staging
-from quant.checkpoint import Writer
 from quant.errors import AdapterError, RecipeError, SpaceError
 from quant.intake import remodel, source
 from quant.intake.source import Source
@@ -23,6 +22,7 @@ from quant.lora import anatomy, mixture, nf4, starts
 from quant.lora.adapter import Adapter
 from quant.lora.anatomy import Anatomy, Plan
 from quant.lora.mixture import Mixer, Mixture
+from quant.shards import Writer
 
 TrainingBase = Literal["stored", "nf4", "nf4-double", "residual"]
 _MARGIN = 32 << 20  # bytes beside the tensors: tokenizer, configuration, headers

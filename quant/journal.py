@@ -1,0 +1,168 @@
+"""How far a run has come, on disk, so that the same command goes on where it ended.
+
+A block counts as done once its tensors, its reports and the activations behind it lie on disk for
+good and the journal says so, by one rename. What it does not name is not there. Refuses to go on
+with another command's work, and says what differs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quant import command, shards
+from quant.artifact import CalibrationReport, LayerReport
+from quant.calibration import Batches
+from quant.command import Facts
+from quant.solver.blocks import Stream
+from quant.solver.layers import Layers
+from quant.staging import Stage
+
+_JOURNAL, _ROWS = "journal.json", "rows.safetensors"
+
+Say = Callable[[str], None]
+
+
+class Entry(BaseModel):
+    """`parts` are files of the state with the bytes of their tensors: what is outside the blocks,
+    then the `done` blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    facts: dict[str, str]
+    calibration: CalibrationReport
+    parts: dict[str, int] = {}
+    done: int = 0
+    reports: tuple[LayerReport, ...] = ()
+    digests: dict[str, str] = {}
+    seconds: float = 0.0
+
+
+class Journal:
+    """One run's. `entry` is what the disk says."""
+
+    def __init__(self, stage: Stage, entry: Entry, blocks: int) -> None:
+        self.entry, self._stage, self._blocks = entry, stage, blocks
+        self._before, self._began = entry.seconds, time.monotonic()
+        self._promise()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning, the runs that were cut short counted in."""
+        return self._before + time.monotonic() - self._began
+
+    def rows(self) -> Batches:
+        """The calibration rows of all runs."""
+        kept = load_file(self._stage.state / _ROWS)
+        return Batches(kept["input_ids"], kept["mask"], self.entry.calibration)
+
+    def outside(self, tensors: Sequence[tuple[str, Callable[[], Tensor]]]) -> None:
+        """Keeps what belongs to no block, read one tensor at a time, unless a run before did."""
+        if self.entry.parts:
+            return
+        parts = {}
+        for place, (name, read) in enumerate(tensors):
+            part = f"outside-{place:05}.safetensors"
+            parts[part] = shards.write(self._stage.state / part, {name: read()})
+        self._write(parts=parts)
+
+    def resume(self, layers: Layers, streams: Sequence[Stream]) -> None:
+        """Puts layers and streams where they were behind the last block that is done."""
+        layers.reports += self.entry.reports
+        layers.digests |= self.entry.digests
+        if self.entry.done in (0, self._blocks):
+            return
+        kept = load_file(self._stage.state / _activations(self.entry.done))
+        for place, stream in enumerate(streams):
+            device = stream.hidden.device
+            stream.hidden = kept[f"hidden.{place}"].to(device, copy=True)
+            stream.parent = kept[f"parent.{place}"].to(device, copy=True)
+
+    def finished(
+        self, tensors: Mapping[str, Tensor], layers: Layers, streams: Sequence[Stream]
+    ) -> None:
+        """Keeps one more block: its tensors, and what the next one starts from."""
+        done, state = self.entry.done + 1, self._stage.state
+        part = f"block-{done:05}.safetensors"
+        size = shards.write(state / part, tensors)
+        if done < self._blocks:
+            held = {f"hidden.{n}": stream.hidden for n, stream in enumerate(streams)}
+            held |= {f"parent.{n}": stream.parent for n, stream in enumerate(streams)}
+            shards.write(state / _activations(done), held)
+        self._write(
+            parts=self.entry.parts | {part: size},
+            done=done,
+            reports=tuple(layers.reports),
+            digests=dict(layers.digests),
+        )
+        (state / _activations(done - 1)).unlink(missing_ok=True)
+
+    def assemble(self) -> int:
+        """The checkpoint of all parts, in the folder that becomes the target; its bytes."""
+        parts = {self._stage.state / name: size for name, size in self.entry.parts.items()}
+        return shards.assemble(parts, self._stage.folder)
+
+    def _write(self, **news: object) -> None:
+        self.entry = self.entry.model_copy(update={**news, "seconds": self.seconds})
+        _keep(self._stage.state, self.entry)
+        self._promise()
+
+    def _promise(self) -> None:
+        done = self.entry.done
+        if done:
+            where = f"continues at block {done + 1} of {self._blocks}"
+            where = where if done < self._blocks else "continues behind the last block"
+            self._stage.promise = f"{where} when run again; --fresh starts over"
+
+
+def opened(
+    stage: Stage, facts: Facts, blocks: int, prepare: Callable[[], Batches], say: Say
+) -> Journal:
+    """The journal that the same command left, else a new one with the rows of `prepare`.
+
+    What another command left is given up only once the rows are there.
+    """
+    found = _read(stage)
+    differs = command.difference(found.facts, facts) if found else None
+    if found and not differs:
+        stage.take(anew=False)
+        if found.done:
+            say(f"going on behind block {found.done} of {blocks}, which an earlier run finished")
+        return Journal(stage, found, blocks)
+    rows = prepare()
+    if found:
+        say(f"starting afresh: another command left {found.done} of its blocks here ({differs})")
+    return begun(stage, facts, blocks, rows)
+
+
+def begun(stage: Stage, facts: Facts, blocks: int, rows: Batches) -> Journal:
+    """A new journal; whatever was in the stage is gone."""
+    stage.take(anew=True)
+    shards.write(stage.state / _ROWS, {"input_ids": rows.input_ids, "mask": rows.mask})
+    entry = Entry(facts=dict(facts), calibration=rows.report)
+    _keep(stage.state, entry)
+    return Journal(stage, entry, blocks)
+
+
+def _read(stage: Stage) -> Entry | None:
+    """None where there is nothing to go on from; a folder that is gone was published."""
+    path = stage.state / _JOURNAL
+    if not path.is_file() or not stage.folder.is_dir():
+        return None
+    try:
+        return Entry.model_validate_json(path.read_bytes())
+    except ValidationError:  # another version's
+        return None
+
+
+def _keep(state: Path, entry: Entry) -> None:
+    shards.whole(state / _JOURNAL, [entry.model_dump_json().encode()])
+
+
+def _activations(done: int) -> str:
+    return f"activations-{done:05}.safetensors"
