@@ -25,7 +25,7 @@ from quant.journal import Journal
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe, choose_group_size
-from quant.solver import blocks, walk
+from quant.solver import blocks, lockstep, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, Progress
 from quant.staging import Stage
@@ -55,6 +55,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     QuantError leaves neither a target nor a partial one behind; Ctrl-C, a full disk and a crash
     leave what the next run goes on from, once a block is done, and say so in a note.
     """
+    lockstep.share_memory()
     device = blocks.device(recipe.device)
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=order.force)

@@ -8,16 +8,18 @@ what the stopped forwards hold is kept. Refuses batches that do not stop at the 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
 _here = threading.local()
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 class _Abandoned(Exception):
@@ -90,3 +92,14 @@ def lanes(forwards: Sequence[Callable[[], Tensor]]) -> Iterator[list[Lane]]:
         finally:
             for lane in started:
                 lane.close()
+
+
+def share_memory() -> None:
+    """One heap for all threads, where the C library is glibc.
+
+    It keeps several, and what a lane frees in one no lane of another gets: the 135M model's blocks
+    took 4.2 GB instead of 1.9. Call it before anything starts threads. One lane runs at a time, so
+    nobody waits.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
