@@ -22,23 +22,24 @@ from quant.solver import blocks, int8
 
 def of_parent(source: Source, device: torch.device) -> PreTrainedModel:
     tensors = ((name, source.tensors.get(name)) for name in source.tensors.names())
-    return _filled(source, tensors, device, str(source.folder))
+    return of_tensors(source, tensors, device, str(source.folder))
 
 
 def of_artifact(
     source: Source, folder: Path, manifest: Manifest, device: torch.device
 ) -> PreTrainedModel:
     """The parent's architecture with the weights that `folder` holds."""
-    model = _filled(source, checkpoint.dequantized(folder), device, str(folder))
-    for layer in manifest.layers if manifest.scheme == "w8a8" else ():
-        if layer.bits != formats.FULL.bits:
-            model.get_submodule(layer.name).register_forward_pre_hook(_rounded)
+    model = of_tensors(source, checkpoint.dequantized(folder), device, str(folder))
+    if manifest.scheme == "w8a8":
+        full = formats.FULL.bits
+        round_inputs(model, (layer.name for layer in manifest.layers if layer.bits != full))
     return model
 
 
-def _filled(
+def of_tensors(
     source: Source, tensors: Iterable[tuple[str, Tensor]], device: torch.device, place: str
 ) -> PreTrainedModel:
+    """The source's architecture with other weights; `place` names them where one is missing."""
     model = blocks.skeleton(source, device).model
     held = {name: tensor.to(device, torch.float32) for name, tensor in tensors}
     model.load_state_dict(held, strict=False, assign=True)
@@ -46,6 +47,12 @@ def _filled(
     if empty := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise CompareError(f"{place} lacks {empty[0]}, which {source.architecture} needs to run")
     return model
+
+
+def round_inputs(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Lets these layers read what an int8 server's do."""
+    for name in layers:
+        model.get_submodule(name).register_forward_pre_hook(_rounded)
 
 
 def _rounded(_layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

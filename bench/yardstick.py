@@ -1,0 +1,158 @@
+"""One yardstick for whoever quantized: `quant.proof.fidelity` on windows of one text, in float32.
+
+And the ledger: a line of JSON for each run, so that a table over many of them needs no rerun.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quant import artifact
+from quant.intake.source import Source
+from quant.proof import fidelity, held_out, replica
+from quant.proof.evidence import Estimate, TextFidelity
+from quant.proof.fidelity import Pair
+from quant.recipe import Recipe
+
+HOST = torch.device("cpu")
+HEAD = ("run", "time", "peak memory", "checkpoint", "perplexity", "mean KL, nats", "KL / {}",
+        "same likeliest token")  # fmt: skip
+
+
+class Row(BaseModel):
+    """One run: what was asked of whom, what it took, what it lost or why it failed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    version: str
+    model: str
+    scheme: str
+    group_size: int
+    seed: int
+    calibration: str  # digest of the tokens
+    threads: int
+    cpus: str
+    when: datetime
+    seconds: float | None = None
+    peak_bytes: int | None = None  # of the process and all below it
+    bytes: int | None = None  # of the weight files
+    found: TextFidelity | None = None
+    failure: str | None = None
+
+    @property
+    def setting(self) -> str:
+        group = "per channel" if self.group_size < 0 else f"groups of {self.group_size}"
+        return f"{self.model}, {self.scheme}, {group}, calibration {self.calibration[:8]}"
+
+
+class Yardstick:
+    """A parent and the windows that measure what was made of it."""
+
+    def __init__(self, parent: Source, text: Path, windows: Recipe) -> None:
+        self._source = parent
+        self._sample = held_out.from_text(parent, text, windows, say)
+        self._seed = windows.seed
+        self._parent = remembering(replica.of_parent(parent, HOST))
+
+    def weights(
+        self, tensors: Iterable[tuple[str, Tensor]], rounded: Iterable[str], place: str
+    ) -> TextFidelity:
+        """Of a full-precision model's `tensors`; the layers `rounded` read int8 inputs."""
+        model = replica.of_tensors(self._source, tensors, HOST, place)
+        replica.round_inputs(model, rounded)
+        return self._measured(model)
+
+    def artifact(self, folder: Path) -> TextFidelity:
+        """Of what `quantserve quantize` wrote."""
+        manifest = artifact.read(folder)
+        assert manifest is not None, f"{folder} has no manifest"
+        return self._measured(replica.of_artifact(self._source, folder, manifest, HOST))
+
+    def _measured(self, model: PreTrainedModel) -> TextFidelity:
+        trace = fidelity.trace(Pair(self._parent, model), self._sample.windows, _quiet)
+        return fidelity.of_text(trace, self._sample, self._seed)
+
+
+def remembering(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, running its blocks once for each window; only the head runs every time."""
+    seen: dict[bytes, Any] = {}
+    inner = model.base_model
+    run = inner.forward
+
+    def forward(input_ids: Tensor, **rest: Any) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in seen:
+            seen[key] = run(input_ids=input_ids, **rest)
+        return seen[key]
+
+    inner.forward = forward
+    return model
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def keep(file: Path, row: Row) -> None:
+    """Adds a row to the ledger."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as ledger:
+        ledger.write(row.model_dump_json() + "\n")
+
+
+def kept(file: Path) -> list[Row]:
+    """The ledger's rows, of runs that were repeated the latest."""
+    latest: dict[tuple[str, str], Row] = {}
+    for line in file.read_text("utf-8").splitlines():
+        row = Row.model_validate_json(line)
+        latest[row.setting, row.name] = row
+    return list(latest.values())
+
+
+def tables(rows: Sequence[Row], baseline: str) -> Iterator[str]:
+    """A Markdown table for each setting, KL as a multiple of the run named `baseline`'s."""
+    for setting in dict.fromkeys(row.setting for row in rows):
+        alike = [row for row in rows if row.setting == setting]
+        known = {row.name: row.found for row in alike if row.found}
+        unit = known[baseline].mean_kl.value if baseline in known else None
+        was = next((found.parent_perplexity for found in known.values()), None)
+        yield f"\n{setting}" + (f"; the parent's perplexity is {was.value:.3f}" if was else "")
+        yield ""
+        yield "| " + " | ".join(HEAD).format(baseline) + " |"
+        yield "|---" * len(HEAD) + "|"
+        for row in alike:
+            yield "| " + " | ".join(_cells(row, unit)) + " |"
+
+
+def _cells(row: Row, unit: float | None) -> Iterator[str]:
+    yield f"{row.name} {row.version}".strip()
+    if row.failure is not None:
+        yield f"failed: {row.failure}"
+        yield from [""] * (len(HEAD) - 2)
+        return
+    yield f"{row.seconds:.0f} s" if row.seconds is not None else ""
+    yield f"{row.peak_bytes / 1e9:.2f} GB" if row.peak_bytes is not None else ""
+    yield f"{row.bytes / 1e6:.1f} MB" if row.bytes is not None else ""
+    assert row.found is not None
+    yield f"{row.found.perplexity.value:.3f} ({row.found.perplexity_ratio.value - 1:+.2%})"
+    yield _interval(row.found.mean_kl)
+    yield f"{row.found.mean_kl.value / unit:.2f}" if unit else ""
+    yield f"{row.found.top1_agreement.value:.1%}"
+
+
+def _interval(figure: Estimate) -> str:
+    return f"{figure.value:.4f} ({figure.low:.4f} .. {figure.high:.4f})"
+
+
+def _quiet(_done: int, _total: int) -> None:
+    """Nobody is told."""
