@@ -60,8 +60,8 @@ def test_an_impossible_value_is_refused_by_its_field(field: str, value: Any) -> 
         ("w4a8_fp8", "on Hopper GPUs and Arm only", "w8a8"),
         ("w4a4", "4-bit integer activations have none", "w4a16"),
         ("nvfp4", "newest GPUs only", "w4a16"),
-        ("fp8", "8-bit floats need a GPU", "w8a8"),
-        ("w8a8-fp8", "8-bit floats need a GPU", "w8a8"),
+        ("fp8", "8-bit floats need a recent GPU", "w8a8"),
+        ("w8a8-fp8", "8-bit floats need a recent GPU", "w8a8"),
         ("int4", "is not one of", "w4a16, w8a16, w8a8"),
     ],
 )
