@@ -66,7 +66,9 @@ def _arguments() -> argparse.Namespace:
     add("--samples", type=int, default=32, help="calibration rows")
     add("--length", type=int, default=512, help="tokens of each, and of each window")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the lines that are drawn")
-    add("--text", type=Path, help="UTF-8 text that calibrates nothing, to measure on")
+    add("--text", type=Path, help="UTF-8 text to measure on, where it calibrates nothing")
+    add("--apart", type=Path, nargs="+", default=[],
+        help="and shares no passage with these calibration files either")  # fmt: skip
     add("--windows", type=int, default=32, help="windows of it")
     add("--only", nargs="+", choices=list(WITHOUT), help="these [all that the scheme has]")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -83,7 +85,7 @@ def _arguments() -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> None:
     windows = Recipe(samples=args.windows, length=args.length)
-    measure = Yardstick(source.open(args.model), args.text, windows)
+    measure = Yardstick(source.open(args.model), args.text, windows, args.calibration, *args.apart)
     for seed in args.seeds:
         for name in args.only or [n for n in WITHOUT if args.scheme in SCHEMES.get(n, ALL)]:
             yardstick.say(f"{name}: {args.model}, {args.scheme}, seed {seed}")

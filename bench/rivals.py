@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,13 @@ class Asked:
     threads: int
     limit: float
     cache: Path
+    again: bool = False
+
+    def out(self, name: str) -> Path:
+        """Where this contender's checkpoint goes."""
+        order = (name, self.opened.folder.name, self.scheme, self.group, self.threads,
+                 self.rows.report.digest[:12])  # fmt: skip
+        return self.cache / "made" / re.sub(r"[^\w.]+", "-", "-".join(map(str, order)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +134,7 @@ def main() -> None:
 def _run(args: argparse.Namespace) -> None:
     asked = _asked(args)
     windows = Recipe(samples=args.windows, length=args.length)
-    measure = Yardstick(asked.opened, args.text, windows)
+    measure = Yardstick(asked.opened, args.text, windows, args.calibration, *args.apart)
     able = [name for name, rival in RIVALS.items() if args.scheme in rival.schemes]
     for name in args.only or [OURS, *able, ROUNDING]:
         facts = Row(
@@ -164,12 +172,15 @@ def _arguments() -> argparse.Namespace:
     add("--samples", type=int, default=32, help="calibration rows")
     add("--length", type=int, default=512, help="tokens of each, and of each window")
     add("--seed", type=int, default=0, help="of the lines that are drawn for calibration")
-    add("--text", type=Path, help="UTF-8 text that calibrates nothing, to measure on")
+    add("--text", type=Path, help="UTF-8 text to measure on, where it calibrates nothing")
+    add("--apart", type=Path, nargs="+", default=[],
+        help="and shares no passage with these calibration files either")  # fmt: skip
     add("--windows", type=int, default=32, help="windows of it")
     add("--only", nargs="+", choices=[OURS, ROUNDING, *RIVALS], help="these, in this order [all]")
     add("--threads", type=int, default=os.cpu_count() or 1, help="of everybody")
     add("--cpus", default="", help="pin everybody to these, as taskset takes them: 0,2-3")
     add("--limit", type=float, default=4 * 3600.0, help="seconds that one run may take")
+    add("--again", action="store_true", help="make anew what an earlier run has made")
     add("--cache", type=Path, default=Path("~/.cache/quantserve/rivals"),
         help="environments, logs and what was made")  # fmt: skip
     add("--results", type=Path, help="the ledger [CACHE/results.jsonl]")
@@ -195,12 +206,12 @@ def _asked(args: argparse.Namespace) -> Asked:
     group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
     return Asked(
         opened, args.scheme, group, rows, recipe, args.calibration.absolute(), args.threads,
-        args.limit, args.cache,
+        args.limit, args.cache, args.again,
     )  # fmt: skip
 
 
 def _ours(_name: str, asked: Asked, measure: Yardstick) -> dict[str, Any]:
-    out, recipe = asked.cache / "made" / "ours", asked.recipe
+    out, recipe = asked.out(OURS), asked.recipe
     sized = [] if asked.scheme == "w8a8" else ["--group-size", str(asked.group)]
     command = [
         QUANTSERVE, "quantize", asked.opened.spec, "--out", str(out), "--force", "--json",
@@ -208,7 +219,7 @@ def _ours(_name: str, asked: Asked, measure: Yardstick) -> dict[str, Any]:
         "--samples", str(recipe.samples), "--length", str(recipe.length),
         "--seed", str(recipe.seed),
     ]  # fmt: skip
-    cost = watched(command, asked, OURS, {})
+    cost = made(out, command, asked, {})
     return _of(cost) | {"bytes": dequantized.size(out), "found": measure.artifact(out)}
 
 
@@ -217,19 +228,18 @@ def _rival(name: str, asked: Asked, measure: Yardstick) -> dict[str, Any]:
     if asked.scheme not in rival.schemes:
         raise Failed(f"it has no {asked.scheme}")
     python = _environment(rival.tool, asked.cache)
-    out = asked.cache / "made" / name.replace(", ", "-").replace(" ", "-")
-    shutil.rmtree(out, ignore_errors=True)
+    out = asked.out(name)
     order = {
         "model": str(asked.opened.folder), "out": str(out), "scheme": asked.scheme,
         "group_size": asked.group, "threads": asked.threads, "options": dict(rival.options),
         "rows": asked.rows.input_ids.tolist(),
     }  # fmt: skip
-    file = out.with_suffix(".json")
+    file = out.with_name(f"{out.name}.order.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(order), "utf-8")
     # -P: this folder's names (serve, lora) are not for them to import.
     command = [str(python), "-P", str(Path(__file__).with_name(rival.tool.script)), str(file)]
-    cost = watched(command, asked, out.name, rival.tool.env)
+    cost = made(out, command, asked, rival.tool.env)
     try:
         rounded = dequantized.quantized(out) if dequantized.rounds_inputs(out) else []
         if bool(rounded) != (asked.scheme == "w8a8"):
@@ -300,6 +310,19 @@ def _pip(python: Path, wanted: Sequence[str], log: Path) -> bool:
     with log.open("a") as into:
         command = [str(python), "-m", "pip", "install", *wanted]
         return subprocess.run(command, stdout=into, stderr=into, check=False).returncode == 0
+
+
+def made(out: Path, command: Sequence[str], asked: Asked, env: Mapping[str, str]) -> Cost:
+    """What it took to make `out`, now or, where that run came to its end, earlier."""
+    note = out.with_name(f"{out.name}.cost.json")
+    if note.exists() and not asked.again:
+        yardstick.say(f"{out} is there from an earlier run: measuring it again")
+        return Cost(**json.loads(note.read_bytes()))
+    note.unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    cost = watched(command, asked, out.name, env)
+    note.write_text(json.dumps({"seconds": cost.seconds, "peak_bytes": cost.peak_bytes}), "utf-8")
+    return cost
 
 
 def watched(command: Sequence[str], asked: Asked, name: str, env: Mapping[str, str]) -> Cost:

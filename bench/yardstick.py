@@ -5,8 +5,10 @@ And the ledger: a line of JSON for each run, so that a table over many of them n
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,17 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quant import artifact
+from quant import artifact, calibration
+from quant.intake import source
 from quant.intake.source import Source
 from quant.proof import fidelity, held_out, replica
 from quant.proof.evidence import Estimate, TextFidelity
-from quant.proof.fidelity import Pair
+from quant.proof.fidelity import Pair, Sample
 from quant.recipe import Recipe
 
 HOST = torch.device("cpu")
+PASSAGE = 16  # tokens in a row: no accident
+MOST = 65_536  # windows or rows of a file
 HEAD = ("run", "time", "peak memory", "checkpoint", "perplexity", "mean KL, nats", "KL / {}",
         "same likeliest token")  # fmt: skip
 
@@ -58,9 +63,15 @@ class Row(BaseModel):
 class Yardstick:
     """A parent and the windows that measure what was made of it."""
 
-    def __init__(self, parent: Source, text: Path, windows: Recipe) -> None:
+    def __init__(self, parent: Source, text: Path, windows: Recipe, *files: Path) -> None:
+        """Draws `windows.samples` of the text's windows, none that shares a passage with a line of
+        the calibration `files`, whether that line was drawn to calibrate or not."""
         self._source = parent
-        self._sample = held_out.from_text(parent, text, windows, say)
+        whole = windows.model_copy(update={"samples": MOST})
+        found = held_out.from_text(parent, text, whole, source.quiet)
+        for file in files:
+            found = apart(found, calibration.prepare(parent, whole, file, source.quiet).input_ids)
+        self._sample = drawn(found, windows.samples, windows.seed)
         self._seed = windows.seed
         self._parent = remembering(replica.of_parent(parent, HOST))
 
@@ -81,6 +92,30 @@ class Yardstick:
     def _measured(self, model: PreTrainedModel) -> TextFidelity:
         trace = fidelity.trace(Pair(self._parent, model), self._sample.windows, _quiet)
         return fidelity.of_text(trace, self._sample, self._seed)
+
+
+def apart(sample: Sample, rows: Tensor) -> Sample:
+    """The windows that share no passage of `PASSAGE` tokens with any of `rows` [rows, length]."""
+    seen = {passage for row in rows for passage in _passages(row)}
+    kept = [window for window in sample.windows if seen.isdisjoint(_passages(window))]
+    if len(kept) < len(sample.windows):
+        left = len(sample.windows) - len(kept)
+        say(f"{sample.name}: {left} windows are left out, they overlap with calibration lines")
+    return replace(sample, windows=tuple(kept))
+
+
+def drawn(sample: Sample, count: int, seed: int) -> Sample:
+    """`count` windows in their order; SystemExit where there are not as many."""
+    if len(sample.windows) < count:
+        sys.exit(f"{sample.name}: {count} windows asked for, {len(sample.windows)} can be used")
+    order = torch.randperm(len(sample.windows), generator=torch.Generator().manual_seed(seed))
+    chosen = [sample.windows[place] for place in sorted(order[:count].tolist())]
+    digest = hashlib.sha256(torch.cat(chosen).numpy().tobytes()).hexdigest()
+    return Sample(sample.name, digest, tuple(chosen))
+
+
+def _passages(ids: Tensor) -> Iterator[bytes]:
+    return (passage.numpy().tobytes() for passage in ids.unfold(0, PASSAGE, 1))
 
 
 def remembering(model: PreTrainedModel) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,8 +51,6 @@ def test_a_run_that_fails_says_its_last_word(asked: rivals.Asked) -> None:
 
 
 def test_a_run_over_its_time_is_ended_with_its_children(asked: rivals.Asked) -> None:
-    from dataclasses import replace
-
     mark = asked.cache / "late"
     late = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
@@ -113,3 +112,15 @@ def test_the_table_holds_everybody_against_ours() -> None:
     assert "failed: no workers" in broken
     assert sum(line.startswith("| run") for line in lines) == 2
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_what_was_made_is_not_made_again_unless_asked(asked: rivals.Asked) -> None:
+    out = asked.out("ours")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    program = f"open({str(out) + '.runs'!r}, 'a').write('x')"
+    command = [sys.executable, "-c", program]
+    first = rivals.made(out, command, asked, {})
+    assert rivals.made(out, command, asked, {}) == first
+    assert rivals.made(out, command, replace(asked, again=True), {}) != first
+    assert Path(f"{out}.runs").read_text() == "xx"
+    assert len({asked.out(name) for name in rivals.RIVALS}) == len(rivals.RIVALS)
