@@ -97,7 +97,8 @@ def _row(args: argparse.Namespace, name: str, seed: int, measure: Yardstick) -> 
     recipe = Recipe(
         scheme=args.scheme, group_size=group, samples=args.samples, length=args.length, seed=seed
     )
-    out = args.cache / "made" / f"{Path(args.model).name}-{args.scheme}-{seed}"
+    # A run that was cut short goes on in the folder of its own: never in one of other solvers'.
+    out = args.cache / "made" / f"{Path(args.model).name}-{args.scheme}-{seed}-{name}"
     out.parent.mkdir(parents=True, exist_ok=True)
     order = pipeline.Order(args.model, out, calibration_file=args.calibration, force=True)
     with without(name):
