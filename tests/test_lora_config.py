@@ -143,6 +143,18 @@ def test_what_a_merge_can_do_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(x+)+!", "(a|b)*", "(a|b){9}", ".*.*.*!"])
+def test_a_pattern_that_may_search_for_ever_is_refused(field: str, pattern: str) -> None:
+    fault = refused({**PLAIN, field: {pattern: 4}})
+    assert (fault.field, fault.found) == (field, pattern)
+
+
+@pytest.mark.parametrize("pattern", [r".*layers\.[0-9]+\.q_proj", "layers.(0|1).mlp", "q_proj"])
+def test_a_simple_pattern_is_not(pattern: str) -> None:
+    assert parse(PATH, {**PLAIN, "rank_pattern": {pattern: 4}}).rank_pattern == {pattern: 4}
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_is_no_expression_is_refused(field: str) -> None:
     fault = refused({**PLAIN, field: {"layers.(": 4}})
     assert fault.field == field and "'layers.('" in str(fault)

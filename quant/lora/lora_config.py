@@ -27,6 +27,9 @@ _REASONS = {
 # Starting points that change the base weights themselves: the saved pair is no delta of the
 # published base, unless PEFT converted it while saving (it then stores `true` here).
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_REPEAT = re.compile(r"[*+{]")
+_MOST_REPEATS = 2
 
 
 class LoraConfig(BaseModel):
@@ -101,10 +104,26 @@ def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> fl
     return default
 
 
+def _refuse_backtracking(path: Path, field: str, pattern: str) -> None:
+    """A file must not choose how long we search: repeats in repeats may take for ever.
+
+    Two repeats of single characters cost at most the cube of a module's name.
+    """
+    if _REPEATED_GROUP.search(pattern) or len(_REPEAT.findall(pattern)) > _MOST_REPEATS:
+        raise AdapterError(
+            f"{path}: {field}: {pattern!r} repeats a group, or repeats more than {_MOST_REPEATS}"
+            " times; name the modules",
+            field=field,
+            expected="a module's name or a simple pattern",
+            found=pattern,
+        )
+
+
 def _check_patterns(
     path: Path, field: str, patterns: Mapping[str, float], *, least: int | None
 ) -> None:
     for pattern, value in patterns.items():
+        _refuse_backtracking(path, field, pattern)
         try:
             re.compile(pattern)
         except re.error as fault:
