@@ -57,7 +57,7 @@ def serve(
     ] = None,
     adapter_flags: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="ALIAS=PATH", help="serve this PEFT LoRA; repeatable"),
+        typer.Option("--adapter", metavar="ALIAS=SOURCE", help="serve this PEFT LoRA; repeatable"),
     ] = None,
     host: Annotated[str | None, typer.Option(help="address to bind [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="port to bind [8000]")] = None,
@@ -74,8 +74,21 @@ def serve(
     state_dir: Annotated[
         Path | None, typer.Option(help="keep loaded adapters here across runs [this run only]")
     ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            help="the adapter registry, sqlite:///FILE or postgresql://USER@HOST/NAME; a password "
+            "is better given in QUANTSERVE_DATABASE_URL [a file in the state dir]"
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="adapter paths must be under this folder [any]")
+    ] = None,
+    allow_hub: Annotated[
+        bool | None, typer.Option("--allow-hub", help="adapters may be hub ids")
+    ] = None,
     max_adapters: Annotated[
-        int | None, typer.Option(help="adapters in memory at once; 0 turns LoRA off [4]")
+        int | None, typer.Option(help="adapters in one batch; 0 turns LoRA off [4]")
     ] = None,
     max_lora_rank: Annotated[
         int | None, typer.Option(help="largest rank an adapter may have [16]")
@@ -108,6 +121,9 @@ def serve(
         model_name=model_name,
         api_key_file=api_key_file.resolve() if api_key_file else None,
         state_dir=state_dir.resolve() if state_dir else None,
+        database_url=database_url,
+        adapter_root=adapter_root.resolve() if adapter_root else None,
+        allow_hub=allow_hub,
         max_adapters=max_adapters,
         max_lora_rank=max_lora_rank,
         kv_cache_bytes=kv_cache_bytes,
@@ -124,15 +140,15 @@ def serve(
     raise typer.Exit(code)
 
 
-def _adapters(flags: list[str] | None) -> dict[str, Path] | None:
+def _adapters(flags: list[str] | None) -> dict[str, str] | None:
     if flags is None:
         return None
     chosen = {}
     for flag in flags:
-        alias, separator, path = flag.partition("=")
-        if not separator or not path:
-            raise SettingsError(f"--adapter {flag!r}: expected ALIAS=PATH")
-        chosen[alias] = Path(path).resolve()
+        alias, separator, source = flag.partition("=")
+        if not separator or not source:
+            raise SettingsError(f"--adapter {flag!r}: expected ALIAS=SOURCE")
+        chosen[alias] = str(Path(source).resolve()) if Path(source).exists() else source
     return chosen
 
 
@@ -144,23 +160,26 @@ def _check(settings: Settings) -> None:
             "or bind 127.0.0.1"
         )
     keys.load(settings.api_key_file)
+    if settings.database_url:
+        from serve.adapters import database
+
+        database.checked(settings.database_url)
     if not settings.artifact.is_dir():
         raise SettingsError(f"{settings.artifact} is not a folder")
     artifact.read(settings.artifact)
     if settings.adapters and not settings.max_adapters:
         raise SettingsError("--adapter needs at least one slot: --max-adapters is 0")
-    if len(settings.adapters) > settings.max_adapters:
-        raise SettingsError(
-            f"{len(settings.adapters)} adapters need --max-adapters {len(settings.adapters)}"
-        )
     shapes = artifact.linear_shapes(settings.artifact) if settings.adapters else {}
-    for path in settings.adapters.values():
-        adapter.validate(
-            adapter.read(path),
-            shapes,
-            max_rank=settings.max_lora_rank,
-            base_weights_fingerprint=None,
-        )
+    for source in settings.adapters.values():
+        if Path(source).exists() or not (
+            "://" in source or settings.adapter_root or settings.allow_hub
+        ):
+            adapter.validate(
+                adapter.read(Path(source)),
+                shapes,
+                max_rank=settings.max_lora_rank,
+                base_weights_fingerprint=None,
+            )
 
 
 def _loopback(host: str) -> bool:

@@ -8,33 +8,20 @@ API of vLLM's resolves aliases, streams included, without a second parse of anyt
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import time
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
 
-from serve import health, keys, settings, stats
-from serve.adapters import AdapterPool, Version
-from serve.errors import AdapterRefused, BadRequest, ModelNotFound, NotFound, ServeError
-from serve.metrics import Metrics
-from serve.settings import Settings, check_alias
-from serve.store import base_of
-from serve.turn import current, ledger
-
-
-class AdapterSource(BaseModel):
-    """Body of PUT /admin/adapters/{alias}."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    path: Path
+from serve import admin, controllers, health, settings, stats, vllm_compat
+from serve.adapters.pool import AdapterPool, Version
+from serve.errors import AdapterSlotsFull, ModelNotFound, ServeError
+from serve.serving import Serving
+from serve.turn import Turn, current, ledger
 
 
 class EngineLoadFailed(ServeError):
@@ -50,15 +37,24 @@ class VllmEngine:
         self._client = client
 
     async def load(self, version: Version) -> None:
-        # vLLM hands on whatever its engine raised; a value is easier to judge than `except`.
-        loading = asyncio.gather(self._client.add_lora(request_of(version)), return_exceptions=True)
-        outcome: object = (await loading)[0]
-        if isinstance(outcome, BaseException):
+        fault = await _fault_of(self._client.add_lora(request_of(version)))
+        if fault is not None:
             await self.unload(version)
-            raise EngineLoadFailed(f"vLLM could not load {version.name}: {outcome}") from outcome
+            raise EngineLoadFailed(f"vLLM could not load {version.name}: {fault}") from fault
+
+    async def pin(self, version: Version) -> bool:
+        """Whether vLLM did. It may have dropped the version from memory: it is given it again."""
+        await self.load(version)
+        return await _fault_of(self._client.pin_lora(version.slot)) is None
 
     async def unload(self, version: Version) -> None:
         await self._client.remove_lora(version.slot)
+
+
+async def _fault_of(call: Any) -> BaseException | None:
+    """vLLM hands on whatever its engine raised; a value is easier to judge than `except`."""
+    outcome: object = (await asyncio.gather(call, return_exceptions=True))[0]
+    return outcome if isinstance(outcome, BaseException) else None
 
 
 def request_of(version: Version) -> LoRARequest:
@@ -85,39 +81,12 @@ class Published(dict[str, LoRARequest]):
     def _version(self, alias: str) -> Version | None:
         turn = current.get()
         if turn is None:
-            return self._pool.get(alias)
+            route = self._pool.get(alias)
+            return route.stable if route else None
         if turn.version is None:
-            turn.version = self._pool.lease(alias)
+            turn.version = self._pool.lease(alias, turn.identity)
             turn.alias = alias if turn.version else turn.alias
         return turn.version if turn.alias == alias else None
-
-
-class Serving:
-    """What every request needs: `app.state.quantserve`."""
-
-    def __init__(self, chosen: Settings, engine_client: Any, args: Any) -> None:
-        state_dir = chosen.state_dir or Path("/nonexistent")  # the supervisor always sets one
-        self.settings, self.base_name = chosen, str(args.served_model_name[0])
-        self._ready_fd: int | None = vars(args).get("quantserve_ready_fd")
-        self.keys = keys.load(chosen.api_key_file)
-        self.metrics: Metrics = stats.metrics
-        base = base_of(chosen.artifact, chosen.max_lora_rank)
-        self.pool = AdapterPool(
-            VllmEngine(engine_client), base, state_dir, aliases=chosen.max_adapters
-        )
-        self.draining = False
-        self.started = int(time.time())
-
-    def announce(self) -> None:
-        """Tell the supervisor, where there is one, that the app has started; drain on SIGUSR1."""
-        if self._ready_fd is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.drain)
-            os.write(self._ready_fd, b"ready\n")
-
-    def drain(self) -> None:
-        """Admit nothing new from now on."""
-        self.draining = True
-        self.metrics.ready.set(0)
 
 
 class Endpoints:
@@ -131,24 +100,26 @@ class Endpoints:
             found: Serving = app.state.quantserve
             return found
 
-        app.include_router(_admin_routes(app))
+        app.include_router(admin.routes(app))
+        app.include_router(controllers.routes(app))
         app.include_router(_model_routes(app))
 
         def probe() -> Any:
             return app.state.engine_client.is_paused()
 
         app.include_router(health.routes(lambda: not serving().draining, probe))
-        app.add_exception_handler(ServeError, _answer_error)
+        app.add_exception_handler(ServeError, answer_error)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        chosen = settings.load()
-        serving = Serving(chosen, engine_client, args)
+        base_name = str(args.served_model_name[0])
+        serving = Serving(settings.load(), VllmEngine(engine_client), stats.metrics, base_name)
+        serving.ready_fd = vars(args).get("quantserve_ready_fd")
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
-        _note_requests(engine_client, serving.base_name)
-        await serving.pool.restore(chosen.adapters)
-        serving.metrics.adapters_loaded.set_function(serving.pool.__len__)
-        serving.metrics.ready.set(1)
+        vllm_compat.note_users(_note_user)
+        for method in ("generate", "encode"):
+            setattr(engine_client, method, _placing(getattr(engine_client, method), serving))
+        await serving.start()
 
 
 def _publish(models: Any, serving: Serving) -> None:
@@ -172,74 +143,40 @@ def _publish(models: Any, serving: Serving) -> None:
     models.model_name, models.is_base_model = model_name, is_base_model
 
 
-def _note_requests(engine_client: Any, base_name: str) -> None:
-    """Note which alias each engine request is for, whichever API it came through."""
-    stock = engine_client.generate
+def _note_user(user: object) -> None:
+    turn = current.get()
+    if turn is not None and isinstance(user, str):
+        turn.user = user
 
-    def generate(
-        prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
-    ) -> AsyncIterator[Any]:
+
+def _placing(stock: Any, serving: Serving) -> Any:
+    """vLLM's `generate` or `encode`: note which alias it is for, and see to the adapter's place.
+
+    A request of an adapter waits here until the engine may be asked for it, and holds its version
+    until the engine has answered, also where the HTTP request ends before (background responses).
+    """
+
+    def asked(prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         turn = current.get()
-        ledger.note(request_id, turn.alias or base_name if turn else base_name)
-        answers: AsyncIterator[Any] = stock(prompt, sampling_params, request_id, *args, **kwargs)
-        return answers
+        ledger.note(request_id, turn.alias or serving.base_name if turn else serving.base_name)
+        answers = stock(prompt, params, request_id, *args, **kwargs)
+        if turn is None or turn.version is None:
+            return answers
+        return _placed(serving.pool, turn, turn.version, answers)
 
-    engine_client.generate = generate
-
-
-def _admin_routes(app: FastAPI) -> APIRouter:
-    router = APIRouter(prefix="/admin")
-
-    def serving() -> Serving:
-        found: Serving = app.state.quantserve
-        return found
-
-    @router.get("/adapters")
-    async def list_adapters() -> dict[str, Any]:
-        return {"object": "list", "data": [v.facts() for v in serving().pool.live()]}
-
-    @router.get("/adapters/{alias:path}")
-    async def get_adapter(alias: str) -> dict[str, Any]:
-        version = serving().pool.get(alias)
-        if version is None:
-            raise NotFound(f"no adapter {alias!r} is loaded", param="alias")
-        return version.facts()
-
-    @router.put("/adapters/{alias:path}")
-    async def put_adapter(alias: str, source: AdapterSource) -> dict[str, Any]:
-        return await _swap(serving(), alias, source.path)
-
-    @router.delete("/adapters/{alias:path}")
-    async def delete_adapter(alias: str) -> dict[str, Any]:
-        await serving().pool.delete(alias)
-        serving().metrics.forget(alias)
-        return {"alias": alias, "deleted": True}
-
-    @router.post("/drain")
-    async def drain() -> dict[str, Any]:
-        serving().drain()
-        return {"status": "draining"}
-
-    return router
+    return asked
 
 
-async def _swap(serving: Serving, alias: str, path: Path) -> dict[str, Any]:
-    if alias == serving.base_name:
-        raise BadRequest(f"{alias!r} is the base model's name", param="alias")
+async def _placed(
+    pool: AdapterPool, turn: Turn, version: Version, answers: AsyncGenerator[Any, None]
+) -> AsyncGenerator[Any, None]:
     try:
-        check_alias(alias)
-    except ValueError as fault:
-        raise BadRequest(str(fault), param="alias") from fault
-    began = time.monotonic()
-    try:
-        version = await serving.pool.put(alias, path)
-    except ServeError as fault:
-        refused = isinstance(fault, AdapterRefused)
-        serving.metrics.swaps.labels("refused" if refused else "failed").inc()
-        raise
-    serving.metrics.swaps.labels("ok").inc()
-    serving.metrics.swap_seconds.observe(time.monotonic() - began)
-    return version.facts()
+        async with pool.running(version), aclosing(answers):
+            async for answer in answers:
+                yield answer
+    except AdapterSlotsFull as fault:
+        turn.fault = fault  # for the client; vLLM gets the one kind that it does not log at length
+        raise GenerationError(str(fault)) from fault
 
 
 def _model_routes(app: FastAPI) -> APIRouter:
@@ -251,8 +188,8 @@ def _model_routes(app: FastAPI) -> APIRouter:
         base = {"id": serving.base_name, "object": "model", "created": serving.started,
                 "owned_by": "quantserve", "max_model_len": length}  # fmt: skip
         aliases = [
-            base | {"id": v.alias, "created": int(v.loaded_at), "parent": serving.base_name}
-            for v in serving.pool.live()
+            base | {"id": alias, "created": int(route.stable.loaded_at), "parent": base["id"]}
+            for alias, route in serving.pool.live().items()
         ]
         return [base, *aliases]
 
@@ -270,7 +207,7 @@ def _model_routes(app: FastAPI) -> APIRouter:
     return router
 
 
-async def _answer_error(_: Any, fault: Exception) -> JSONResponse:
+async def answer_error(_: Any, fault: Exception) -> JSONResponse:
     assert isinstance(fault, ServeError)
     retry = fault.retry_after_s
     headers = {"retry-after": str(retry)} if retry is not None else None

@@ -73,7 +73,7 @@ def environment(settings: Settings, facts: Facts) -> dict[str, str]:
     env = {**serve_settings.inherited(), **settings.environment()}
     env |= {
         "VLLM_PLUGINS": "quantserve",
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "0" if settings.allow_hub else "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "NO_COLOR": "1",
@@ -104,8 +104,9 @@ def _lora_flags(settings: Settings) -> list[str]:
     rank = next((rank for rank in LORA_RANKS if rank >= settings.max_lora_rank), None)
     if rank is None:
         raise SettingsError(f"max_lora_rank {settings.max_lora_rank} exceeds {LORA_RANKS[-1]}")
-    slots = str(settings.max_adapters + 1)  # one is free for a swap
-    return ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots,
+    slots = settings.max_adapters + 1  # one is free for a swap
+    cached = max(slots, settings.max_cached_adapters or 4 * settings.max_adapters)
+    return ["--enable-lora", "--max-loras", str(slots), "--max-cpu-loras", str(cached),
             "--max-lora-rank", str(rank), "--lora-target-modules", *LORA_TARGETS]  # fmt: skip
 
 

@@ -56,6 +56,23 @@ class AdapterRefused(ServeError):
     status, type, code = 422, "invalid_request_error", "adapter_refused"
 
 
+class AdapterMissing(AdapterRefused):
+    """There is no adapter at the source: no folder, or not its files."""
+
+
+class SourceUnavailable(ServeError):
+    """An adapter's source could not be reached; what it holds is unknown."""
+
+    status, type, code = 502, "server_error", "source_unavailable"
+    retry_after_s = 10
+
+
+class StoreFailed(ServeError):
+    """The disk does not take an adapter."""
+
+    status, type, code = 507, "server_error", "store_failed"
+
+
 class NotReady(ServeError):
     status, type, code = 503, "server_error", "server_not_ready"
     retry_after_s = 2
@@ -68,4 +85,23 @@ class Draining(ServeError):
 
 class AdapterSlotsFull(ServeError):
     status, type, code = 503, "server_error", "adapter_slots_full"
+    retry_after_s = 5
+
+
+class Conflict(ServeError):
+    """The alias is not what the caller took it for."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+
+class PreconditionFailed(ServeError):
+    """If-Match names another revision than the alias has."""
+
+    status, type, code = 412, "invalid_request_error", "precondition_failed"
+
+
+class RegistryDown(ServeError):
+    """What is loaded goes on serving; nothing can be changed."""
+
+    status, type, code = 503, "server_error", "registry_unavailable"
     retry_after_s = 5

@@ -1,8 +1,8 @@
 """Every metric of ours: names, labels and buckets; the only importer of prometheus_client.
 
 They stand beside vLLM's own (`vllm:*`) on one /metrics. Label values come from closed sets: the
-base, the loaded aliases, `none` for requests that never found a model, status codes and our error
-codes. A client cannot add a series.
+base, the loaded aliases and their canaries, `none` for requests that never found a model, status
+codes and our error codes. A client cannot add a series.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class Metrics:
         self.generation_tokens = Counter(
             "quantserve_generation_tokens_total", "Tokens generated", ("alias",), registry=registry
         )
-        self.swaps = Counter(
-            "quantserve_adapter_swaps_total", "Loads and swaps", ("result",), registry=registry
-        )
         self.in_flight = Gauge(
             "quantserve_requests_in_flight", "Requests being answered", registry=registry
         )
-        self.adapters_loaded = Gauge(
-            "quantserve_adapters_loaded", "Aliases with a published version", registry=registry
-        )
+        self._adapters(registry)
         self.ttft = Histogram(
             "quantserve_time_to_first_token_seconds",
             "From the request's arrival to the first byte of a streamed answer",
             ("alias",),
             buckets=TTFT_BUCKETS_S,
             registry=registry,
+        )
+
+    def _adapters(self, registry: CollectorRegistry) -> None:
+        self.swaps = Counter(
+            "quantserve_adapter_swaps_total", "Loads and swaps", ("result",), registry=registry
         )
         self.swap_seconds = Histogram(
             "quantserve_adapter_swap_seconds",
@@ -56,6 +56,39 @@ class Metrics:
         )
         for result in ("ok", "refused", "failed"):
             self.swaps.labels(result)
+        self.adapters_loaded = Gauge(
+            "quantserve_adapters_loaded", "Aliases with a published version", registry=registry
+        )
+        self.slots_pinned = Gauge(
+            "quantserve_adapter_slots_pinned", "Slots kept by pinned adapters", registry=registry
+        )
+        self.slot_waiting = Gauge(
+            "quantserve_adapter_slot_waiting", "Requests waiting for a slot", registry=registry
+        )
+        self.canary_requests = Counter(
+            "quantserve_canary_requests_total",
+            "Requests to aliases with a canary, by the version that answered",
+            ("alias", "version", "status"),
+            registry=registry,
+        )
+        self._registry(registry)
+
+    def _registry(self, registry: CollectorRegistry) -> None:
+        self.adapters_desired = Gauge(
+            "quantserve_adapters_desired", "Aliases in the registry", registry=registry
+        )
+        self.adapters_failed = Gauge(
+            "quantserve_adapters_failed", "Versions that should be served and are not",
+            registry=registry,
+        )  # fmt: skip
+        self.registry_up = Gauge(
+            "quantserve_registry_up", "1 while the adapter registry answers", registry=registry
+        )
+        self.reconciled = Gauge(
+            "quantserve_reconcile_last_success_timestamp_seconds",
+            "When the registry was last read and followed",
+            registry=registry,
+        )
 
     def forget(self, alias: str) -> None:
         """Drop the series of an alias that is served no more."""
@@ -68,3 +101,8 @@ class Metrics:
         )
         for family in per_alias:
             family.remove_by_labels({"alias": alias})
+        self.forget_canary(alias)
+
+    def forget_canary(self, alias: str) -> None:
+        """Drop the series of a canary that has ended."""
+        self.canary_requests.remove_by_labels({"alias": alias})

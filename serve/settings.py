@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from serve.errors import SettingsError
 
 PREFIX = "QUANTSERVE_"
+LONGEST_ALIAS = 200
+RESERVED = ("canary", "history", "promote", "rollback")  # what follows an alias in /admin
 AVX2_LIMITS = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -37,8 +39,25 @@ class Settings(BaseModel):
     state_dir: Path | None = Field(
         None, description="where loaded adapters are kept; none: for this run only"
     )
-    adapters: dict[str, Path] = Field({}, description="JSON object of alias: PEFT folder")
-    max_adapters: int = Field(4, ge=0, description="adapter slots of a batch; 0: LoRA off")
+    adapters: dict[str, str] = Field({}, description="JSON object of alias: source")
+    max_adapters: int = Field(4, ge=0, description="adapters in one batch; 0: LoRA off")
+    max_cached_adapters: int = Field(
+        0, ge=0, description="adapters kept in host memory; 0: four times those of a batch"
+    )
+    adapter_wait: float = Field(30.0, gt=0, description="seconds a request waits for a slot")
+    database_url: str = Field("", description="the adapter registry; none: a file in state_dir")
+    replica: str = Field("", description="this server's name there; none: host and port")
+    reconcile_interval: float = Field(2.0, gt=0, description="seconds between looks at it")
+    keep_versions: int = Field(5, ge=1, description="versions of an alias kept for a rollback")
+    store_dir: Path | None = Field(None, description="adapter files; none: store in state_dir")
+    adapter_root: Path | None = Field(
+        None, description="folder that adapter paths must be under; none: any"
+    )
+    source_schemes: tuple[str, ...] = Field(
+        ("file", "s3", "gs", "az"), description="JSON array of where adapters may come from"
+    )
+    allow_hub: bool = Field(default=False, description="adapters may be Hugging Face hub ids")
+    max_adapter_bytes: int = Field(2 << 30, ge=1, description="largest adapter taken in")
     max_lora_rank: int = Field(16, ge=1, description="largest rank an adapter may have")
     kv_cache_bytes: int = Field(512 << 20, ge=1 << 20, description="KV cache size on CPU")
     threads: int = Field(0, ge=0, description="threads of the model on CPU; 0: every core")
@@ -50,8 +69,8 @@ class Settings(BaseModel):
 
     @field_validator("adapters", mode="after")
     @classmethod
-    def _aliases(cls, adapters: dict[str, Path]) -> dict[str, Path]:
-        return {check_alias(alias): path for alias, path in adapters.items()}
+    def _aliases(cls, adapters: dict[str, str]) -> dict[str, str]:
+        return {check_alias(alias): source for alias, source in adapters.items()}
 
     def environment(self) -> dict[str, str]:
         """These settings as QUANTSERVE_* variables, what `load` reads back."""
@@ -63,6 +82,10 @@ def check_alias(alias: str) -> str:
     """An alias is letters, digits and `._-/`: `:` and `@` belong to versions."""
     if not alias or not all(c.isalnum() or c in "._-/" for c in alias) or not alias.isascii():
         raise ValueError(f"adapter alias {alias!r}: use letters, digits and . _ - /")
+    if len(alias) > LONGEST_ALIAS:
+        raise ValueError(f"adapter alias {alias[:20]!r}...: at most {LONGEST_ALIAS} characters")
+    if alias.rpartition("/")[2] in RESERVED:
+        raise ValueError(f"adapter alias {alias!r}: {', '.join(RESERVED)} end admin routes")
     return alias
 
 
@@ -90,7 +113,7 @@ def inherited(env: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def _parsed(name: str, text: str) -> object:
     """JSON settings from their text; pydantic parses the rest."""
-    if name not in ("adapters", "vllm_flags"):
+    if name not in _SHAPES:
         return text
     try:
         return Settings.model_validate_json(f'{{"{name}": {text}}}').model_dump()[name]
@@ -98,7 +121,11 @@ def _parsed(name: str, text: str) -> object:
         raise SettingsError(f"{PREFIX}{name.upper()} is not {_SHAPES[name]}: {text!r}") from fault
 
 
-_SHAPES = {"adapters": "a JSON object of alias: folder", "vllm_flags": "a JSON array of strings"}
+_SHAPES = {
+    "adapters": "a JSON object of alias: source",
+    "source_schemes": "a JSON array of strings",
+    "vllm_flags": "a JSON array of strings",
+}
 
 
 def _text(value: object) -> str:

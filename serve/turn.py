@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from serve.adapters import Version
+from serve.adapters.pool import Version
+from serve.errors import ServeError
 
 REMEMBERED = 20_000  # requests whose alias is kept for the engine's closing statistics
 
@@ -24,6 +25,15 @@ class Turn:
     began: float = field(default_factory=time.monotonic)
     alias: str = ""  # "" until vLLM has found the model
     version: Version | None = None
+    caller: str = ""  # the name of the key, for the history of what it changes
+    session: str = ""  # what its headers say of whom it is for
+    user: str = ""  # what its body says, as vLLM has read it
+    fault: ServeError | None = None  # why it gets no answer, where vLLM would say it worse
+
+    @property
+    def identity(self) -> str:
+        """Whom the answer is for; a stranger is somebody else every time."""
+        return self.session or self.user or self.caller or self.id
 
 
 current: ContextVar[Turn | None] = ContextVar("turn", default=None)

@@ -11,10 +11,14 @@ import inspect
 import multiprocessing
 import signal
 from argparse import Namespace
+from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -64,6 +68,22 @@ def parse(argv: list[str]) -> Namespace:
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
     validate_parsed_serve_args(args)
     return args
+
+
+def note_users(note: Callable[[object], None]) -> None:
+    """Call `note` with the OpenAI `user` of every request, before its model is looked up."""
+    for handler in (BaseServing, PoolingBaseServing):
+        _note_user(handler, note)
+
+
+def _note_user(handler: Any, note: Callable[[object], None]) -> None:
+    stock = handler.__dict__["_check_model"]  # a KeyError here: vLLM moved it
+
+    async def check_model(self: Any, request: Any) -> Any:
+        note(vars(request).get("user"))
+        return await stock(self, request)
+
+    handler._check_model = check_model
 
 
 def start_engines_warm() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 from collections.abc import AsyncIterator
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import save_file
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -19,29 +16,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve.access import Gate
-from serve.adapters import AdapterPool
-from serve.endpoints import Published, Serving
-from serve.settings import Settings
-from tests.fakes import MemoryEngine
-from tests.lora import write_lora
-
-MODULE = "model.layers.0.self_attn.q_proj"
-KEYS = "app:inference:sk-app-0123456789\nops:admin:sk-ops-0123456789\n"
-APP = {"authorization": "Bearer sk-app-0123456789"}
-OPS = {"authorization": "Bearer sk-ops-0123456789"}
-
-
-@pytest.fixture
-def serving(tmp_path: Path) -> Serving:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    save_file({f"{MODULE}.weight": torch.zeros(8, 6)}, model / "model.safetensors")
-    (tmp_path / "keys").write_text(KEYS)
-    chosen = Settings(artifact=model, api_key_file=tmp_path / "keys", state_dir=tmp_path / "state")
-    made = Serving(chosen, None, argparse.Namespace(served_model_name=["base"]))
-    made.pool = AdapterPool(MemoryEngine(), made.pool._base, tmp_path / "state", aliases=2)
-    return made
+from serve.adapters.pool import Version
+from serve.endpoints import Published
+from serve.serving import Serving
+from tests.fakes import APP, BY, OPS
 
 
 @pytest.fixture
@@ -51,6 +29,8 @@ def app(serving: Serving) -> Starlette:
     made = Starlette(
         routes=[
             Route("/v1/chat", chat, methods=["POST"]),
+            Route("/v1/load_lora_adapter", lambda _: JSONResponse({})),
+            Route("/v1/unload_lora_adapter", lambda _: JSONResponse({})),
             Route("/v1/models", lambda _: JSONResponse({"data": []})),
             Route("/admin/adapters", lambda _: JSONResponse({"data": []})),
             Route("/livez", lambda _: JSONResponse({})),
@@ -88,11 +68,6 @@ async def client(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
         yield made
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    return [write_lora(tmp_path / f"l{seed}", {MODULE: (8, 6)}, seed=seed) for seed in range(2)]
-
-
 @pytest.mark.parametrize(
     ("path", "headers", "status", "code"),
     [
@@ -101,6 +76,8 @@ def folders(tmp_path: Path) -> list[Path]:
         ("/v1/models", APP, 200, None),
         ("/admin/adapters", APP, 403, "insufficient_scope"),
         ("/admin/adapters", OPS, 200, None),
+        ("/v1/load_lora_adapter", APP, 403, "insufficient_scope"),
+        ("/v1/unload_lora_adapter", APP, 403, "insufficient_scope"),
         ("/metrics", APP, 403, "insufficient_scope"),
         ("/metrics", OPS, 200, None),
         ("/livez", {}, 200, None),
@@ -118,10 +95,17 @@ async def test_every_path_is_closed_unless_its_scope_is_held(
         assert answer.headers["x-request-id"]
 
 
+async def put(serving: Serving, alias: str, folder: Path) -> Version:
+    await serving.catalog.put(alias, str(folder), BY)
+    route = serving.pool.get(alias)
+    assert route is not None
+    return route.stable
+
+
 async def test_a_client_finds_its_own_request_id_but_vllm_gets_ours(
     client: httpx.AsyncClient, serving: Serving, folders: list[Path]
 ) -> None:
-    await serving.pool.put("legal", folders[0])
+    await put(serving, "legal", folders[0])
     headers = {**APP, "x-request-id": "mine"}
     answer = await client.post("/v1/chat", json={"model": "legal"}, headers=headers)
     assert answer.headers["x-request-id"] == "mine"
@@ -131,12 +115,12 @@ async def test_a_client_finds_its_own_request_id_but_vllm_gets_ours(
 async def test_a_swap_between_two_lookups_does_not_split_a_request(
     client: httpx.AsyncClient, app: Starlette, serving: Serving, folders: list[Path]
 ) -> None:
-    first = await serving.pool.put("legal", folders[0])
+    first = await put(serving, "legal", folders[0])
     app.state.resume.clear()
     asked = asyncio.create_task(client.post("/v1/chat", json={"model": "legal"}, headers=APP))
     while not first.leases:  # noqa: ASYNC110 - the pool has no event for it
         await asyncio.sleep(0.01)
-    second = await serving.pool.put("legal", folders[1])
+    second = await put(serving, "legal", folders[1])
     app.state.resume.set()
     answer = await asked
     assert answer.text.startswith(f"data: {first.name}")
@@ -169,10 +153,56 @@ async def test_draining_refuses_new_work_with_a_retry_hint(
 async def test_requests_and_first_tokens_are_booked_on_their_alias(
     client: httpx.AsyncClient, serving: Serving, folders: list[Path]
 ) -> None:
-    await serving.pool.put("booked", folders[0])
+    await put(serving, "booked", folders[0])
     await client.post("/v1/chat", json={"model": "booked"}, headers=APP)
     assert serving.metrics.requests.labels("booked", "200")._value.get() == 1
     assert serving.metrics.ttft.labels("booked")._sum.get() > 0
     serving.metrics.forget("booked")
     labels = [s.labels for m in serving.metrics.requests.collect() for s in m.samples]
     assert "booked" not in json.dumps(labels)
+
+
+@pytest.mark.parametrize("header", ["x-session-id", "x-user-id"])
+async def test_a_user_keeps_a_version_and_the_answer_names_it(
+    client: httpx.AsyncClient, serving: Serving, folders: list[Path], header: str
+) -> None:
+    await put(serving, "legal", folders[0])
+    await serving.catalog.canary("legal", BY, 0.5, source=str(folders[1]))
+    given: dict[str, set[str]] = {}
+    for turn in range(60):
+        user = f"user{turn % 20}"
+        headers = {**APP, header: user}
+        answer = await client.post("/v1/chat", json={"model": "legal"}, headers=headers)
+        given.setdefault(user, set()).add(answer.headers["x-quantserve-adapter"])
+    assert all(len(versions) == 1 for versions in given.values())
+    assert len(set().union(*given.values())) == 2
+
+
+async def test_without_a_session_the_key_is_the_user(
+    client: httpx.AsyncClient, serving: Serving, folders: list[Path]
+) -> None:
+    await put(serving, "legal", folders[0])
+    await serving.catalog.canary("legal", BY, 0.5, source=str(folders[1]))
+    answers = [
+        await client.post("/v1/chat", json={"model": "legal"}, headers=APP) for _ in range(8)
+    ]
+    assert len({answer.headers["x-quantserve-adapter"] for answer in answers}) == 1
+
+
+async def test_a_canarys_requests_are_counted_apart_until_it_ends(
+    client: httpx.AsyncClient, serving: Serving, folders: list[Path]
+) -> None:
+    stable = await put(serving, "legal", folders[0])
+    await client.post("/v1/chat", json={"model": "legal"}, headers=APP)
+    assert canary_series(serving) == {}
+    await serving.catalog.canary("legal", BY, 1.0, source=str(folders[1]))
+    await client.post("/v1/chat", json={"model": "legal"}, headers=APP)
+    (series,) = canary_series(serving).items()
+    assert series[0] != stable.name and series[1] == 1.0
+    await serving.catalog.drop_canary("legal", BY)
+    assert canary_series(serving) == {}
+
+
+def canary_series(serving: Serving) -> dict[str, float]:
+    (family,) = serving.metrics.canary_requests.collect()
+    return {s.labels["version"]: s.value for s in family.samples if s.name.endswith("_total")}

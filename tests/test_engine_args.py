@@ -54,7 +54,21 @@ def test_no_adapters_means_no_lora(model: Path) -> None:
     on = engine_args.flags(Settings(artifact=model, max_adapters=3, max_lora_rank=10), AVX2)
     assert "--enable-lora" not in off
     assert value(on, "--max-loras") == "4"  # one slot is free for a swap
+    assert value(on, "--max-cpu-loras") == "12"
     assert value(on, "--max-lora-rank") == "16"
+
+
+def test_host_memory_keeps_no_fewer_adapters_than_a_batch(model: Path) -> None:
+    chosen = Settings(artifact=model, max_adapters=3, max_cached_adapters=2)
+    assert value(engine_args.flags(chosen, AVX2), "--max-cpu-loras") == "4"
+
+
+@pytest.mark.parametrize(("allowed", "offline"), [(False, "1"), (True, "0")])
+def test_nothing_is_downloaded_unless_the_hub_is_allowed(
+    model: Path, *, allowed: bool, offline: str
+) -> None:
+    env = engine_args.environment(Settings(artifact=model, allow_hub=allowed), AVX2)
+    assert env["HF_HUB_OFFLINE"] == offline
 
 
 def test_gpus_keep_vllms_own_defaults(model: Path) -> None:

@@ -19,7 +19,8 @@ from quant.lora import adapter as lora
 from quant.lora import export, merge
 from quant.lora.adapter import CONFIG, LINEAGE, WEIGHTS
 from quant.lora.export import Exported, Order
-from serve import store
+from serve.adapters.sources import Sources
+from serve.adapters.store import Store, base_of
 from serve.errors import AdapterRefused
 from tests import tiny, variants
 from tests.test_pipeline import Made, calibration_file, quantize
@@ -132,8 +133,8 @@ def test_an_adapter_of_the_parent_fits_its_child_and_is_served(
     lineage = json.loads((tmp_path / "out" / LINEAGE).read_text())
     assert lineage["base"] == child.manifest.parent.model_dump()
     assert lineage["exported_from"]["digest"] == lora.read(folder).digest
-    served = store.base_of(child.folder, 16)
-    taken = store.take_in(tmp_path / "out", served, tmp_path / "store")
+    served = Store(tmp_path / "store", base_of(child.folder, 16), Sources())
+    taken = served.take_in(str(tmp_path / "out"))
     assert taken.rank == found.rank == 7
     # Exporting once more changes nothing but its lineage.
     exported(tmp_path / "out", child.folder, tmp_path / "again")
@@ -147,7 +148,9 @@ def test_another_base_of_the_same_shape_is_refused(base: Path, child: Made, tmp_
     line = refused(tmp_path / "out", child.folder, tmp_path / "no")
     assert "does not fit the base: base weights" in line
     with pytest.raises(AdapterRefused, match="base weights"):
-        store.take_in(tmp_path / "out", store.base_of(child.folder, 16), tmp_path / "store")
+        Store(tmp_path / "store", base_of(child.folder, 16), Sources()).take_in(
+            str(tmp_path / "out")
+        )
 
 
 @pytest.mark.parametrize("name", variants.BEYOND)

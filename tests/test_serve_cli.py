@@ -69,7 +69,7 @@ def test_an_adapter_for_another_base(model: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_a_path(model: Path) -> None:
-    assert "ALIAS=PATH" in refused(model, "--adapter", "legal")
+    assert "ALIAS=SOURCE" in refused(model, "--adapter", "legal")
 
 
 def test_an_alias_that_looks_like_a_version(model: Path, tmp_path: Path) -> None:
@@ -77,10 +77,12 @@ def test_an_alias_that_looks_like_a_version(model: Path, tmp_path: Path) -> None
     assert "alias" in refused(model, "--adapter", f"legal@1={lora}")
 
 
-def test_more_adapters_than_slots(model: Path, tmp_path: Path) -> None:
-    lora = write_lora(tmp_path / "lora", {MODULE: (8, 6)})
-    said = refused(model, "--adapter", f"a={lora}", "--adapter", f"b={lora}", "--max-adapters", "1")
-    assert "--max-adapters 2" in said
+def test_an_adapter_that_is_not_there(model: Path) -> None:
+    assert "ghost does not exist" in refused(model, "--adapter", "legal=ghost")
+
+
+def test_a_database_of_an_unknown_kind(model: Path) -> None:
+    assert "'mysql' is not known" in refused(model, "--database-url", "mysql://h/d")
 
 
 def test_a_key_file_with_a_bad_line(model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ def test_the_child_reads_what_the_parent_chose() -> None:
     chosen = settings.load(
         {},
         artifact=Path("/models/a"),
-        adapters={"legal": Path("/adapters/legal")},
+        adapters={"legal": "/adapters/legal", "chat": "s3://b/chat"},
+        source_schemes=("file", "s3"),
+        allow_hub=True,
         vllm_flags=("--max-num-seqs", "8"),
         drain_timeout=1.5,
     )
@@ -34,17 +36,30 @@ def test_an_unknown_name_is_refused_and_the_known_are_told() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PORT", "many"), ("MAX_CPU_ISA", "sse"), ("ADAPTERS", "[1]"), ("VLLM_FLAGS", "x")],
+    [
+        ("PORT", "many"),
+        ("MAX_CPU_ISA", "sse"),
+        ("ADAPTERS", "[1]"),
+        ("VLLM_FLAGS", "x"),
+        ("SOURCE_SCHEMES", "s3"),
+        ("ADAPTER_WAIT", "0"),
+    ],
 )
 def test_an_unusable_value_names_its_setting(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"(?i){name}"):
         settings.load({f"QUANTSERVE_{name}": value})
 
 
-@pytest.mark.parametrize("alias", ["a:b", "a@b", "", "a b", "ü"])
+@pytest.mark.parametrize("alias", ["a:b", "a@b", "", "a b", "ü", "a" * 201])
 def test_an_alias_that_looks_like_a_version_is_refused(alias: str) -> None:
     with pytest.raises(SettingsError, match="alias"):
-        settings.load({}, adapters={alias: Path("/x")})
+        settings.load({}, adapters={alias: "/x"})
+
+
+@pytest.mark.parametrize("alias", ["canary", "team/history", "a/rollback", "promote"])
+def test_an_alias_that_would_end_like_an_admin_route_is_refused(alias: str) -> None:
+    with pytest.raises(SettingsError, match="admin routes"):
+        settings.load({}, adapters={alias: "/x"})
 
 
 def test_children_inherit_everything_but_our_settings() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from serve.adapters.sources import Sources
+from serve.adapters.store import Base, Store
 from serve.errors import AdapterRefused
-from serve.store import Base, take_in
 from tests.lora import write_lora
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -22,53 +24,120 @@ def lora(tmp_path: Path) -> Path:
     return write_lora(tmp_path / "lora", {MODULE: (8, 6)})
 
 
-def test_the_copy_does_not_follow_the_source(lora: Path, tmp_path: Path) -> None:
-    first = take_in(lora, BASE, tmp_path / "store")
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store", BASE, Sources())
+
+
+def kept(store: Store) -> list[str]:
+    return [folder.name for folder in store.root.iterdir()]
+
+
+def test_the_copy_does_not_follow_the_source(lora: Path, store: Store) -> None:
+    first = store.take_in(str(lora))
     before = (first.folder / "adapter_model.safetensors").read_bytes()
     write_lora(lora, {MODULE: (8, 6)}, seed=9)
-    second = take_in(lora, BASE, tmp_path / "store")
+    second = store.take_in(str(lora))
     assert (first.folder / "adapter_model.safetensors").read_bytes() == before
     assert second.digest != first.digest
 
 
-def test_only_the_two_files_the_engine_needs_are_taken(lora: Path, tmp_path: Path) -> None:
+def test_only_the_files_of_an_adapter_are_taken(lora: Path, store: Store) -> None:
     (lora / "optimizer.pt").write_bytes(b"x" * 1000)
-    stored = take_in(lora, BASE, tmp_path / "store")
+    (lora / "adapter_model.bin").write_bytes(b"x")  # beside safetensors: left where it is
+    stored = store.take_in(str(lora))
     names = {path.name for path in stored.folder.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert stored.bytes == sum(path.stat().st_size for path in stored.folder.iterdir())
 
 
-def test_nothing_is_left_of_a_refused_adapter(lora: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_refused_adapter(lora: Path, store: Store) -> None:
     tensors = load_file(lora / "adapter_model.safetensors")
     name = f"base_model.model.{MODULE}.lora_A.weight"
     tensors[name][0, 0] = torch.nan
     save_file(tensors, lora / "adapter_model.safetensors")
     with pytest.raises(AdapterRefused, match="NaN") as refusal:
-        take_in(lora, BASE, tmp_path / "store")
+        store.take_in(str(lora))
     assert refusal.value.param == name
-    assert not (tmp_path / "store").exists()
+    assert kept(store) == []
 
 
-def test_a_rank_above_the_limit_is_named(tmp_path: Path) -> None:
+def test_a_refusal_names_the_source_and_not_our_folders(lora: Path, store: Store) -> None:
+    (lora / "adapter_config.json").write_text("[]")
+    with pytest.raises(AdapterRefused, match=str(lora)) as refusal:
+        store.take_in(str(lora))
+    assert ".partial" not in str(refusal.value)
+
+
+def test_a_rank_above_the_limit_is_named(tmp_path: Path, store: Store) -> None:
     wide = write_lora(tmp_path / "wide", {MODULE: (8, 6)}, rank=5)
     with pytest.raises(AdapterRefused, match="at most 4") as refusal:
-        take_in(wide, BASE, tmp_path / "store")
+        store.take_in(str(wide))
     assert refusal.value.param == "rank"
 
 
-def test_lineage_decides_by_fingerprint(lora: Path, tmp_path: Path) -> None:
-    base = {"weights": "b" * 64, "tokenizer": "c" * 64}
-    (lora / "quantserve-adapter.json").write_text(json.dumps({"format": 1, "base": base}))
+def test_lineage_decides_by_fingerprint_here_and_wherever_it_is_found_again(
+    lora: Path, store: Store, tmp_path: Path
+) -> None:
+    def trained_on(weights: str) -> None:
+        base = {"weights": weights, "tokenizer": "c" * 64}
+        (lora / "quantserve-adapter.json").write_text(json.dumps({"format": 1, "base": base}))
+
+    trained_on("b" * 64)
     with pytest.raises(AdapterRefused, match="bbbbbbbbbbbb"):
-        take_in(lora, BASE, tmp_path / "store")
+        store.take_in(str(lora))
+    trained_on("a" * 64)
+    stored = store.take_in(str(lora))
+    other = Store(store.root, Base(BASE.shapes, 4, weights="d" * 64), Sources())
+    with pytest.raises(AdapterRefused, match="aaaaaaaaaaaa"):
+        other.find(stored.digest)
+    assert stored.folder.is_dir()
 
 
-def test_a_pickle_is_refused(lora: Path, tmp_path: Path) -> None:
+def test_a_pickle_is_refused(lora: Path, store: Store) -> None:
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
     with pytest.raises(AdapterRefused, match="pickle"):
-        take_in(lora, BASE, tmp_path / "store")
+        store.take_in(str(lora))
 
 
-def test_a_relative_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterRefused, match="not absolute"):
-        take_in(Path("lora"), BASE, tmp_path / "store")
+def test_other_bytes_than_expected_are_refused(lora: Path, store: Store) -> None:
+    stored = store.take_in(str(lora))
+    assert store.take_in(str(lora), stored.digest) == stored
+    with pytest.raises(AdapterRefused, match="ffffffffffff") as refusal:
+        store.take_in(str(lora), "f" * 64)
+    assert refusal.value.param == "digest"
+
+
+def test_what_is_kept_is_found_and_what_has_rotted_is_not(lora: Path, store: Store) -> None:
+    stored = store.take_in(str(lora))
+    assert store.find(stored.digest) == stored
+    assert store.find("f" * 64) is None
+    (stored.folder / "adapter_model.safetensors").write_bytes(b"short")
+    assert store.find(stored.digest) is None
+    assert kept(store) == []
+
+
+def test_many_intakes_of_one_adapter_are_one_folder(lora: Path, store: Store) -> None:
+    found: list[str] = []
+    intakes = [
+        threading.Thread(target=lambda: found.append(store.take_in(str(lora)).digest))
+        for _ in range(6)
+    ]
+    for intake in intakes:
+        intake.start()
+    for intake in intakes:
+        intake.join()
+    assert len(found) == 6 and kept(store) == [found[0]]
+
+
+def test_the_sweep_spares_what_is_needed_and_what_is_fresh(
+    lora: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store.take_in(str(lora))
+    write_lora(lora, {MODULE: (8, 6)}, seed=9)
+    second = store.take_in(str(lora))
+    (store.root / ".partial-crashed").mkdir()
+    assert store.sweep(set()) == []
+    monkeypatch.setattr("serve.adapters.store.UNNEEDED_S", -1.0)
+    assert set(store.sweep({second.digest})) == {first.digest, ".partial-crashed"}
+    assert kept(store) == [second.digest]

@@ -25,7 +25,7 @@ QUESTION = "What is the capital of France?"
 # Without it the parent itself wavers between English and French, a tenth of a logit apart, and any
 # rounding may tip it. With it "The" leads by more than one.
 BRIEF = "You answer in one short English sentence."
-START_TIMEOUT_S = 180
+START_TIMEOUT_S = 600  # a hang; on a machine shared by many a start may take minutes
 
 
 def chat(question: str = QUESTION) -> list[ChatCompletionMessageParam]:
@@ -42,14 +42,16 @@ class Server:
 
     def http(self) -> httpx.Client:
         headers = {"authorization": f"Bearer {KEY}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=START_TIMEOUT_S)
 
     def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=START_TIMEOUT_S
+        )
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=120
+            base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=START_TIMEOUT_S
         )
 
     def answer(self, model: str, question: str = QUESTION) -> str:
@@ -77,8 +79,13 @@ class Server:
 
 
 @contextmanager
-def serving(artifact: Path, folder: Path, *flags: str, isa: str = "avx2") -> Iterator[Server]:
-    """`quantserve serve ARTIFACT` with keys, by default as on an AVX2-only machine."""
+def serving(
+    artifact: Path, folder: Path, *flags: str, isa: str = "avx2", **settings: object
+) -> Iterator[Server]:
+    """`quantserve serve ARTIFACT` with keys, by default as on an AVX2-only machine.
+
+    `settings` go into the environment, as QUANTSERVE_*.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "keys").write_text(KEYS)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -86,9 +93,10 @@ def serving(artifact: Path, folder: Path, *flags: str, isa: str = "avx2") -> Ite
     log = folder / "server.log"
     command = [QUANTSERVE, "serve", str(artifact), "--port", str(port), "--max-cpu-isa", isa]
     command += ["--api-key-file", str(folder / "keys"), *flags]
+    env = {**os.environ, **{f"QUANTSERVE_{name.upper()}": str(settings[name]) for name in settings}}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command, stdout=sink, stderr=sink, start_new_session=True, env=dict(os.environ)
+            command, stdout=sink, stderr=sink, start_new_session=True, env=env
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:

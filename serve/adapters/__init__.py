@@ -1,0 +1,1 @@
+"""Aliases, their versions, and where those come from."""

@@ -1,0 +1,121 @@
+"""A SQL database asked from the event loop: opened by URL, one thread, one kind of silence.
+
+Every piece of work is one transaction. A database that cannot be reached, or does not answer in
+time, is RegistryDown whatever its driver calls it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+
+from serve.errors import RegistryDown, SettingsError
+
+T = TypeVar("T")
+
+ANSWER_TIMEOUT_S = 15.0
+# The database gives up before we do, so that no statement of ours takes effect after its refusal.
+POSTGRES = {
+    "connect_timeout": 5,
+    "application_name": "quantserve",
+    "options": "-c statement_timeout=8000 -c lock_timeout=5000",
+    "keepalives_idle": 5,
+    "tcp_user_timeout": 10_000,
+}
+
+
+class Database:
+    """Transactions on a thread of their own: SQLite has one writer, and a hang holds one thread."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+        self._thread = ThreadPoolExecutor(1, "registry")
+
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        """What `work` finds, in one transaction. RegistryDown when there is no answer."""
+        return await self._run(work, writes=False)
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        """Like `read`, holding the writer's lock where the database has one."""
+        return await self._run(work, writes=True)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._engine.dispose()
+
+    async def _run(self, work: Callable[[Connection], T], *, writes: bool) -> T:
+        end = time.monotonic() + ANSWER_TIMEOUT_S
+
+        def transaction() -> T:
+            if time.monotonic() > end:  # it waited behind a hang, and its caller has gone
+                raise TimeoutError
+            connecting = self._engine.connect().execution_options(writes=writes)
+            with connecting as connection, connection.begin():
+                return work(connection)
+
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
+        except TimeoutError as fault:
+            silence = f"the adapter registry has not answered for {ANSWER_TIMEOUT_S:g} s"
+            raise RegistryDown(silence) from fault
+        except (OperationalError, InterfaceError) as fault:
+            raise RegistryDown(f"the adapter registry does not answer: {fault.orig}") from fault
+        except DBAPIError as fault:
+            if not fault.connection_invalidated:
+                raise
+            raise RegistryDown(f"the adapter registry went away: {fault.orig}") from fault
+
+
+def checked(url: str) -> URL:
+    """The URL with the driver we use. SettingsError when it is neither SQLite nor PostgreSQL."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as fault:
+        raise SettingsError(f"database_url: {fault}") from fault
+    backend = parsed.get_backend_name()
+    if backend not in ("sqlite", "postgresql", "postgres"):
+        raise SettingsError(
+            f"database_url: {parsed.drivername!r} is not known; give sqlite:///FILE or "
+            "postgresql://USER:PASSWORD@HOST/DATABASE"
+        )
+    return parsed.set(drivername="sqlite" if backend == "sqlite" else "postgresql+psycopg")
+
+
+def _engine(url: str) -> Engine:
+    parsed = checked(url)
+    if parsed.drivername == "sqlite":
+        if parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(parsed)
+        event.listen(engine, "connect", _sqlite_connected)
+        event.listen(engine, "begin", _sqlite_begin)
+        return engine
+    theirs = parsed.query.get("options", "")  # of libpq: a search_path, say
+    args = {**POSTGRES, "options": f"{POSTGRES['options']} {theirs}"}
+    try:
+        return create_engine(parsed, pool_pre_ping=True, connect_args=args)
+    except ImportError as fault:
+        raise SettingsError(
+            "database_url: PostgreSQL needs psycopg: pip install 'quantserve[postgres]'"
+        ) from fault
+
+
+def _sqlite_connected(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # transactions begin below, not inside the driver
+    for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    """A writer takes its lock first: one that began by reading could not wait for it."""
+    writes = connection.get_execution_options().get("writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

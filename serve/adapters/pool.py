@@ -1,0 +1,195 @@
+"""Aliases and the immutable adapter versions behind them: lease, load beside, publish, retire.
+
+A version is `alias@digest12` inside the engine, and its name is never used for other weights or
+twice at once: vLLM keys cached prefixes and batches by name. A swap loads the new version beside
+the old one, publishes it by one assignment, and unloads the old one when the last request that
+holds it has ended. There may be more versions than places in a batch: the engine drops what was
+not used for longest and reads it again from the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve.adapters.canary import share_of
+from serve.adapters.slots import Slots
+from serve.adapters.store import Stored
+from serve.errors import Conflict
+
+
+@dataclass(slots=True, eq=False)
+class Version:
+    """One adapter's weights in the engine; `leases` counts the requests that hold it."""
+
+    alias: str
+    stored: Stored
+    slot: int  # the engine's id, never reused
+    loaded_at: float
+    leases: int = 0
+    pinned: bool = False
+
+    @property
+    def digest(self) -> str:
+        return self.stored.digest
+
+    @property
+    def name(self) -> str:
+        return version_name(self.alias, self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What an alias is answered by: `canary` for the users whose share is below `weight`."""
+
+    stable: Version
+    canary: Version | None = None
+    weight: float = 0.0
+    pinned: bool = False
+
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        return (self.stable, self.canary) if self.canary else (self.stable,)
+
+    def version_for(self, user: str) -> Version:
+        if self.canary is not None and share_of(self.stable.alias, user) < self.weight:
+            return self.canary
+        return self.stable
+
+
+class Engine(Protocol):
+    """What the pool needs of vLLM."""
+
+    async def load(self, version: Version) -> None: ...
+    async def pin(self, version: Version) -> bool: ...
+    async def unload(self, version: Version) -> None: ...
+
+
+def version_name(alias: str, digest: str) -> str:
+    return f"{alias}@{digest[:12]}"
+
+
+class AdapterPool:
+    """Every method runs in the event loop's thread; one lock per version orders its loads."""
+
+    def __init__(self, engine: Engine, slots: Slots) -> None:
+        self._engine, self.slots = engine, slots
+        self._live: dict[str, Route] = {}
+        self._loaded: dict[str, Version] = {}  # by name
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._ids = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def live(self) -> dict[str, Route]:
+        """The published aliases."""
+        return dict(sorted(self._live.items()))
+
+    def loaded(self) -> list[Version]:
+        """Everything the engine was given, retired versions with requests included."""
+        return list(self._loaded.values())
+
+    def get(self, alias: str) -> Route | None:
+        return self._live.get(alias)
+
+    def lease(self, alias: str, user: str) -> Version | None:
+        """The version of an alias that `user` gets, held until `release`."""
+        route = self._live.get(alias)
+        if route is None:
+            return None
+        version = route.version_for(user)
+        version.leases += 1
+        return version
+
+    def release(self, version: Version) -> None:
+        """Give a lease back; a retired version leaves the engine with its last one."""
+        version.leases -= 1
+        self._retire_if_idle(version)
+
+    @asynccontextmanager
+    async def running(self, version: Version) -> AsyncIterator[None]:
+        """A lease and a place in the engine's batches; AdapterSlotsFull when none becomes free."""
+        version.leases += 1
+        try:
+            async with self.slots.place(version):
+                yield
+        finally:
+            self.release(version)
+
+    async def load(self, alias: str, stored: Stored) -> Version:
+        """The version in the engine, loaded unless it is there; leased to the caller."""
+        if not self.slots.count:
+            raise Conflict("this server takes no adapters: --max-adapters is 0")
+        name = version_name(alias, stored.digest)
+        async with self._locks[name]:
+            version = self._loaded.get(name)
+            if version is None:
+                version = Version(alias, stored, next(self._ids), time.time())
+                await self._engine.load(version)
+                self._loaded[name] = version
+            version.leases += 1
+            return version
+
+    async def publish(self, alias: str, route: Route | None) -> None:
+        """Answer an alias by `route` from now on, None: by nothing; retire what it drops."""
+        old = self._live.get(alias)
+        if route is None:
+            self._live.pop(alias, None)
+        else:
+            self._live[alias] = route
+        for version in old.versions if old else ():
+            self._retire_if_idle(version)
+        await self.settle_pins()
+
+    async def settle_pins(self) -> None:
+        """Pin what should be and has room (a predecessor may keep its place for a while).
+
+        vLLM cannot unpin: what should be pinned no longer is taken out and put back, which running
+        requests do not notice.
+        """
+        wanted = {route.stable for route in self._live.values() if route.pinned}
+        for version in self.loaded():
+            if version in wanted and not version.pinned and self.slots.pin(version):
+                version.pinned = True
+                if not await self._engine.pin(version):
+                    self._unpin(version)
+            elif version.pinned and version not in wanted and self._published(version):
+                await self._engine.unload(version)
+                self._unpin(version)
+                await self._engine.load(version)
+
+    def _unpin(self, version: Version) -> None:
+        version.pinned = False
+        self.slots.unpin(version)
+
+    def _published(self, version: Version) -> bool:
+        route = self._live.get(version.alias)
+        return route is not None and version in route.versions
+
+    def _idle(self, version: Version) -> bool:
+        """Loaded for nobody: no request holds it and no alias leads to it."""
+        there = self._loaded.get(version.name) is version
+        return there and version.leases == 0 and not self._published(version)
+
+    def _retire_if_idle(self, version: Version) -> None:
+        if self._idle(version):
+            task = asyncio.get_running_loop().create_task(self._unload(version))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _unload(self, version: Version) -> None:
+        async with self._locks[version.name]:
+            if not self._idle(version):
+                return  # somebody took it again
+            del self._loaded[version.name]
+            await self._engine.unload(version)
+            self._unpin(version)
+        await self.settle_pins()

@@ -1,0 +1,224 @@
+"""Where an adapter's bytes come from: a folder, an object store, the hub.
+
+Copies the few files an adapter consists of, and nothing else, into a folder of ours. Refuses
+links, paths that leave the configured root, schemes that are not allowed, more bytes than allowed,
+and pickles. What the files hold is the store's business.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from quant.lora import adapter
+from serve.errors import AdapterMissing, AdapterRefused, SourceUnavailable
+
+NEEDED = (adapter.CONFIG, adapter.WEIGHTS)
+FILES = (adapter.CONFIG, adapter.LINEAGE, adapter.WEIGHTS)  # small ones first
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+HUB_ID = re.compile(r"(?:hf://)?(?P<path>[\w.-]+/[\w.-]+(?:@[\w.-]+)?)/?")
+CHUNK = 4 << 20
+FETCH_TIMEOUT_S = 600.0
+# A file by name and its size, as far as it is known; None when it is not there.
+Opener = Callable[[str], tuple[IO[bytes], int] | None]
+EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure", "abfs": "azure"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the operator allows; `root` None allows any absolute path of this machine."""
+
+    root: Path | None = None
+    schemes: tuple[str, ...] = ("file", "s3", "gs", "az")
+    hub: bool = False
+    max_bytes: int = 2 << 30
+
+    def fetch(self, source: str, into: Path) -> None:
+        """Copy an adapter's files into the folder `into`. Blocking.
+
+        AdapterRefused says what is not allowed or not there; SourceUnavailable that it could not
+        be reached.
+        """
+        if "\0" in source or ".." in re.split(r"[/\\]", unquote(source)):
+            raise AdapterRefused(f"source {source!r} may not contain '..'", param="source")
+        scheme = source.partition("://")[0] if "://" in source else ""
+        if scheme == "file":
+            split = urlsplit(source)
+            if split.netloc not in ("", "localhost"):
+                raise AdapterRefused(f"{source} names another host", param="source")
+            self._allow("file")
+            self._from_folder(Path(unquote(split.path)), into)
+        elif scheme and scheme != "hf":
+            self._allow(scheme)
+            if not urlsplit(source).netloc:
+                raise AdapterRefused(f"source {source!r} names no bucket", param="source")
+            _remote(lambda: self._from_store(source, into), source)
+        elif scheme == "hf" or self._is_hub_id(source):
+            self._from_hub(source, into)
+        else:
+            self._allow("file")
+            self._from_folder(Path(source), into)
+
+    def _allow(self, scheme: str) -> None:
+        if scheme not in self.schemes:
+            allowed = ", ".join(self.schemes) or "none"
+            raise AdapterRefused(
+                f"source scheme {scheme!r} is not allowed here; allowed: {allowed} "
+                "(QUANTSERVE_SOURCE_SCHEMES)",
+                param="source",
+            )
+
+    def _is_hub_id(self, source: str) -> bool:
+        """A folder under the root is meant before a hub id of the same name."""
+        under_root = self.root is not None and (self.root / source).is_dir()
+        return self.hub and not under_root and HUB_ID.fullmatch(source) is not None
+
+    def _from_hub(self, source: str, into: Path) -> None:
+        if not self.hub:
+            raise AdapterRefused(
+                "the hub is not allowed here: set QUANTSERVE_ALLOW_HUB", param="source"
+            )
+        named = HUB_ID.fullmatch(source)
+        if named is None:
+            raise AdapterRefused(
+                f"{source!r} is not a hub id: OWNER/NAME[@REVISION]", param="source"
+            )
+        _remote(lambda: self._from_store(f"hf://{named['path']}", into), source)
+
+    def _from_folder(self, path: Path, into: Path) -> None:
+        folder = self._absolute(path).resolve()
+        self._check_under_root(folder, path)
+        try:
+            at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as fault:
+            reason = "does not exist" if fault.errno == errno.ENOENT else fault.strerror
+            raise AdapterMissing(f"adapter folder {path} {reason}", param="folder") from fault
+
+        def opened(name: str) -> tuple[IO[bytes], int] | None:
+            return _plain_file(at, name, path)
+
+        try:
+            # Again, of what is open: a folder on the way may have become a link meanwhile.
+            self._check_under_root(Path(os.readlink(f"/proc/self/fd/{at}")), path)
+            self._copy(opened, into, str(path))
+        finally:
+            os.close(at)
+
+    def _absolute(self, path: Path) -> Path:
+        if path.is_absolute():
+            return path
+        if self.root is None:
+            raise AdapterRefused(
+                f"path {str(path)!r} is not absolute, and there is no adapter root it could "
+                "be under (QUANTSERVE_ADAPTER_ROOT)",
+                param="path",
+            )
+        return self.root / path
+
+    def _check_under_root(self, folder: Path, path: Path) -> None:
+        if self.root is not None and not folder.is_relative_to(self.root.resolve()):
+            raise AdapterRefused(f"{path} is not under the adapter root {self.root}", param="path")
+
+    def _from_store(self, url: str, into: Path) -> None:
+        files, path = fsspec.url_to_fs(url)
+
+        def opened(name: str) -> tuple[IO[bytes], int] | None:
+            try:
+                info = files.info(f"{path}/{name}")
+            except FileNotFoundError:
+                return None
+            if info.get("type") == "directory":
+                raise AdapterRefused(f"{url}/{name} is not a file", param=name)
+            return files.open(f"{path}/{name}", "rb"), int(info.get("size") or 0)
+
+        self._copy(opened, into, url)
+
+    def _copy(self, opened: Opener, into: Path, source: str) -> None:
+        """The adapter's files, counted while they come: a store may not know their size."""
+        left = self.max_bytes
+        for name in FILES:
+            found = opened(name)
+            if found is None:
+                if name in NEEDED:
+                    raise _missing(opened, name, source)
+                continue
+            file, size = found
+            with file, (into / name).open("wb") as kept:
+                left -= size
+                while left >= 0 and (chunk := file.read(CHUNK)):
+                    kept.write(chunk)
+                    left -= max(len(chunk) - size, 0)
+                    size = max(size - len(chunk), 0)
+            if left < 0:
+                raise AdapterRefused(
+                    f"{source} is larger than {self.max_bytes} bytes "
+                    "(QUANTSERVE_MAX_ADAPTER_BYTES)",
+                    param=name,
+                )
+
+
+def _plain_file(at: int, name: str, folder: Path) -> tuple[IO[bytes], int] | None:
+    """A file of an opened folder and its size: no link, no device, nothing that could block."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = os.fdopen(os.open(name, flags, dir_fd=at), "rb")
+    except FileNotFoundError:
+        return None
+    except OSError as fault:
+        if fault.errno == errno.ELOOP:
+            raise AdapterRefused(
+                f"{folder / name} is a symbolic link; give a folder that holds the files "
+                "themselves",
+                param=name,
+            ) from fault
+        raise AdapterRefused(f"{folder / name}: {fault.strerror}", param=name) from fault
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode):
+        file.close()
+        raise AdapterRefused(f"{folder / name} is not a plain file", param=name)
+    return file, about.st_size
+
+
+def _missing(opened: Opener, name: str, source: str) -> AdapterRefused:
+    for pickle in PICKLES if name == adapter.WEIGHTS else ():
+        found = opened(pickle)
+        if found is not None:
+            found[0].close()
+            return AdapterRefused(
+                f"{source}/{pickle} is a pickle, which can run code when it is read; save the "
+                "adapter as safetensors",
+                param="weights",
+            )
+    return AdapterMissing(f"{source}/{name} is missing", param=name)
+
+
+def _remote(work: Callable[[], None], source: str) -> None:
+    """Each store has exceptions of its own: a value is easier to judge than `except`."""
+    thread = ThreadPoolExecutor(1, "fetch")
+    fetching = thread.submit(work)
+    thread.shutdown(wait=False)
+    try:
+        fault = fetching.exception(FETCH_TIMEOUT_S)
+    except TimeoutError as late:
+        raise SourceUnavailable(
+            f"{source} took over {FETCH_TIMEOUT_S:g} s", param="source"
+        ) from late
+    if isinstance(fault, AdapterRefused):
+        raise fault
+    if isinstance(fault, ImportError):
+        extra = EXTRAS.get(source.partition("://")[0])
+        remedy = f": pip install 'quantserve[{extra}]'" if extra else ""
+        raise AdapterRefused(f"{source}: {fault}{remedy}", param="source") from fault
+    if fault is not None:
+        told = f"{type(fault).__name__}: {fault}"
+        raise SourceUnavailable(f"{source} could not be read: {told}", param="source") from fault

@@ -1,0 +1,52 @@
+"""What tests of the server share: a real PostgreSQL, both kinds of database, adapters, a server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from serve.metrics import Metrics
+from serve.serving import Serving
+from serve.settings import Settings
+from tests.fakes import KEYS, SHAPES, MemoryEngine, write_model
+from tests.lora import write_lora
+from tests.postgres import Postgres, running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'registry.sqlite'}"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.fresh()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Adapters that fit tests.fakes.BASE."""
+    return [write_lora(tmp_path / f"l{seed}", SHAPES, seed=seed) for seed in range(4)]
+
+
+@pytest.fixture
+async def serving(tmp_path: Path) -> AsyncIterator[Serving]:
+    (tmp_path / "keys").write_text(KEYS)
+    chosen = Settings(
+        artifact=write_model(tmp_path / "model"),
+        api_key_file=tmp_path / "keys",
+        state_dir=tmp_path / "state",
+        adapter_wait=0.1,
+    )
+    made = Serving(chosen, MemoryEngine(), Metrics(CollectorRegistry()), "base")
+    await made.start()
+    yield made
+    await made.stop()

@@ -1,0 +1,231 @@
+"""Where adapters may come from: folders, file URLs, a real S3 server, and what is kept out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry as fsspec_registry
+from moto.server import ThreadedMotoServer
+
+from serve.adapters.sources import Sources
+from serve.errors import AdapterRefused, SourceUnavailable
+from tests.fakes import SHAPES
+from tests.lora import write_lora
+
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "root"
+    write_lora(folder / "team" / "legal", SHAPES)
+    return folder
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Path:
+    folder = tmp_path / "into"
+    folder.mkdir()
+    return folder
+
+
+def fetched(sources: Sources, source: str, into: Path) -> set[str]:
+    sources.fetch(source, into)
+    return {path.name for path in into.iterdir()}
+
+
+@pytest.mark.parametrize("prefix", ["", "file://", "file://localhost"])
+def test_an_absolute_path_with_and_without_a_root(root: Path, into: Path, prefix: str) -> None:
+    source = f"{prefix}{root}/team/legal"
+    assert fetched(Sources(), source, into) == fetched(Sources(root), source, into) == FILES
+
+
+def test_a_relative_path_is_under_the_root(root: Path, into: Path) -> None:
+    assert fetched(Sources(root), "team/legal", into) == FILES
+    with pytest.raises(AdapterRefused, match="not absolute"):
+        Sources().fetch("team/legal", into)
+
+
+def test_a_percent_encoded_file_url(root: Path, into: Path) -> None:
+    (root / "team").rename(root / "a team")
+    assert fetched(Sources(root), f"file://{root}/a%20team/legal", into) == FILES
+
+
+def outside(root: Path) -> str:
+    return str(write_lora(root.parent / "other", SHAPES))
+
+
+def beside(root: Path) -> str:
+    return str(write_lora(root.parent / "root2", SHAPES))
+
+
+def dots(root: Path) -> str:
+    return f"{root}/team/../../other"
+
+
+def encoded_dots(root: Path) -> str:
+    return f"file://{root}/%2e%2e/other"
+
+
+def linked_folder(root: Path) -> str:
+    write_lora(root.parent / "other", SHAPES)
+    (root / "link").symlink_to(root.parent / "other")
+    return str(root / "link")
+
+
+@pytest.mark.parametrize("lead", [outside, beside, dots, encoded_dots, linked_folder])
+def test_nothing_outside_the_root_is_read(root: Path, into: Path, lead: object) -> None:
+    assert callable(lead)
+    with pytest.raises(AdapterRefused, match=r"not under|\.\."):
+        Sources(root).fetch(lead(root), into)
+    assert list(into.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_linked_file_is_refused(root: Path, into: Path, name: str) -> None:
+    file = root / "team" / "legal" / name
+    file.rename(root.parent / "secret")
+    file.symlink_to(root.parent / "secret")
+    with pytest.raises(AdapterRefused, match="symbolic link") as refusal:
+        Sources(root).fetch("team/legal", into)
+    assert refusal.value.param == name
+
+
+def test_a_pipe_is_refused_and_not_waited_for(root: Path, into: Path) -> None:
+    weights = root / "team" / "legal" / "adapter_model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(AdapterRefused, match="not a plain file"):
+        Sources(root).fetch("team/legal", into)
+
+
+def test_more_bytes_than_allowed_are_refused_before_they_are_copied(root: Path, into: Path) -> None:
+    weights = root / "team" / "legal" / "adapter_model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(50 << 30)  # sparse
+    with pytest.raises(AdapterRefused, match="QUANTSERVE_MAX_ADAPTER_BYTES"):
+        Sources(root).fetch("team/legal", into)
+    assert (into / weights.name).stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("ftp://host/a", "'ftp' is not allowed"),
+        ("http://host/a", "'http' is not allowed"),
+        ("simplecache::s3://b/a", "not allowed"),
+        ("file://otherhost/a", "another host"),
+        ("hf://owner/name", "QUANTSERVE_ALLOW_HUB"),
+        ("owner/name", "QUANTSERVE_ADAPTER_ROOT"),
+        ("a\0b", r"may not contain"),
+    ],
+)
+def test_what_is_not_allowed_is_named(into: Path, source: str, reason: str) -> None:
+    with pytest.raises(AdapterRefused, match=reason):
+        Sources().fetch(source, into)
+
+
+def test_a_scheme_can_be_taken_from_the_list(root: Path, into: Path) -> None:
+    with pytest.raises(AdapterRefused, match="allowed: s3"):
+        Sources(root, schemes=("s3",)).fetch("team/legal", into)
+
+
+def test_a_store_whose_driver_is_missing_says_what_to_install(into: Path) -> None:
+    with pytest.raises(AdapterRefused, match=r"quantserve\[gcs\]"):
+        Sources().fetch("gs://bucket/legal", into)
+
+
+def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_adapter(
+    into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises((SourceUnavailable, AdapterRefused)):
+        Sources(hub=True).fetch("owner/name", into)
+
+
+class PretendHub(MemoryFileSystem):  # type: ignore[misc]
+    """Stands in for huggingface_hub's file system: no hub can be reached from the tests."""
+
+    protocol = "hf"
+    store: ClassVar[dict[str, object]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("hf://")))
+
+
+@pytest.mark.parametrize("source", ["owner/legal@v2", "hf://owner/legal@v2"])
+def test_a_hub_id_with_a_revision_is_read_through_the_hubs_file_system(
+    root: Path, into: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fsspec_registry, "hf", PretendHub)
+    hub = PretendHub()
+    for name in FILES:
+        hub.pipe(f"owner/legal@v2/{name}", (root / "team" / "legal" / name).read_bytes())
+    assert fetched(Sources(root, hub=True), source, into) == FILES
+
+
+def test_a_folder_under_the_root_is_meant_before_a_hub_id(root: Path, into: Path) -> None:
+    assert fetched(Sources(root, hub=True), "team/legal", into) == FILES
+
+
+@pytest.mark.parametrize("source", ["hf://owner", "hf://owner/a b", "hf://o/n/deeper"])
+def test_what_is_no_hub_id_is_refused(into: Path, source: str) -> None:
+    with pytest.raises(AdapterRefused, match="not a hub id"):
+        Sources(hub=True).fetch(source, into)
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+class TestS3:
+    """moto's S3 server, through s3fs over HTTP."""
+
+    @pytest.fixture
+    def bucket(self, endpoint: str, monkeypatch: pytest.MonkeyPatch, root: Path) -> Iterator[str]:
+        told = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x",
+                "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        files = fsspec.filesystem("s3", skip_instance_cache=True)
+        files.mkdir("adapters")
+        files.put(str(root / "team" / "legal"), "adapters/legal", recursive=True)
+        yield "s3://adapters"
+        files.rm("adapters", recursive=True)
+
+    def test_an_adapter_comes_whole(self, bucket: str, into: Path, root: Path) -> None:
+        assert fetched(Sources(), f"{bucket}/legal", into) == FILES
+        for name in FILES:
+            assert (into / name).read_bytes() == (root / "team/legal" / name).read_bytes()
+
+    def test_what_is_not_there_is_missing(self, bucket: str, into: Path) -> None:
+        with pytest.raises(AdapterRefused, match=r"adapter_config.json is missing"):
+            Sources().fetch(f"{bucket}/ghost", into)
+
+    def test_a_pickle_is_named(self, bucket: str, into: Path) -> None:
+        files = fsspec.filesystem("s3")
+        files.mv("adapters/legal/adapter_model.safetensors", "adapters/legal/adapter_model.bin")
+        with pytest.raises(AdapterRefused, match="pickle"):
+            Sources().fetch(f"{bucket}/legal", into)
+
+    def test_the_size_is_bounded(self, bucket: str, into: Path) -> None:
+        with pytest.raises(AdapterRefused, match="larger than 100 bytes"):
+            Sources(max_bytes=100).fetch(f"{bucket}/legal", into)
+
+    def test_a_bucket_that_is_not_there(self, bucket: str, into: Path) -> None:
+        with pytest.raises((AdapterRefused, SourceUnavailable)):
+            Sources().fetch(f"{bucket}-of-nobody/legal", into)
