@@ -84,6 +84,14 @@ def quantize(
         int | None,
         typer.Option(help="inputs that share a scale: 32, 64, 128 or -1 [the largest that fits]"),
     ] = None,
+    bits_per_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="mixed precision: the formats that cost the model least at this size, scales "
+            "included; 4-bit groups of 128 to 32, 8-bit or full precision a layer (w8a8: int8 or "
+            "full) [one format for all]"
+        ),
+    ] = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(help="merge this PEFT LoRA folder in float32 first; repeatable"),
@@ -123,8 +131,8 @@ def quantize(
     Tokenizer, chat template and generation settings travel along; embeddings and output head stay
     as they are. The folder appears when everything in it has been read back and found right.
     """
-    given = {"scheme": scheme, "group_size": group_size, "samples": samples, "length": length,
-             "seed": seed, "device": device}  # fmt: skip
+    given = {"scheme": scheme, "group_size": group_size, "bits_per_weight": bits_per_weight,
+             "samples": samples, "length": length, "seed": seed, "device": device}  # fmt: skip
     recipe = build({name: value for name, value in given.items() if value is not None})
     check_limit(max_kl)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,6 @@ class Format:
         indexed = self.bits < 16 and self.inputs == 16
         return self.payload(shape) + 4 * shape[1] * indexed
 
-    def fits(self, columns: int) -> bool:
-        """Whether groups divide a layer of that many inputs."""
-        return self.group < 0 or columns % self.group == 0
-
     def grouping(self) -> str:
         return "per channel" if self.group < 0 else f"groups of {self.group}"
 
@@ -89,6 +85,14 @@ def most_common(scheme: Scheme, plan: Plan) -> Format:
     counted = Counter(form for form in plan.values() if form != FULL)
     # Ties go to the smallest, whatever order the layers came in.
     return min(counted, key=lambda form: (-counted[form], form), default=of_scheme(scheme, -1))
+
+
+def listed(forms: Iterable[Format]) -> str:
+    """How many layers have which format, in words."""
+    counted = Counter(forms)
+    return ", ".join(
+        f"{count} layer{'s' * (count > 1)} {form}" for form, count in sorted(counted.items())
+    )
 
 
 def section(scheme: Scheme, plan: Plan) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from quant import command, shards
 from quant.artifact import CalibrationReport, LayerReport
 from quant.calibration import Batches
 from quant.command import Facts
+from quant.formats import Format, Plan
 from quant.solver.blocks import Stream
 from quant.solver.layers import Layers
 from quant.staging import Stage
@@ -36,6 +37,7 @@ class Entry(BaseModel):
 
     facts: dict[str, str]
     calibration: CalibrationReport
+    plan: dict[str, Format] = {}
     parts: dict[str, int] = {}
     done: int = 0
     reports: tuple[LayerReport, ...] = ()
@@ -60,6 +62,12 @@ class Journal:
         """The calibration rows of all runs."""
         kept = load_file(self._stage.state / _ROWS)
         return Batches(kept["input_ids"], kept["mask"], self.entry.calibration)
+
+    def plan(self, measured: Callable[[], Plan]) -> Plan:
+        """The format of every layer where that has to be measured, unless a run before did."""
+        if not self.entry.plan:
+            self._write(plan=dict(measured()))
+        return self.entry.plan
 
     def outside(self, tensors: Sequence[tuple[str, Callable[[], Tensor]]]) -> None:
         """Keeps what belongs to no block, read one tensor at a time, unless a run before did."""

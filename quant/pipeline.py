@@ -24,10 +24,10 @@ from quant.intake.source import Source
 from quant.journal import Journal
 from quant.proof import card, gate
 from quant.proof.gate import Gate
-from quant.recipe import Recipe, choose_group_size
-from quant.solver import blocks, lockstep, walk
+from quant.recipe import Recipe
+from quant.solver import allotment, blocks, lockstep, walk
 from quant.solver.blocks import Decoder
-from quant.solver.layers import Layers, Progress
+from quant.solver.layers import Layers, Progress, half
 from quant.staging import Stage
 
 _STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
@@ -62,12 +62,16 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     progress.say(f"opening {order.spec}")
     opened = source.open(order.spec, adapters=order.adapters, cache=order.cache, say=progress.say)
     decoder = blocks.skeleton(opened, device)
-    layers = _layers(recipe, opened, decoder, progress)
+    plan = allotment.bound(recipe, decoder.shapes())
+    layers = _layers(recipe, plan, opened, decoder, progress)
     with staging.resumable(target) as stage:
         staging.check_space(target.parent, layers.bytes_after(opened) + _MARGIN - stage.bytes())
         barrier = _gate(recipe, order, opened, progress)
         kept = _journal(recipe, order, opened, stage, progress)
         rows = kept.rows()
+        if recipe.bits_per_weight is not None:
+            measured = partial(allotment.within, recipe, decoder, opened, rows, progress.say)
+            layers = _layers(recipe, kept.plan(measured), opened, decoder, progress)
         _solve(layers, decoder, opened, kept, rows)
         size = kept.assemble()
         progress.say("reading back every layer")
@@ -108,13 +112,10 @@ def _journal(
     return journal.opened(stage, facts, depth, rows, progress.say)
 
 
-def _layers(recipe: Recipe, opened: Source, decoder: Decoder, progress: Progress) -> Layers:
-    shapes = decoder.shapes()
-    group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
-    plan = dict.fromkeys(shapes, formats.of_scheme(recipe.scheme, group))
-    # Kernels and scales are 16-bit: a float32 parent is served in bfloat16.
-    half = opened.dtype if opened.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    return Layers(recipe, plan, half, shapes, progress)
+def _layers(
+    recipe: Recipe, plan: Plan, opened: Source, decoder: Decoder, progress: Progress
+) -> Layers:
+    return Layers(recipe, plan, half(opened), decoder.shapes(), progress)
 
 
 def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows: Batches) -> None:

@@ -40,7 +40,8 @@ Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class Recipe(BaseModel):
-    """`group_size` None lets `choose_group_size` pick; -1 is one group per row.
+    """`group_size` None lets `choose_group_size` pick; -1 is one group per row. With
+    `bits_per_weight`, scales included, every layer gets a format of its own.
 
     `samples` x `length` tokens of calibration: 48 x 256 is seven times the widest input of the
     embedded model, and its self-written text takes about half a minute on two cores.
@@ -50,6 +51,7 @@ class Recipe(BaseModel):
 
     scheme: Scheme = "w4a16"
     group_size: Literal[32, 64, 128, -1] | None = None
+    bits_per_weight: float | None = Field(default=None, gt=4, le=16)
     samples: int = Field(default=48, ge=1, le=65_536)
     length: int = Field(default=256, ge=8, le=131_072)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -70,6 +72,12 @@ class Recipe(BaseModel):
     def _groups_fit_the_scheme(self) -> Self:
         if self.scheme == "w8a8" and self.group_size is not None:
             raise ValueError("w8a8 has one scale per output channel; leave group_size out")
+        if self.bits_per_weight is None:
+            return self
+        if self.group_size is not None:
+            raise ValueError("bits_per_weight chooses group sizes; leave group_size out")
+        if self.scheme == "w8a16":
+            raise ValueError("bits_per_weight mixes 4 and 8 bits in w4a16; leave w8a16 out")
         return self
 
     @property

@@ -33,9 +33,9 @@ VLLM_DOORS = {"worker", "vllm_compat", "lora_cpu", "cpu_ops", "endpoints", "stat
 # Standard library and pydantic only.
 LIGHT = ("quant.artifact", "quant.lora.adapter", "quant.errors")
 MATHS = (
-    "quant.solver.batched", "quant.solver.columns", "quant.solver.descent", "quant.solver.gptq",
-    "quant.solver.grid", "quant.solver.int8", "quant.lora.combine", "quant.lora.nf4",
-    "quant.packing",
+    "quant.solver.batched", "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",
+    "quant.solver.gptq", "quant.solver.grid", "quant.solver.int8", "quant.lora.combine",
+    "quant.lora.nf4", "quant.packing",
 )  # fmt: skip
 MATHS_MAY_IMPORT = {
     "__future__", "collections", "dataclasses", "math", "numba", "numpy", "torch", "typing",

@@ -33,6 +33,9 @@ def test_the_scheme_decides_the_bits(scheme: str, bits: int) -> None:
         ("scheme", "w2a16"),
         ("group_size", 48),
         ("group_size", 0),
+        ("bits_per_weight", 4),
+        ("bits_per_weight", 16.5),
+        ("bits_per_weight", float("nan")),
         ("samples", 0),
         ("samples", 65_537),
         ("length", 7),
@@ -80,6 +83,20 @@ def test_every_fault_is_in_the_one_message() -> None:
     with pytest.raises(RecipeError) as refused:
         build({"samples": 0, "length": 1, "colour": "red"})
     assert all(f"{field}: " in str(refused.value) for field in ("samples", "length", "colour"))
+
+
+@pytest.mark.parametrize(
+    ("also", "reason"),
+    [
+        ({"group_size": 64}, "bits_per_weight chooses group sizes; leave group_size out"),
+        ({"scheme": "w8a16"}, "bits_per_weight mixes 4 and 8 bits in w4a16; leave w8a16 out"),
+    ],
+)
+def test_a_budget_stands_alone(also: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        build({"bits_per_weight": 9.0, **also})
+    for scheme in ("w4a16", "w8a8"):
+        assert build({"scheme": scheme, "bits_per_weight": 9.0}).bits_per_weight == 9.0
 
 
 @pytest.mark.parametrize("size", [32, 128, -1])

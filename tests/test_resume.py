@@ -266,3 +266,18 @@ def test_self_written_text_is_not_written_twice(bench: Bench, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "cache")
     run = warm.begin(*words, said=tmp_path / "two")
     assert run.status() == 0 and "the model writes" not in run.stdout
+
+
+def test_a_plan_that_was_measured_is_kept(bench: Bench) -> None:
+    """The formats of a mixed artifact do not depend on where its run was cut short."""
+    budget = ("--bits-per-weight", "10")
+    for name in ("budget", "budget-cut"):
+        (bench.home / name).mkdir()
+    assert bench.ran("budget", *budget).status == 0
+    dies = partial(die_at, bench.kept("budget-cut"), MOMENTS["before the block has its name"])
+    cut = bench.ran("budget-cut", *budget, first=dies)
+    after = bench.ran("budget-cut", *budget)
+    assert cut.status == -signal.SIGKILL and after.status == 0, after.stderr
+    assert "nats foreseen" in cut.stdout and "nats foreseen" not in after.stdout
+    assert done(after) == 1
+    assert same(bench.target("budget-cut"), bench.target("budget"))

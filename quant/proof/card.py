@@ -6,10 +6,10 @@ Leaves a README.md alone that somebody else wrote. Knows no more than the manife
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from quant import formats
 from quant.artifact import LayerReport, Manifest
 from quant.formats import Format
 from quant.proof.evidence import Fidelity, Row, choice_rows, choice_title, text_rows, text_title
@@ -55,18 +55,11 @@ def text(manifest: Manifest, name: str) -> str:
 
 def scheme(manifest: Manifest) -> str:
     """How the layers are stored: one format, or how many have which, and the bits in all."""
-    whole = Format(manifest.bits, manifest.group_size)
-    counted = Counter(form(manifest, layer) for layer in manifest.layers)
-    if len(counted) < 2:
-        return f"{manifest.scheme}, {whole.grouping()}"
-    return f"{manifest.scheme}, {manifest.bits_per_weight:.2f} bits per weight: {listed(counted)}"
-
-
-def listed(counted: Mapping[Format, int]) -> str:
-    """How many layers have which format."""
-    return ", ".join(
-        f"{counted[form]} layer{'s' * (counted[form] > 1)} {form}" for form in sorted(counted)
-    )
+    forms = [form(manifest, layer) for layer in manifest.layers]
+    if len(set(forms)) < 2:
+        return f"{manifest.scheme}, {Format(manifest.bits, manifest.group_size).grouping()}"
+    listed = formats.listed(forms)
+    return f"{manifest.scheme}, {manifest.bits_per_weight:.2f} bits per weight: {listed}"
 
 
 def form(manifest: Manifest, layer: LayerReport) -> Format:

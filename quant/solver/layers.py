@@ -19,15 +19,34 @@ from quant.errors import SolveError
 from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
 from quant.recipe import Recipe
-from quant.solver import descent, gptq, grid, int8
+from quant.solver import descent, gptq, int8
 from quant.solver.descent import Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
-from quant.solver.grid import Levels
+from quant.solver.grid import Levels, full_range
 from quant.solver.walk import Group
 
 _HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _SAMPLE = 64  # tokens of each batch on which a smoothing is chosen
+
+
+def levels(form: Format, dtype: torch.dtype) -> Levels:
+    """The grid of a quantized format; `dtype` is that of scales where the format leaves it open."""
+    return int8.CHANNEL if form.inputs == 8 else full_range(form.bits, dtype)
+
+
+def smoothing(weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
+    """What to divide a group's inputs by before they are rounded; ones where nothing could."""
+    if group.feed is None:
+        return torch.ones(weight.shape[1], device=weight.device)
+    first = (given.parent[:_SAMPLE] for given in group.inputs)
+    sample = [rows * by[:_SAMPLE] for rows, by in zip(first, even, strict=True)]
+    return int8.smoothing(weight, torch.cat(sample))
+
+
+def half(source: Source) -> torch.dtype:
+    """What a model is served in: kernels and scales are 16-bit."""
+    return source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 class Progress(Protocol):
@@ -114,11 +133,9 @@ class Layers:
 
     def _smooth(self, weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
         """The weight over inputs whose spread has moved into it, where a layer can take it over."""
-        scale = torch.ones(weight.shape[1], device=weight.device)
+        scale = smoothing(weight, group, even)
         if group.feed is not None:
-            first = (given.parent[:_SAMPLE] for given in group.inputs)
-            sample = [rows * by[:_SAMPLE] for rows, by in zip(first, even, strict=True)]
-            scale = self._fold(group, group.feed, int8.smoothing(weight, torch.cat(sample)))
+            scale = self._fold(group, group.feed, scale)
         for linear in group.linears.values():
             self._smoothed[linear] = scale
         return weight * scale
@@ -148,15 +165,12 @@ class Layers:
             fitted.add(served[:last], parent[:last])
             held.add(served[last:], parent[last:])
         matrix = fitted.hessian.mean()
-        levels = self._levels(form)
+        grid = levels(form, self.dtype)
         factor = gptq.factorize(matrix, self._damping, form.group)
         target = descent.shifted(weight, fitted, held, factor)
-        solution = gptq.solve(target, matrix, factor, form.group, levels)
-        solution = descent.improved(target, solution, (fitted, held), levels)
+        solution = gptq.solve(target, matrix, factor, form.group, grid)
+        solution = descent.improved(target, solution, (fitted, held), grid)
         return solution, (weight @ matrix).mul_(weight).sum(dim=1), factor
-
-    def _levels(self, form: Format) -> Levels:
-        return int8.CHANNEL if form.inputs == 8 else grid.full_range(form.bits, self.dtype)
 
     def _meant(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """The parent's inputs in the units of the served ones."""

@@ -1,0 +1,170 @@
+"""`solver.allotment`: what is on offer, what a budget buys of it, and what it cannot buy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quant import artifact, formats, recipe
+from quant.artifact import CalibrationReport
+from quant.calibration import Batches
+from quant.errors import RecipeError
+from quant.formats import FULL, INT8, Format
+from quant.intake import source
+from quant.proof import card, replica
+from quant.solver import allotment, blocks
+from quant.solver.sensitivity import Unit
+from tests import tiny
+from tests.test_pipeline import Made, calibration_file, logits, quantize, shift
+
+SHAPES = {"q": (96, 64), "k": (32, 64), "o": (64, 64), "down": (64, 128)}
+TWO = Unit(("q", "k"), torch.ones(64), {Format(4, 64): 0.5, Format(4, 32): 0.2, FULL: 0.0})
+ONE = Unit(("o",), torch.ones(64), {Format(4, 64): 0.01, Format(4, 32): 0.008, FULL: 0.0})
+WIDE = Unit(("down",), torch.ones(128), {Format(4, 128): 0.4, Format(8, 128): 0.001, FULL: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "columns", "forms"),
+    [
+        ("w4a16", 1536, [Format(4, 128), Format(4, 64), Format(4, 32), Format(8, 128), FULL]),
+        ("w4a16", 576, [Format(4, 64), Format(4, 32), Format(8, 64), FULL]),
+        ("w4a16", 100, [Format(4, -1), Format(8, -1), FULL]),
+        ("w8a8", 576, [INT8, FULL]),
+    ],
+)
+def test_offers_fit_the_layer_and_grow(scheme: str, columns: int, forms: list[Format]) -> None:
+    assert allotment.offered(scheme, columns) == forms
+    sizes = [form.payload((100, columns)) for form in forms]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("bits", [4.4, 4.7, 5.5, 9.0, 15.9])
+def test_no_plan_of_the_budget_is_larger_than_the_bound(bits: float) -> None:
+    asked = recipe.build({"bits_per_weight": bits})
+    assert formats.bits_per_weight(allotment.bound(asked, SHAPES), SHAPES) >= bits
+    plan, _ = allotment.chosen([TWO, ONE, WIDE], SHAPES, bits)
+    assert formats.bits_per_weight(plan, SHAPES) <= bits
+
+
+def test_without_a_budget_all_layers_have_the_recipes_format() -> None:
+    plan = allotment.bound(recipe.build({"group_size": 32}), SHAPES)
+    assert plan == dict.fromkeys(SHAPES, Format(4, 32))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "least"), [("w4a16", 4.2, "4.25"), ("w8a8", 8.3, "8.40")]
+)
+def test_a_budget_that_buys_nothing_names_the_least(scheme: str, bits: float, least: str) -> None:
+    asked = {"scheme": scheme, "bits_per_weight": bits}
+    with pytest.raises(RecipeError, match=rf"{bits} bits per weight are too few: .* take {least}"):
+        allotment.bound(recipe.build(asked), SHAPES)
+    enough = recipe.build({**asked, "bits_per_weight": float(least)})
+    assert set(allotment.bound(enough, SHAPES)) == set(SHAPES)
+
+
+def test_bits_go_where_they_save_the_most() -> None:
+    plan, loss = allotment.chosen([TWO, ONE, WIDE], SHAPES, 6.0)
+    assert plan == {"q": Format(4, 32), "k": Format(4, 32), "o": Format(4, 64),
+                    "down": Format(8, 128)}  # fmt: skip
+    assert loss == pytest.approx(0.2 + 0.01 + 0.001)
+
+
+def test_layers_of_one_unit_have_one_format_at_every_budget() -> None:
+    seen = set()
+    for tenths in range(44, 161):
+        plan, _ = allotment.chosen([TWO, ONE, WIDE], SHAPES, tenths / 10)
+        assert plan["q"] == plan["k"]
+        seen.add(plan["q"])
+    assert seen == set(TWO.losses)
+
+
+def rows(count: int, length: int = 32) -> Batches:
+    ids = torch.randint(4, tiny.VOCAB, (count, length), generator=torch.Generator().manual_seed(5))
+    report = CalibrationReport(digest="c" * 64, origin="file", samples=count, tokens=ids.numel())
+    return Batches(ids, torch.ones_like(ids, dtype=torch.bool), report)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("w4a16", 5.0), ("w8a8", 10.0)])
+def test_a_model_is_measured_and_the_plan_told(scheme: str, bits: float, tmp_path: Path) -> None:
+    tiny.model_folder(tmp_path / "parent")
+    model = source.open(str(tmp_path / "parent"), cache=tmp_path)
+    decoder = blocks.skeleton(model, torch.device("cpu"))
+    said: list[str] = []
+    asked = recipe.build({"scheme": scheme, "bits_per_weight": bits})
+    plan = allotment.within(asked, decoder, model, rows(12), said.append)
+    assert plan.keys() == decoder.shapes().keys()
+    used = formats.bits_per_weight(plan, decoder.shapes())
+    assert bits - 0.5 < used <= bits
+    assert len(set(plan.values())) > 1
+    assert said[0].endswith("on 8 rows of the calibration")
+    assert [line.split()[3] for line in said[1:-1]] == ["25%", "50%", "75%", "100%"]
+    assert said[-1].startswith(f"{used:.2f} bits per weight: ") and "nats foreseen" in said[-1]
+    for form in set(plan.values()):
+        assert f"{list(plan.values()).count(form)} layer" in said[-1] and str(form) in said[-1]
+
+
+@pytest.fixture(scope="module", params=[("w4a16", 5.5), ("w8a8", 10.0)], ids=str)
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    scheme, bits = request.param
+    home = tmp_path_factory.mktemp(f"mixed-{scheme}")
+    parent, texts = tiny.model_folder(home / "parent"), calibration_file(home)
+    return quantize(parent, home / "out", scheme=scheme, texts=texts, bits_per_weight=bits)
+
+
+def test_an_artifact_takes_what_it_was_allowed(mixed: Made) -> None:
+    manifest, asked = mixed.manifest, mixed.manifest.recipe["bits_per_weight"]
+    assert isinstance(asked, float) and manifest.bits_per_weight is not None
+    assert asked - 0.6 < manifest.bits_per_weight <= asked
+    names = [layer.name for layer in manifest.layers]
+    payload = sum(
+        tensor.nbytes
+        for name, tensor in mixed.tensors.items()
+        if name.rpartition(".")[0] in names and not name.endswith("g_idx")
+    )
+    parent = load_file(mixed.parent / "model.safetensors")
+    weights = sum(parent[f"{name}.weight"].numel() for name in names)
+    assert manifest.bits_per_weight == pytest.approx(8 * payload / weights)
+    assert manifest.bytes_after == sum(tensor.nbytes for tensor in mixed.tensors.values())
+
+
+def test_an_artifact_says_what_each_layer_is(mixed: Made) -> None:
+    section = artifact.quantization_config(mixed.folder) or {}
+    layers = mixed.manifest.layers
+    for layer in layers:
+        told = formats.of_layer(section, layer.name)
+        assert (told.bits, told.group) == (layer.bits, layer.group)
+    assert len({(layer.bits, layer.group) for layer in layers}) > 1
+    page = (mixed.folder / card.NAME).read_text()
+    assert card.scheme(mixed.manifest) in page and " bits per weight: " in page
+    parent, ours = artifact.linear_shapes(mixed.parent), artifact.linear_shapes(mixed.folder)
+    assert all(ours[layer.name] == parent[layer.name] for layer in layers)
+
+
+def test_an_artifact_is_nearer_its_parent_than_the_next_uniform_one(mixed: Made) -> None:
+    home, scheme = mixed.parent.parent, mixed.manifest.scheme
+    smaller: dict[str, Any] = {"group_size": 32} if scheme == "w4a16" else {}
+    texts = home / "texts.jsonl"
+    uniform = quantize(mixed.parent, home / "uniform", scheme=scheme, texts=texts, **smaller)
+    assert (uniform.manifest.bits_per_weight or 0) < (mixed.manifest.bits_per_weight or 0)
+    opened = source.open(str(mixed.parent), cache=home / "cache")
+    cpu = torch.device("cpu")
+    expected = logits(replica.of_parent(opened, cpu), mixed.parent)
+    ours, theirs = (
+        shift(
+            logits(replica.of_artifact(opened, made.folder, made.manifest, cpu), made.parent),
+            expected,
+        )
+        for made in (mixed, uniform)
+    )
+    assert ours < 0.9 * theirs
+
+
+def test_a_budget_out_of_reach_leaves_nothing(tmp_path: Path) -> None:
+    parent, texts = tiny.model_folder(tmp_path / "parent"), calibration_file(tmp_path)
+    with pytest.raises(RecipeError, match="are too few"):
+        quantize(parent, tmp_path / "out", texts=texts, bits_per_weight=4.1)
+    assert not (tmp_path / "out").exists()
