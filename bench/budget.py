@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,9 @@ class Said:
 
     def say(self, line: str) -> None:
         print(f"  {line}", flush=True)
+
+    def foreseen(self, line: str, _facts: Mapping[str, float]) -> None:
+        self.say(line)
 
     def solved(self, report: LayerReport, done: int, total: int) -> None:
         if done % 50 == 0 or done == total:

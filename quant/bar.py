@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -39,6 +40,9 @@ class Bar:
     def say(self, line: str) -> None:
         self._console.print(f"quantserve: {line}", markup=False, soft_wrap=True)
 
+    def foreseen(self, line: str, _facts: Mapping[str, float]) -> None:
+        self.say(line)
+
     def solved(self, report: LayerReport, done: int, total: int) -> None:
         self.measured(f"{report.name}  loss {report.loss:.2e}", done, total)
 
@@ -52,6 +56,9 @@ class Lines:
 
     def say(self, line: str) -> None:
         write({"event": "stage", "message": line})
+
+    def foreseen(self, line: str, facts: Mapping[str, float]) -> None:
+        write({"event": "estimate", "message": line, **facts})
 
     def solved(self, report: LayerReport, done: int, total: int) -> None:
         write({"event": "layer", "done": done, "total": total} | report.model_dump())

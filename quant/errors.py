@@ -56,6 +56,10 @@ class SpaceError(QuantError):
     """Not enough disk for the result."""
 
 
+class RoomError(QuantError):
+    """Not enough memory for the work."""
+
+
 class TargetExists(QuantError):
     """The output folder is there already and was not asked to be replaced."""
 

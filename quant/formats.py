@@ -74,6 +74,16 @@ def of_scheme(scheme: Scheme, group: int) -> Format:
     return INT8 if scheme == "w8a8" else Format(4 if scheme == "w4a16" else 8, group)
 
 
+def siblings(names: Iterable[str]) -> list[list[str]]:
+    """Layers that a server loads as one, together, for they read the same input; others alone."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        fused = next((whole for whole, parts in _FUSED.items() if leaf in parts), leaf)
+        found.setdefault((parent, fused), []).append(name)
+    return list(found.values())
+
+
 def bits_per_weight(plan: Plan, shapes: Shapes) -> float:
     """Of the layers in the plan together, scales and zero points included."""
     payload = sum(form.payload(shapes[name]) for name, form in plan.items())

@@ -6,15 +6,27 @@ Streams: a block's weights are read, solved, written and dropped before the next
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from quant import artifact, calibration, checkpoint, command, formats, journal, staging
+from quant import (
+    artifact,
+    calibration,
+    checkpoint,
+    command,
+    estimate,
+    formats,
+    journal,
+    room,
+    staging,
+)
 from quant.artifact import Manifest, MergedAdapter
 from quant.calibration import Batches, Part
 from quant.errors import SpaceError
@@ -27,11 +39,11 @@ from quant.proof.gate import Gate
 from quant.recipe import Recipe
 from quant.solver import allotment, blocks, lockstep, walk
 from quant.solver.blocks import Decoder
-from quant.solver.layers import Layers, Progress, half
+from quant.solver.layers import Layers, half
+from quant.solver.layers import Progress as Watching
 from quant.staging import Stage
 
 _STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
-_MARGIN = 32 << 20  # bytes beside the tensors: tokenizer, configuration, headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,13 @@ class Order:
     force: bool = False
     fresh: bool = False  # give up what an earlier run was cut short in
     max_kl: float | None = None  # nats; what is further from its parent is not published
+
+
+class Progress(Watching, Protocol):
+    """Who is told what happens."""
+
+    def foreseen(self, line: str, facts: Mapping[str, float]) -> None:
+        """What the run needs, in words and in numbers, once it is known to fit."""
 
 
 def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
@@ -65,7 +84,10 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     plan = allotment.bound(recipe, decoder.shapes())
     layers = _layers(recipe, plan, opened, decoder, progress)
     with staging.resumable(target) as stage:
-        staging.check_space(target.parent, layers.bytes_after(opened) + _MARGIN - stage.bytes())
+        writes, gated = order.calibration_file is None, order.max_kl is not None
+        asked = estimate.Run(recipe, opened, decoder, layers.bytes_after(opened), writes, gated)
+        needs = estimate.checked(asked, target, stage.bytes(), room.left(device))
+        progress.foreseen(str(needs), needs.facts())
         barrier = _gate(recipe, order, opened, progress)
         kept = _journal(recipe, order, opened, stage, progress)
         rows = kept.rows()

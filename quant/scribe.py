@@ -54,7 +54,7 @@ def rows(source: Source, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, say
     The key is all that decides the text: parent, adapters, seed, sizes, prompts and versions.
     CalibrationError where the tokenizer is another model's, or its template refuses a question.
     """
-    kept = source.cache / "calibration" / f"{_key(source, recipe)}.safetensors"
+    kept = kept_in(source, recipe)
     if kept.is_file():
         try:
             return load_file(kept)["input_ids"]
@@ -80,6 +80,17 @@ def rows(source: Source, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, say
     return ids
 
 
+def kept_in(source: Source, recipe: Recipe) -> Path:
+    """The file that holds these rows once they are written."""
+    return source.cache / "calibration" / f"{_key(source, recipe)}.safetensors"
+
+
+def loaded_as(source: Source, device: str) -> torch.dtype:
+    """The dtype of the model while it writes."""
+    small = source.bytes <= _FLOAT32_LIMIT
+    return torch.float32 if device == "cpu" and small else source.dtype
+
+
 def _key(source: Source, recipe: Recipe) -> str:
     facts = [
         _METHOD,
@@ -96,8 +107,7 @@ def _key(source: Source, recipe: Recipe) -> str:
 
 
 def _load(source: Source, device: str) -> PreTrainedModel:
-    small = source.bytes <= _FLOAT32_LIMIT
-    dtype = torch.float32 if device == "cpu" and small else source.dtype
+    dtype = loaded_as(source, device)
     bars = chatter.is_progress_bar_enabled()
     chatter.disable_progress_bar()
     try:

@@ -34,14 +34,15 @@ def check_target(target: Path, *, force: bool) -> None:
         raise TargetExists(f"{target} is not an artifact of ours and is not replaced")
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """SpaceError when the disk under `folder` has less than `needed` bytes left."""
+def check_space(folder: Path, needed: int) -> int:
+    """Bytes left on the disk under `folder`; SpaceError when they are fewer than `needed`."""
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise SpaceError(
             f"{folder} needs {needed / 1e6:,.0f} MB of disk, and {nearest} has {free / 1e6:,.0f} MB"
         )
+    return free
 
 
 @dataclass(slots=True)

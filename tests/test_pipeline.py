@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,10 @@ class Told:
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+    def foreseen(self, line: str, facts: Mapping[str, float]) -> None:
+        self.lines.append(line)
+        self.needs = facts
 
     def solved(self, report: LayerReport, done: int, total: int) -> None:
         self.layers.append(report.name)

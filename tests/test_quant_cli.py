@@ -128,6 +128,9 @@ def test_json_is_a_line_per_event_and_the_manifest_last(cold: Ran, home: Path) -
     assert [event["name"] for event in layers] == [layer["name"] for layer in last["layers"]]
     stages = [event["message"] for event in events if event["event"] == "stage"]
     assert stages[0] == f"opening {home / 'parent'}"
+    (needs,) = [event for event in events if event["event"] == "estimate"]
+    assert 0 < needs["memory"] < needs["memory_free"] and 0 < needs["disk"] < needs["disk_free"]
+    assert needs["seconds"] > 0 and events.index(needs) == 1
     assert any("writes 8 x 32 tokens" in stage for stage in stages)
 
 

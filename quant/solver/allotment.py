@@ -20,7 +20,7 @@ from quant.solver.blocks import Decoder
 from quant.solver.budget import Offer
 from quant.solver.sensitivity import Offers, Unit
 
-_WINDOWS = 8  # of the calibration's rows: what a unit costs is a mean over some thousand tokens
+WINDOWS = 8  # of the calibration's rows: what a unit costs is a mean over some thousand tokens
 
 
 def offered(scheme: str, columns: int) -> list[Format]:
@@ -62,7 +62,7 @@ def within(recipe: Recipe, decoder: Decoder, source: Source, rows: Batches, say:
     assert recipe.bits_per_weight is not None, "only a budget has to be measured"
     of_width, int8_inputs = partial(offered, recipe.scheme), recipe.scheme == "w8a8"
     offers = Offers(of_width, int8_inputs, layers.half(source), recipe.damping)
-    count = min(_WINDOWS, len(rows.input_ids))
+    count = min(WINDOWS, len(rows.input_ids))
     windows = [
         (rows.input_ids[place : place + 1], rows.mask[place : place + 1]) for place in range(count)
     ]

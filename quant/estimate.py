@@ -1,0 +1,173 @@
+"""What a run needs in memory, disk and time, told before it starts; refused where it will not fit.
+
+Knows the phases of a run and what each holds; what the solver holds is `solver.preflight`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from quant import scribe, shards, staging
+from quant.errors import RoomError
+from quant.intake.source import Source
+from quant.recipe import Recipe
+from quant.solver import allotment, preflight
+from quant.solver.blocks import Decoder
+from quant.solver.preflight import FLOAT, Calibration
+
+BESIDE = 200 << 20  # bytes that compiled loops, libraries and the allocator come to take
+_MARGIN = 32 << 20  # bytes of disk beside the tensors: tokenizer, configuration, headers
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One part of a run: bytes it takes beside the program, and how to do without."""
+
+    name: str
+    bytes: int
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes, seconds, multiply-adds, and multiply-adds a second of this machine in float32.
+
+    `memory` is what the phase that needs most takes of `memory_free`, both of the device that
+    computes; `disk` is what the folder grows by of `disk_free`.
+    """
+
+    memory: int
+    memory_free: int
+    disk: int
+    disk_free: int
+    seconds: float
+    operations: int
+    speed: float
+
+    def __str__(self) -> str:
+        return (
+            f"needs about {_size(self.memory)} of memory ({_size(self.memory_free)} free),"
+            f" {_size(self.disk)} of disk ({_size(self.disk_free)} free) and {_time(self.seconds)}"
+            f" at {2 * self.speed / 1e9:.0f} GFLOP/s"
+        )
+
+    def facts(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is known of a run before it starts."""
+
+    recipe: Recipe
+    opened: Source
+    decoder: Decoder
+    bytes_after: int  # of the checkpoint's tensors
+    writes_text: bool  # there is no calibration file
+    gated: bool
+
+    @property
+    def given(self) -> Calibration:
+        """At most: a calibration file may hold less."""
+        width = self.opened.config.get_text_config().hidden_size
+        return Calibration(self.recipe.samples, self.recipe.length, width)
+
+
+def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
+    """The estimate of a run that fits into `free` bytes of memory and on the disk of `target`,
+    where `there` bytes of it lie already.
+
+    RoomError names the phase for which the memory does not reach, SpaceError the disk.
+    """
+    blocks = preflight.units(run.decoder.shapes(), run.decoder.prefix)
+    most = max(phases(run, blocks), key=lambda phase: phase.bytes)
+    needed, disk = most.bytes + BESIDE, max(_disk(run) - there, 0)
+    disk_free = staging.check_space(target.parent, disk)
+    if needed > free:
+        raise RoomError(
+            f"{run.opened.spec}: {most.name} needs {_size(needed)} of memory, and {_size(free)} of"
+            f" {run.decoder.device}'s is free; {most.remedy}"
+        )
+    work, speed = preflight.operations(blocks, run.given).total, preflight.speed(run.decoder.device)
+    work += _written(run) * _parameters(run.opened)
+    held = psutil.Process().memory_info().rss if run.decoder.device.type == "cpu" else 0
+    return Estimate(
+        memory=needed + held,
+        memory_free=free + held,
+        disk=disk,
+        disk_free=disk_free,
+        seconds=preflight.seconds(work, speed),
+        operations=work,
+        speed=speed,
+    )
+
+
+def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
+    """All that hold much, one after the other."""
+    opened, given = run.opened, run.given
+    numel, depth = _parameters(opened), len(blocks)
+    if _written(run):
+        dtype = scribe.loaded_as(opened, run.recipe.device)
+        cached = 2 * depth * given.tokens * given.width * dtype.itemsize
+        yield Phase(
+            "the model that writes its own calibration text",
+            numel * dtype.itemsize + cached,
+            "give a calibration file",
+        )
+    outside = [
+        header.end - header.begin
+        for name, header in opened.tensors.headers.items()
+        if not name.startswith(run.decoder.prefix)
+    ]
+    # The largest is mapped from its file while it is copied.
+    yield Phase("the embedding", sum(outside) + max(outside), "it has to be read")
+    yield Phase(
+        "solving its largest block",
+        preflight.memory(blocks, given),
+        "fewer --samples or a shorter --length need less",
+    )
+    if run.recipe.bits_per_weight is not None:
+        yield Phase("measuring formats", _sensitivity(run, depth), "a shorter --length needs less")
+    if run.gated:
+        remedy = "leave --max-kl out, and compare where there is more"
+        yield Phase("measuring the result beside its parent", 2 * FLOAT * numel, remedy)
+
+
+def _written(run: Run) -> int:
+    """Tokens of calibration that the model writes first; what an earlier run wrote is kept."""
+    if not run.writes_text or scribe.kept_in(run.opened, run.recipe).is_file():
+        return 0
+    return run.given.tokens
+
+
+def _sensitivity(run: Run, depth: int) -> int:
+    """States before every block, and the head's logits with what is drawn from them."""
+    tokens = min(allotment.WINDOWS, run.recipe.samples) * run.recipe.length
+    vocabulary = int(run.opened.config.get_text_config().vocab_size)
+    head = vocabulary * (6 * run.recipe.length + run.given.width)
+    return FLOAT * (tokens * run.given.width * (depth + 6) + head)
+
+
+def _disk(run: Run) -> int:
+    """The checkpoint; and beside it states of two blocks, later parts until they are joined."""
+    joined = min(run.bytes_after, shards.SHARD_BYTES)
+    return run.bytes_after + _MARGIN + max(4 * run.given.states, joined)
+
+
+def _parameters(opened: Source) -> int:
+    return sum(math.prod(header.shape) for header in opened.tensors.headers.values())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

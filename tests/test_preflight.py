@@ -1,0 +1,75 @@
+"""`solver.preflight`: what a run will take, counted from shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quant.solver import preflight
+from quant.solver.preflight import Calibration, Unit
+
+GIVEN = Calibration(samples=32, length=512, width=2048)
+
+
+def llama(hidden: int, inner: int, blocks: int = 2) -> dict[str, tuple[int, int]]:
+    """Shapes of a model with a quarter as many heads for keys and values."""
+    layers = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden // 4, hidden),
+        "self_attn.v_proj": (hidden // 4, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    return {
+        f"model.layers.{place}.{name}": shape
+        for place in range(blocks)
+        for name, shape in layers.items()
+    }
+
+
+def units(hidden: int = 2048, inner: int = 8192, blocks: int = 2) -> list[list[Unit]]:
+    return preflight.units(llama(hidden, inner, blocks), "model.layers.")
+
+
+def test_layers_that_read_one_input_are_one_unit() -> None:
+    assert units(64, 128) == [[Unit(96, 64), Unit(64, 64), Unit(256, 64), Unit(64, 128)]] * 2
+
+
+def test_every_weight_meets_every_token_in_both_streams() -> None:
+    short = replace(GIVEN, length=1)
+    counted = preflight.operations(units(), short).forwards
+    weights = sum(rows * columns for rows, columns in llama(2048, 8192).values())
+    attention = 2 * 2 * short.tokens * short.width
+    assert counted == 2 * short.tokens * weights + attention
+
+
+def test_work_grows_with_blocks_tokens_and_length() -> None:
+    once = preflight.operations(units(), GIVEN)
+    assert preflight.operations(units(blocks=4), GIVEN).total == pytest.approx(2 * once.total)
+    twice = preflight.operations(units(), replace(GIVEN, samples=64))
+    assert twice.forwards == 2 * once.forwards and twice.moments == 2 * once.moments
+    assert twice.solving == once.solving  # of the moments, whatever they are of
+    longer = preflight.operations(units(), replace(GIVEN, samples=16, length=1024))
+    assert longer.forwards > once.forwards and longer.moments == once.moments
+
+
+def test_memory_is_the_largest_blocks() -> None:
+    small, large = units(1024, 4096, 1), units(2048, 8192, 1)
+    assert preflight.memory([*small, *large, *small], GIVEN) == preflight.memory(large, GIVEN)
+    assert preflight.memory(small, GIVEN) < preflight.memory(large, GIVEN)
+
+
+def test_memory_does_not_depend_on_depth_and_grows_with_the_calibration() -> None:
+    once = preflight.memory(units(blocks=1), GIVEN)
+    assert preflight.memory(units(blocks=9), GIVEN) == once
+    assert preflight.memory(units(blocks=1), replace(GIVEN, samples=64)) > once
+
+
+def test_speed_is_that_of_products_done() -> None:
+    found = preflight.speed(torch.device("cpu"))
+    assert 1e6 < found < 1e16  # a broken count of operations or of seconds is further off
+    assert preflight.seconds(10**9, found) == pytest.approx(preflight.seconds(10**12, found) / 1000)
