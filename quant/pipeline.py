@@ -30,7 +30,7 @@ from quant import (
 from quant.artifact import Manifest, MergedAdapter
 from quant.calibration import Batches, Part
 from quant.errors import SpaceError
-from quant.formats import Plan
+from quant.formats import FULL, Plan
 from quant.intake import source
 from quant.intake.source import Source
 from quant.journal import Journal
@@ -137,15 +137,18 @@ def _journal(
 def _layers(
     recipe: Recipe, plan: Plan, opened: Source, decoder: Decoder, progress: Progress
 ) -> Layers:
-    return Layers(recipe, plan, half(opened), decoder.shapes(), progress)
+    """The plan's, and what a server would take for layers, told apart as no others are."""
+    places = range(len(decoder.blocks))
+    gates = {name: FULL for place in places for name in decoder.left_out(place)}
+    return Layers(recipe, {**plan, **gates}, half(opened), decoder.shapes(), progress)
 
 
 def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows: Batches) -> None:
     """Keeps every tensor of the parent, the blocks' linear layers quantized."""
+    inside = [sorted(decoder.names(place).values()) for place in range(len(decoder.blocks))]
+    within = {name for names in inside for name in names}
     names = opened.tensors.names()
-    outside = [
-        n for n in names if not n.startswith(decoder.prefix) and not _is_tied_copy(n, opened)
-    ]
+    outside = [n for n in names if n not in within and not _is_tied_copy(n, opened)]
     kept.outside([(name, partial(layers.kept, opened, name)) for name in outside])
     per_stream = max(1, _STREAM_TOKENS // rows.input_ids.shape[1])
     batches = zip(
@@ -155,8 +158,7 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
     kept.resume(layers, streams[0])
     for place in range(kept.entry.done, len(decoder.blocks)):
         walk.run(decoder, place, opened, streams, layers)
-        inside = [name for name in names if name.startswith(f"{decoder.prefix}{place}.")]
-        tensors = dict(pair for name in inside for pair in layers.encoded(opened, name))
+        tensors = dict(pair for name in inside[place] for pair in layers.encoded(opened, name))
         kept.finished(tensors, layers, streams[0])
 
 
@@ -182,7 +184,8 @@ def _is_tied_copy(name: str, opened: Source) -> bool:
 
 def _formats(recipe: Recipe, plan: Plan, decoder: Decoder) -> dict[str, float]:
     most = formats.most_common(recipe.scheme, plan)
-    weighed = formats.bits_per_weight(plan, decoder.shapes())
+    shapes = decoder.shapes()
+    weighed = formats.bits_per_weight({name: plan[name] for name in shapes}, shapes)
     return {"bits": most.bits, "group_size": most.group, "bits_per_weight": weighed}
 
 

@@ -180,7 +180,7 @@ def test_an_int8_layer_is_solved_for_the_inputs_it_will_see(
 ) -> None:
     recipe, notes = Recipe(scheme="w8a8"), Notes()
     _, recording, _ = solve_blocks(opened(tmp_path), recipe, notes, smooth=smoothed["smooth"])
-    for served, _ in recording.inputs.values():
+    for served, _, _ in recording.inputs.values():
         torch.testing.assert_close(int8.as_served(served), served)
 
 

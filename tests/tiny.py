@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 BOS, EOS, TURN, END = "<s>", "</s>", "<|im_start|>", "<|im_end|>"
 VOCAB = 320
@@ -38,6 +39,21 @@ _OF_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"sliding_window": 16},
     "gemma3_text": {"head_dim": 32, "sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {"original_max_position_embeddings": 512},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+    },
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
 }
 _READ_NORMS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from quant import checkpoint, formats
 from quant.artifact import Manifest
 from quant.errors import CompareError
+from quant.intake import spelling
 from quant.intake.source import Source
 from quant.solver import blocks, int8
 
@@ -41,7 +42,9 @@ def of_tensors(
 ) -> PreTrainedModel:
     """The source's architecture with other weights; `place` names them where one is missing."""
     model = blocks.skeleton(source, device).model
-    held = {name: tensor.to(device, torch.float32) for name, tensor in tensors}
+    given = {name: tensor.to(device, torch.float32) for name, tensor in tensors}
+    own = spelling.own_names(model, given)
+    held = {own[name]: tensor for name, tensor in given.items()}
     model.load_state_dict(held, strict=False, assign=True)
     model.tie_weights()
     if empty := [name for name, weight in model.named_parameters() if weight.is_meta]:
@@ -50,9 +53,9 @@ def of_tensors(
 
 
 def round_inputs(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Lets these layers read what an int8 server's do."""
-    for name in layers:
-        model.get_submodule(name).register_forward_pre_hook(_rounded)
+    """Lets these layers, by their names in a checkpoint, read what an int8 server's do."""
+    for name in spelling.own_names(model, (f"{layer}.weight" for layer in layers)).values():
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(_rounded)
 
 
 def _rounded(_layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -2,7 +2,7 @@
 
 Generic over architectures: the model's own code runs on a skeleton without weights, and what it
 passes to its blocks is recorded. Knows no module names; refuses models whose blocks hold no
-`nn.Linear`, or weights that are none (fused experts).
+`nn.Linear`, or weights that are none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.errors import RecipeError, SourceError
+from quant.intake import spelling
 from quant.intake.source import Source
+from quant.solver import experts
 
 _PROBE_TOKENS = 8
 
@@ -52,11 +54,47 @@ class Decoder:
     prefix: str  # of the blocks' names, as in "model.layers."
     blocks: Sequence[nn.Module]
     device: torch.device
+    stored: Mapping[str, str]  # the source's name of each tensor, by the model's own
+
+    def names(self, place: int) -> dict[str, str]:
+        """The source's name of each tensor of a block, by the block's own."""
+        return {
+            name: self.stored_as(f"{self.prefix}{place}.{name}")
+            for name in self.blocks[place].state_dict()
+        }
+
+    def stored_as(self, name: str) -> str:
+        """The source's name of the model's tensor; the same where it has none."""
+        return self.stored.get(name, name)
+
+    def home(self, place: int) -> str:
+        """What the source's names of a block's tensors begin with, as in "model.layers.0."."""
+        mark = f".{place}."
+        before, _, _ = next(iter(self.names(place).values())).partition(mark)
+        return before + mark
+
+    def module(self, place: int, name: str) -> str:
+        """The source's name of a block's module, by the block's own: both inside the block."""
+        tensor = self.stored_as(f"{self.prefix}{place}.{name}.weight")
+        return tensor.removeprefix(self.home(place)).removesuffix(".weight")
+
+    def has_experts(self) -> bool:
+        return any(isinstance(module, experts.Experts) for module in self.model.modules())
+
+    def left_out(self, place: int) -> list[str]:
+        """The source's names of a block's weights that are no layers: the gates of a mixture."""
+        weights = self.blocks[place].named_parameters()
+        layers = {f"{name}.weight" for name in linears(self.blocks[place])}
+        return [
+            self.home(place) + self.module(place, name.removesuffix(".weight"))
+            for name, weight in weights
+            if weight.ndim == 2 and name not in layers
+        ]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Full name -> (out_features, in_features) of every linear layer in the blocks."""
+        """The source's name -> (out_features, in_features) of every linear layer in the blocks."""
         return {
-            f"{self.prefix}{place}.{name}": (linear.out_features, linear.in_features)
+            self.home(place) + self.module(place, name): (linear.out_features, linear.in_features)
             for place, block in enumerate(self.blocks)
             for name, linear in linears(block).items()
         }
@@ -81,17 +119,23 @@ def skeleton(source: Source, device: torch.device) -> Decoder:
     SourceError where its blocks cannot be solved.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            source.config, attn_implementation="sdpa", dtype=torch.float32
-        )
+        try:
+            model = AutoModelForCausalLM.from_config(
+                source.config, attn_implementation="sdpa", dtype=torch.float32
+            )
+        except ValueError as fault:  # no such attention in this architecture
+            raise SourceError(f"{source.architecture}: {str(fault).partition('. ')[0]}") from fault
+        own = spelling.own_names(model, source.tensors.names())
+        experts.unfuse(model, spelling.expert_leaves(model))
     model.eval().requires_grad_(requires_grad=False)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    stored = {name: its for its, name in own.items()}
     depth = source.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
-            decoder = Decoder(model, f"{name}.", list(module), device)
+            decoder = Decoder(model, f"{name}.", list(module), device, stored)
             _check(decoder, source.architecture)
             return decoder
     raise SourceError(f"{source.architecture} has no list of {depth} decoder blocks")
@@ -109,7 +153,8 @@ def embed(
     }
     head = {f"lm_head.{kind}" for kind in ("weight", "bias")} & outside
     on_device = [(ids.to(decoder.device), mask.to(decoder.device)) for ids, mask in rows]
-    with filled(decoder.model, {name: name for name in outside - head}, source, decoder.device):
+    names = {name: decoder.stored_as(name) for name in outside - head}
+    with filled(decoder.model, names, source, decoder.device):
         streams = [_record(decoder, ids, mask) for ids, mask in on_device]
         ids, mask = (tensor[:1, :_PROBE_TOKENS] for tensor in on_device[0])
         probe = _record(decoder, ids, mask)
@@ -124,12 +169,18 @@ def _check(decoder: Decoder, architecture: str) -> None:
             if weight.ndim > 2:
                 raise SourceError(
                     f"{architecture}: {decoder.prefix}{place}.{name} has {weight.ndim} dimensions;"
-                    " only nn.Linear layers can be quantized (no fused experts, no convolutions)"
+                    " only nn.Linear layers can be quantized, and no convolutions"
                 )
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {n: module for n, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """By name, those of a single output left out: a gate weighs nothing, and vLLM loads it as it
+    is."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features > 1
+    }
 
 
 @contextmanager

@@ -61,20 +61,26 @@ def found(block: nn.Module, groups: Sequence[Sequence[str]], trace: Trace) -> di
     layers = dict(block.named_modules())
     feeds: dict[str, Feed] = {}
     for name, layer in layers.items():
-        for group in groups:
-            width = inputs[group[0]].shape[-1]
+        for width in sorted({read.shape[-1] for read in inputs.values()}):
             for feed in _candidates(name, layer, width):
-                if group[0] in feeds or name in group:
-                    continue
+                asked = [
+                    group
+                    for group in groups
+                    if inputs[group[0]].shape[-1] == width
+                    and group[0] not in feeds
+                    and name not in group
+                ]
                 factors = torch.logspace(-1, 1, width, base=2, device=output.device)
                 factors = factors[torch.randperm(width, generator=torch.Generator().manual_seed(0))]
+                # One forward for all groups: the experts of a mixture are hundreds.
                 with _scaled(feed, factors):
-                    moved = trace()[0][group[0]]
-                    if not _close(moved, inputs[group[0]] * factors):
-                        continue
-                    with _undone([layers[member] for member in group], factors):
-                        if _close(trace()[1], output):
-                            feeds[group[0]] = feed
+                    moved = trace()[0]
+                    for group in asked:
+                        if not _close(moved[group[0]], inputs[group[0]] * factors):
+                            continue
+                        with _undone([layers[member] for member in group], factors):
+                            if _close(trace()[1], output):
+                                feeds[group[0]] = feed
     return feeds
 
 

@@ -6,6 +6,7 @@ be solved, and names it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -24,9 +25,10 @@ from quant.solver.descent import Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
 from quant.solver.grid import Levels, full_range
-from quant.solver.walk import Group
+from quant.solver.walk import Group, Inputs
 
 _HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
+_PRIOR = 128  # tokens of its own that outweigh what an expert is shown of the others'
 _SAMPLE = 64  # tokens of each batch on which a smoothing is chosen
 
 
@@ -42,6 +44,24 @@ def smoothing(weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
     first = (given.parent[:_SAMPLE] for given in group.inputs)
     sample = [rows * by[:_SAMPLE] for rows, by in zip(first, even, strict=True)]
     return int8.smoothing(weight, torch.cat(sample))
+
+
+def counted(inputs: Sequence[Inputs]) -> list[Tensor]:
+    """Factors [tokens, 1] for the rows of a layer's inputs: evened, and an expert's sample of what
+    others get counts as `_PRIOR` tokens of its own, whatever its size.
+
+    An expert that the router chose often is left to its own tokens, one that it hardly chose is
+    solved for what any token would be to it: H = (n H_own + m H_sample) / (n + m).
+    """
+    even = descent.evening([given.parent for given in inputs])
+    routed = [given.routed for given in inputs if given.routed is not None]
+    if not routed:
+        return even
+    others = sum(int((~each).sum()) for each in routed)
+    share = math.sqrt(_PRIOR / max(others, 1))
+    return [
+        by * torch.where(own, 1.0, share)[:, None] for by, own in zip(even, routed, strict=True)
+    ]
 
 
 def half(source: Source) -> torch.dtype:
@@ -95,7 +115,7 @@ class Layers:
             self._leave(dict(zip(names, group.linears.values(), strict=True)))
             return
         weight = torch.cat([linear.weight for linear in group.linears.values()])
-        even = descent.evening([given.parent for given in group.inputs])
+        even = counted(group.inputs)
         try:
             if form.inputs == 8:
                 weight = self._smooth(weight, group, even)
@@ -107,6 +127,7 @@ class Layers:
                 f"{names[0]}: {factor.dead} of {weight.shape[1]} inputs"
                 " are zero on every calibration token"
             )
+        self._tell_of_neglect(names[0], group)
         start = 0
         for name, linear in zip(names, group.linears.values(), strict=True):
             rows = slice(start, start + linear.out_features)
@@ -114,6 +135,13 @@ class Layers:
             self._keep(name, linear, part)
             self._report(name, part, energy[rows], factor.damping)
             start = rows.stop
+
+    def _tell_of_neglect(self, name: str, group: Group) -> None:
+        routed = [given.routed for given in group.inputs if given.routed is not None]
+        if routed and not any(bool(each.any()) for each in routed):
+            self._progress.say(
+                f"{name}: no calibration token is routed to it; solved for other experts' tokens"
+            )
 
     def encoded(self, source: Source, name: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a checkpoint that stand for the parent's tensor `name`."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,11 +27,14 @@ class _Abandoned(Exception):
     """Unwinds a stopped forward that nobody will resume."""
 
 
-class Lane:
+Shown = TypeVar("Shown")
+
+
+class Lane(Generic[Shown]):
     """One batch's forward. `waiting` is what it stopped with; None once it has ended."""
 
     def __init__(self, pool: ThreadPoolExecutor, forward: Callable[[], Tensor]) -> None:
-        self.waiting: Tensor | None = None
+        self.waiting: Shown | None = None
         # Not semaphores: Ctrl-C inside one's release can leave a waiter that is never woken again.
         self._go: SimpleQueue[None] = SimpleQueue()
         self._halted: SimpleQueue[None] = SimpleQueue()
@@ -63,8 +67,8 @@ class Lane:
         with torch.no_grad():  # the mode is per thread
             return forward()
 
-    def _stop(self, inputs: Tensor) -> None:
-        self.waiting = inputs
+    def _stop(self, shown: Shown) -> None:
+        self.waiting = shown
         self._halted.put(None)
         self._wait()
 
@@ -74,17 +78,17 @@ class Lane:
             raise _Abandoned
 
 
-def stop(inputs: Tensor) -> None:
-    """Called inside a lane's forward: shows `inputs` and waits to be resumed."""
-    lane: Lane = _here.lane
-    lane._stop(inputs)
+def stop(shown: object) -> None:
+    """Called inside a lane's forward: shows what it was given and waits to be resumed."""
+    lane: Lane[object] = _here.lane
+    lane._stop(shown)
 
 
 @contextmanager
-def lanes(forwards: Sequence[Callable[[], Tensor]]) -> Iterator[list[Lane]]:
+def lanes(forwards: Sequence[Callable[[], Tensor]]) -> Iterator[list[Lane[Any]]]:
     """A lane for each forward, none started; whatever happens, none outlives the block."""
     with ThreadPoolExecutor(len(forwards), thread_name_prefix="lane") as pool:
-        started: list[Lane] = []
+        started: list[Lane[Any]] = []
         try:  # from the first lane on: one that nobody closes waits for ever
             for forward in forwards:
                 started.append(Lane(pool, forward))

@@ -72,15 +72,14 @@ def measure(
     gradients = _behind_blocks(decoder, source, streams)
     for place in reversed(range(depth)):
         block = decoder.blocks[place]
-        names = {name: f"{decoder.prefix}{place}.{name}" for name in block.state_dict()}
-        with blocks.filled(block, names, source, decoder.device):
+        with blocks.filled(block, decoder.names(place), source, decoder.device):
             passes = [
                 _backward(block, stream.calls[place], hidden, gradient)
                 for stream, hidden, gradient in zip(streams, before.pop(), gradients, strict=True)
             ]
             gradients = [each.before for each in passes]
             for unit in units[place]:
-                inside = [name.removeprefix(f"{decoder.prefix}{place}.") for name in unit.names]
+                inside = [name.removeprefix(decoder.home(place)) for name in unit.names]
                 _weigh(unit, block, inside, list(zip(streams, passes, strict=True)), offers)
         told(2 * depth - place, 2 * depth)
     return [unit for found in units for unit in found]
@@ -126,7 +125,9 @@ def _outside(decoder: Decoder, source: Source) -> dict[str, str]:
     (table,) = (f"{n}.weight" for n, m in decoder.model.named_modules() if m is embedding)
     everything = decoder.model.named_parameters(remove_duplicate=False)
     own = (name for name, _ in everything if not name.startswith(decoder.prefix))
-    return {name: name if name in source.tensors else table for name in own if name != table}
+    names = {name: decoder.stored_as(name) for name in own if name != table}
+    table = decoder.stored_as(table)
+    return {own: name if name in source.tensors else table for own, name in names.items()}
 
 
 def _of_predictions(decoder: Decoder, stream: Stream, draw: torch.Generator) -> list[Tensor]:

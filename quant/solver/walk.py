@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -20,16 +20,26 @@ from torch.nn import functional
 
 from quant.errors import SolveError, SourceError
 from quant.intake.source import Source
-from quant.solver import blocks, folds, lockstep
+from quant.solver import blocks, experts, folds, lockstep
 from quant.solver.blocks import Decoder, Stream
+from quant.solver.experts import Reading
 from quant.solver.folds import Feed
+
+_ONE_IN = 17  # tokens are shown to every expert: a prime, so that all places of a row come up
+
+Lane = lockstep.Lane[Reading]
 
 
 class Inputs(NamedTuple):
-    """What a layer is given, [tokens, columns] each: when served, and in the parent."""
+    """What a layer is given, [tokens, columns] each: when served, and in the parent.
+
+    `routed` [tokens] tells of an expert's tokens which its router chose; the others are a sample
+    of what it does not get.
+    """
 
     served: Tensor
     parent: Tensor
+    routed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,31 +77,40 @@ def run(
     everything downstream already sees the chosen weights. `hidden` of each stream moves on.
     """
     block, (through, probe) = decoder.blocks[place], streams
-    names = {name: f"{decoder.prefix}{place}.{name}" for name in block.state_dict()}
-    with blocks.filled(block, names, source, decoder.device):
+    with blocks.filled(block, decoder.names(place), source, decoder.device):
         first = Stream(through[0].parent[:1, : probe.hidden.shape[1]], probe.mask, probe.calls)
         trace = _Trace(block, partial(_forward, block, first, place))
-        groups = trace.groups()
+        with experts.sampling(block, one_in=1):
+            groups = trace.groups()
+            feeds = folds.found(block, groups, trace) if solver.scales_inputs else {}
         unreached = blocks.linears(block).keys() - {name for group in groups for name in group}
         if unreached:
-            raise SolveError(
-                f"{decoder.prefix}{place}.{min(unreached)}: no calibration token reached it"
-            )
-        feeds = folds.found(block, groups, trace) if solver.scales_inputs else {}
+            missed = decoder.home(place) + decoder.module(place, min(unreached))
+            raise SolveError(f"{missed}: no calibration token reached it")
         forwards = [partial(_forward, block, stream, place) for stream in through]
         parents = [partial(_forward, block, stream, place, parent=True) for stream in through]
         with (
+            experts.sampling(block, one_in=_ONE_IN),
             _stops(block, groups, solver),
             lockstep.lanes([*forwards, *parents]) as lanes,
         ):
             pairs = list(zip(lanes, lanes[len(through) :], through, strict=False))
             for group in groups:
-                inputs = [Inputs(_next(lane, s), _next(other, s)) for lane, other, s in pairs]
-                linears = {name: blocks.linears(block)[name] for name in group}
-                prefix = f"{decoder.prefix}{place}."
-                solver.visit(Group(prefix, linears, feeds.get(group[0]), inputs))
+                inputs = [_given(lane, other, stream) for lane, other, stream in pairs]
+                solver.visit(_group(decoder, place, group, feeds.get(group[0]), inputs))
             for lane, other, stream in pairs:
                 stream.hidden, stream.parent = _ended(lane), _ended(other)
+
+
+def _group(
+    decoder: Decoder, place: int, names: Sequence[str], feed: Feed | None, inputs: Sequence[Inputs]
+) -> Group:
+    """Under the names that the checkpoint has."""
+    linears = blocks.linears(decoder.blocks[place])
+    named = {decoder.module(place, name): linears[name] for name in names}
+    if feed is not None:
+        feed = replace(feed, name=decoder.module(place, feed.name))
+    return Group(decoder.home(place), named, feed, inputs)
 
 
 _role = threading.local()
@@ -143,7 +162,7 @@ def _stops(block: nn.Module, groups: Sequence[Sequence[str]], solver: Solver) ->
 
     def meet(inputs: Tensor, *, linear: nn.Linear, leads: bool, own: Tensor) -> Tensor:
         if leads:
-            lockstep.stop(inputs)
+            lockstep.stop(experts.reading(inputs))
         if _role.parent:
             return functional.linear(inputs, own, linear.bias)
         return functional.linear(solver.seen(linear, inputs), linear.weight, linear.bias)
@@ -157,13 +176,20 @@ def _stops(block: nn.Module, groups: Sequence[Sequence[str]], solver: Solver) ->
         yield
 
 
-def _next(lane: lockstep.Lane, stream: Stream) -> Tensor:
-    """Where the lane stops next: what it reads there, [tokens, columns]."""
+def _given(lane: Lane, other: Lane, stream: Stream) -> Inputs:
+    """Where a served lane and the parent's stop next: what they read there of real tokens."""
+    served, parent = _next(lane), _next(other)
+    if served.rows is not None:
+        return Inputs(*experts.paired(served, parent, stream.mask))
+    return Inputs(stream.real(served.inputs), stream.real(parent.inputs))
+
+
+def _next(lane: Lane) -> Reading:
     lane.advance()
     assert lane.waiting is not None, "a batch ended before its block's last layer"
-    return stream.real(lane.waiting)
+    return lane.waiting
 
 
-def _ended(lane: lockstep.Lane) -> Tensor:
+def _ended(lane: Lane) -> Tensor:
     lane.advance()
     return lane.result()
