@@ -16,10 +16,11 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
 
-from serve import admin, controllers, health, settings, stats, vllm_compat
+from serve import admin, controllers, health, settings, stats, vllm_compat, voices
 from serve.adapters.pool import AdapterPool, Version
-from serve.errors import AdapterSlotsFull, ModelNotFound, ServeError
+from serve.errors import AdapterRefused, AdapterSlotsFull, ModelNotFound, ServeError
 from serve.serving import Serving
 from serve.turn import Turn, current, ledger
 
@@ -35,8 +36,15 @@ class VllmEngine:
 
     def __init__(self, client: Any) -> None:
         self._client = client
+        self._templates = vllm_compat.takes_templates(client.renderer)
 
     async def load(self, version: Version) -> None:
+        if version.stored.voice.templates and not self._templates:
+            raise AdapterRefused(
+                "the base's tokenizer writes chats without templates, so the adapter's chat "
+                "template has no place; take it out of the folder, or merge the adapter",
+                param="chat_template",
+            )
         fault = await _fault_of(self._client.add_lora(request_of(version)))
         if fault is not None:
             await self.unload(version)
@@ -116,6 +124,7 @@ class Endpoints:
         serving.ready_fd = vars(args).get("quantserve_ready_fd")
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
+        _give_voice(state, serving)
         vllm_compat.note_users(_note_user)
         for method in ("generate", "encode"):
             setattr(engine_client, method, _placing(getattr(engine_client, method), serving))
@@ -143,6 +152,17 @@ def _publish(models: Any, serving: Serving) -> None:
     models.model_name, models.is_base_model = model_name, is_base_model
 
 
+def _give_voice(state: Any, serving: Serving) -> None:
+    """Let versions answer with their own chat template and defaults."""
+    shown = state.online_renderer
+    if vllm_compat.takes_templates(shown.renderer):
+        render = serving.templates.render
+        vllm_compat.render_with(shown.renderer, shown.chat_template, render)
+    for handler in vars(state)["_state"].values():
+        if hasattr(handler, "default_sampling_params"):
+            handler.default_sampling_params = voices.Defaults(handler.default_sampling_params)
+
+
 def _note_user(user: object) -> None:
     turn = current.get()
     if turn is not None and isinstance(user, str):
@@ -159,6 +179,8 @@ def _placing(stock: Any, serving: Serving) -> Any:
     def asked(prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         turn = current.get()
         ledger.note(request_id, turn.alias or serving.base_name if turn else serving.base_name)
+        if isinstance(params, SamplingParams):
+            voices.add_stops(params)
         answers = stock(prompt, params, request_id, *args, **kwargs)
         if turn is None or turn.version is None:
             return answers

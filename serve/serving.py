@@ -21,6 +21,7 @@ from serve.adapters.store import Store, base_of
 from serve.errors import Conflict, ServeError
 from serve.metrics import Metrics
 from serve.settings import Settings
+from serve.voices import Templates
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Serving:
         cache = state_dir / "registry-cache.json"
         self.reconciler = Reconciler(registry, store, self.pool, metrics, cache)
         self.catalog = Catalog(registry, store, self.pool, self.reconciler)
-        self.registry = registry
+        self.registry, self.templates = registry, Templates()
         self.ready_fd: int | None = None
         self.draining = False
         self.started = int(time.time())
@@ -70,6 +71,7 @@ class Serving:
             self._watching.cancel()
             await asyncio.wait({self._watching})
         self.registry.close()
+        self.templates.close()
 
     def announce(self) -> None:
         """Tell the supervisor, where there is one, that the app has started; drain on SIGUSR1."""

@@ -11,7 +11,7 @@ import inspect
 import multiprocessing
 import signal
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -20,16 +20,22 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
+from vllm.renderers.hf import HfRenderer
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.executor import multiproc_executor
 
+from quant.lora.cell import TemplateFault
 from serve import cpu_ops, forkserver, kernels, lora_cpu
 from serve.errors import SettingsError
 
 VERSIONS = ("0.32.", "0.33.")
 PR_SET_PDEATHSIG = 1
+
+# messages, the tokenizer's named tokens, the arguments of apply_chat_template -> the chat, or None
+Render = Callable[[list[Any], Mapping[str, Any], Mapping[str, Any]], Awaitable[str | None]]
 
 run_server_worker = entry.run_server_worker
 
@@ -84,6 +90,31 @@ def _note_user(handler: Any, note: Callable[[object], None]) -> None:
         return await stock(self, request)
 
     handler._check_model = check_model
+
+
+def takes_templates(renderer: Any) -> bool:
+    """Whether the base's chats are written by Jinja templates at all."""
+    return isinstance(renderer, HfRenderer)
+
+
+def render_with(renderer: Any, default: str | None, render: Render) -> None:
+    """Let `render` write chats where it will, before the base's template.
+
+    A template that came with a request, where the operator allows that, goes before both.
+    """
+    stock = vars(renderer)["_apply_chat_template_async"]  # a KeyError here: vLLM moved it
+
+    async def apply(config: Any, tokenizer: Any, conversation: list[Any], **asked: Any) -> Any:
+        if asked.get("chat_template") == default:
+            try:
+                chat = await render(conversation, tokenizer.special_tokens_map, asked)
+            except TemplateFault as fault:
+                raise VLLMValidationError(f"the adapter's chat template: {fault}") from fault
+            if chat is not None:
+                return chat
+        return await stock(config, tokenizer, conversation, **asked)
+
+    renderer._apply_chat_template_async = apply
 
 
 def start_engines_warm() -> None:

@@ -75,6 +75,18 @@ def test_check_prints_a_line_for_each_path(run: Any, legal: Path, base: Path) ->
     assert rows["variant"] == "plain LoRA" and rows["rank"] == "4" and rows["scaling"] == "1"
     assert rows["targets"] == "up_proj x1" and rows["base"] == "tests"
     assert rows["merge"] == "yes: in float32" and rows["swap"] == "yes: as it is"
+    assert rows["travels"] == "weights only"
+
+
+def test_check_says_what_travels_and_what_cannot(run: Any, legal: Path, base: Path) -> None:
+    (legal / "generation_config.json").write_text('{"top_p": 0.9, "num_beams": 4}')
+    (legal / "chat_template.jinja").write_text("{{ messages }}")
+    told = run("check", legal, "--base", base)
+    assert "travels  chat template, top_p 0.9; ignored: num_beams" in told.stdout.splitlines()
+    (legal / "chat_template.jinja").write_text("{% if %}")
+    (found,) = run("check", legal, "--base", base, "--json").lines
+    assert found["merge"]["works"] and not found["swap"]["works"]
+    assert "chat template" in found["swap"]["reason"]
 
 
 def test_check_exits_with_two_when_nothing_works(run: Any, tmp_path: Path, base: Path) -> None:

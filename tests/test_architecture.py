@@ -31,7 +31,10 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "base", 
 # vLLM 0.x moves its modules; every place that knows one is named here.
 VLLM_DOORS = {"worker", "vllm_compat", "lora_cpu", "cpu_ops", "endpoints", "stats"}
 # Standard library and pydantic only.
-LIGHT = ("quant.artifact", "quant.lora.adapter", "quant.errors")
+LIGHT = (
+    "quant.artifact", "quant.lora.adapter", "quant.lora.voice", "quant.lora.cell",
+    "quant.lora.fitting", "quant.errors",
+)  # fmt: skip
 MATHS = (
     "quant.solver.batched", "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",
     "quant.solver.gptq", "quant.solver.grid", "quant.solver.int8", "quant.lora.combine",

@@ -144,6 +144,24 @@ def test_a_grown_vocabulary_is_written_with_its_tokenizer(
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_one_adapters_voice_becomes_the_models(base: Path, tmp_path: Path) -> None:
+    folders: list[Path] = []
+    for name in ("one", "two"):
+        folder = tiny.adapter_folder(tmp_path / name, base, seed=len(folders))
+        theirs = tiny.tokenizer(folder)
+        theirs.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+        theirs.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(f"{{{{ messages }}}} {name}")
+        folders.append(folder)
+    merged(base, tmp_path / "merged", folders[0])
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text().endswith("one")
+    assert "<|tool|>" not in (tmp_path / "merged" / "tokenizer.json").read_text(), "no row for it"
+    tiny.edit_json(folders[1] / "adapter_config.json", revision="x")
+    merged(base, tmp_path / "both", *folders)
+    kept = tmp_path / "both" / "chat_template.jinja"
+    assert not kept.exists() or not kept.read_text().endswith(("one", "two"))
+
+
 def test_a_tied_vocabulary_grows_and_stays_tied(tied: Path, tmp_path: Path) -> None:
     folder, theirs = variants.trained(tmp_path / "lora", tied, vocabulary=330)
     heard = Heard()

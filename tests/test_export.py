@@ -198,3 +198,18 @@ def test_a_base_that_names_no_parent_is_refused(base: Path, child: Made, tmp_pat
     assert "--dtype bfloat16 holds it" in overflow
     with pytest.raises(TargetExists):
         exported(folder, base, base)
+
+
+def test_what_the_adapter_speaks_with_goes_along(tmp_path: Path) -> None:
+    base = variants.base_folder(tmp_path / "base", layers=1)
+    tiny.tokenizer(base)
+    folder = tiny.adapter_folder(tmp_path / "lora", base)
+    tiny.tokenizer(folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    done = export.run(Order(folder, base, tmp_path / "out"), Heard())
+    assert "temperature 0.5" in done.travels
+    assert lora.read(tmp_path / "out").voice == lora.read(folder).voice
+    (folder / "added_tokens.json").write_text('{"<|ghost|>": 320}')
+    with pytest.raises(AdapterError, match="ghost"):
+        export.run(Order(folder, base, tmp_path / "again"), Heard())
+    assert not (tmp_path / "again").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from serve.adapters.sources import Sources
 from serve.adapters.store import Base, Store
 from serve.errors import AdapterRefused
+from tests import tiny
 from tests.lora import write_lora
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -49,6 +51,49 @@ def test_only_the_files_of_an_adapter_are_taken(lora: Path, store: Store) -> Non
     names = {path.name for path in stored.folder.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
     assert stored.bytes == sum(path.stat().st_size for path in stored.folder.iterdir())
+
+
+def test_what_an_adapter_speaks_with_is_taken_in_and_found_again(
+    lora: Path, store: Store, tmp_path: Path
+) -> None:
+    plain = store.take_in(str(lora))
+    theirs = tiny.tokenizer(lora)
+    (lora / "generation_config.json").write_text('{"temperature": 0.5}')
+    known = theirs.get_vocab()
+    speaking = Store(store.root, replace(BASE, tokens=known), Sources())
+    stored = speaking.take_in(str(lora))
+    assert stored.digest != plain.digest
+    assert stored.voice.templates == {"default": tiny.CHAT_TEMPLATE}
+    assert stored.voice.defaults == {"temperature": 0.5}
+    assert stored.voice.eos == (known[tiny.END],)
+    assert speaking.find(stored.digest) == stored
+    assert not (stored.folder / "tokenizer.json").exists()  # its added tokens are what counts
+    other = Store(store.root, replace(BASE, tokens={**known, tiny.TURN: 99}), Sources())
+    with pytest.raises(AdapterRefused, match="im_start"):
+        other.find(stored.digest)
+    assert stored.folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "param"),
+    [
+        ("chat_template.jinja", "{% if %}", "chat_template.jinja"),
+        ("chat_template.jinja", "x" * (300 << 10), "chat_template.jinja"),
+        ("generation_config.json", '{"temperature": -1}', "temperature"),
+        ("tokenizer_config.json", '{"eos_token": "<ghost>"}', "tokenizer.json"),
+        ("added_tokens.json", '{"<ghost>": 4}', "tokenizer.json"),
+        ("special_tokens_map.json", "[", "special_tokens_map.json"),
+    ],
+)
+def test_what_cannot_be_spoken_with_is_refused(
+    lora: Path, tmp_path: Path, name: str, content: str, param: str
+) -> None:
+    (lora / name).write_text(content)
+    store = Store(tmp_path / "store", replace(BASE, tokens={"<s>": 0}), Sources())
+    with pytest.raises(AdapterRefused) as refusal:
+        store.take_in(str(lora))
+    assert refusal.value.param == param and str(lora) in str(refusal.value)
+    assert kept(store) == []
 
 
 def test_nothing_is_left_of_a_refused_adapter(lora: Path, store: Store) -> None:

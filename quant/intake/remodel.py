@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from quant import artifact, checkpoint
 from quant.headers import TensorHeader
 from quant.intake import cached
-from quant.lora import anatomy
+from quant.lora import anatomy, voice
 from quant.lora.adapter import Adapter
 from quant.lora.anatomy import Anatomy, Plan
 from quant.lora.merge import whole
@@ -88,6 +88,26 @@ def copy_tokenizer(plan: Plan, adapters: Sequence[Adapter], target: Path) -> int
     for path in files:
         shutil.copyfile(path, target / path.name)
     return len(files)
+
+
+def copy_voice(adapters: Sequence[Adapter], rows: int, target: Path) -> None:
+    """One adapter's own chat template, generation defaults and tokens become the model's.
+
+    Several that differ would contradict each other: the base keeps its own. So does its tokenizer
+    where an adapter's has tokens beyond the `rows` of the embedding, which nothing trained.
+    """
+    voices = {adapter.voice.identity() for adapter in adapters}
+    if len(voices) > 1 or b"" in voices:
+        return
+    spoken, lies = adapters[0].voice, adapters[0].folder
+    if (lies / voice.TOKENIZER).is_file() and max(spoken.added.values(), default=0) < rows:
+        for name in artifact.TOKENIZER_FILES:
+            if (lies / name).is_file():
+                shutil.copyfile(lies / name, target / name)
+    if (lies / voice.GENERATION).is_file():
+        shutil.copyfile(lies / voice.GENERATION, target / voice.GENERATION)
+    if (template := spoken.template(tools=False)) is not None:
+        (target / voice.TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _make(

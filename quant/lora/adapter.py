@@ -10,18 +10,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quant.errors import AdapterError, ArtifactError
 from quant.headers import TensorHeader, read_headers
-from quant.lora import lora_parts, obstacles
+from quant.lora import lora_parts, obstacles, voice
+from quant.lora.folder import read_json
 from quant.lora.lora_config import LoraConfig, by_pattern, parse
 from quant.lora.lora_parts import Pair, Parts
+from quant.lora.voice import Voice
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "quantserve-adapter.json"
-_MAX_JSON = 16 << 20
 _CHUNK = 1 << 22
 
 # Bytes per element, and the bits of its last two (little-endian) bytes that are all ones in an
@@ -31,7 +31,7 @@ _EXPONENT = {"BF16": (2, 0x80, 0x7F), "F16": (2, 0x00, 0x7C), "F32": (4, 0x80, 0
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """`digest` is over configuration and weights: equal digests compute the same thing.
+    """`digest` is over configuration, weights and voice: equal digests answer the same.
 
     `initial` is the folder of the weights that training started from, where they lie beside it.
     """
@@ -41,6 +41,7 @@ class Adapter:
     parts: Parts
     digest: str
     base_fingerprint: str | None
+    voice: Voice
     initial: Path | None = None
 
     @property
@@ -82,7 +83,7 @@ def read_trained(folder: Path) -> Adapter:
     folder = folder.resolve()
     if not folder.is_dir():
         raise AdapterError(f"adapter folder {folder} does not exist", field="folder")
-    config = parse(folder / CONFIG, _json(folder / CONFIG))
+    config = parse(folder / CONFIG, read_json(folder / CONFIG))
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise _no_weights(folder)
@@ -91,8 +92,11 @@ def read_trained(folder: Path) -> Adapter:
     except ArtifactError as fault:
         raise AdapterError(str(fault), field=WEIGHTS) from fault
     parts = lora_parts.sort(weights, headers, config)
-    base, initial = _base(folder / LINEAGE), _initial(folder, config)
-    return Adapter(folder, config, parts, _digest(folder, headers), base, initial)
+    own = voice.read(folder)
+    digest = _digest(folder, headers, own.identity())
+    return Adapter(
+        folder, config, parts, digest, _base(folder / LINEAGE), own, _initial(folder, config)
+    )
 
 
 def validate(
@@ -153,20 +157,6 @@ def _initial(folder: Path, config: LoraConfig) -> Path | None:
     return next((place for place in places if (place / WEIGHTS).is_file()), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing", field=path.name)
-    if path.stat().st_size > _MAX_JSON:
-        raise AdapterError(f"{path} is larger than {_MAX_JSON} bytes", field=path.name)
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as fault:
-        raise AdapterError(f"{path} is not JSON: {fault}", field=path.name) from fault
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path} is not a JSON object", field=path.name)
-    return raw
-
-
 def _no_weights(folder: Path) -> AdapterError:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
@@ -180,8 +170,8 @@ def _no_weights(folder: Path) -> AdapterError:
     return AdapterError(f"{folder / WEIGHTS} is missing", field=WEIGHTS)
 
 
-def _digest(folder: Path, headers: dict[str, TensorHeader]) -> str:
-    """sha256 over both files; refuses a non-finite weight on the way."""
+def _digest(folder: Path, headers: dict[str, TensorHeader], own: bytes) -> str:
+    """sha256 over both files and what else is its own; refuses a non-finite weight on the way."""
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     with (folder / WEIGHTS).open("rb") as file:
         digest.update(file.read(min(header.begin for header in headers.values())))
@@ -196,6 +186,7 @@ def _digest(folder: Path, headers: dict[str, TensorHeader]) -> str:
                         expected="finite numbers",
                         found="inf or nan",
                     )
+    digest.update(own)
     return digest.hexdigest()
 
 
@@ -218,7 +209,7 @@ def _base(path: Path) -> str | None:
     """The weights fingerprint of the base it was trained on, where a lineage file says so."""
     if not path.is_file():
         return None
-    raw = _json(path)
+    raw = read_json(path)
     base = raw.get("base")
     weights = base.get("weights") if isinstance(base, dict) else None
     if raw.get("format") != 1 or not isinstance(weights, str):

@@ -193,6 +193,7 @@ def _lines(found: "Suitability") -> str:
         "scaling": ", ".join(f"{factor:g}" for factor in found.scaling),
         "targets": targets,
         "base": _base(found),
+        "travels": _travels(found),
         "merge": _verdict(found.merge.works, found.merge.reason),
         "swap": _verdict(found.swap.works, found.swap.reason),
     }
@@ -202,6 +203,11 @@ def _lines(found: "Suitability") -> str:
 def _base(found: "Suitability") -> str:
     named = found.base_named or "not named"
     return f"{named}, weights {found.base_weights[:12]}" if found.base_weights else named
+
+
+def _travels(found: "Suitability") -> str:
+    told = ", ".join(found.travels) or "weights only"
+    return f"{told}; ignored: {', '.join(found.ignored)}" if found.ignored else told
 
 
 def _verdict(works: bool, reason: str) -> str:
@@ -222,6 +228,8 @@ def _exported(done: "Exported") -> str:
     notes = f", {done.start} undone" if done.start else ""
     if done.merged:
         notes += f"; adds to {', '.join(done.merged)}, merged into the base"
+    if done.travels:
+        notes += f"; with its {', '.join(done.travels)}"
     limit = f" --max-lora-rank {done.rank}" if done.rank > 16 else ""
     return (
         f"{done.folder}: rank {done.rank}, {done.modules} modules, {done.dtype},"

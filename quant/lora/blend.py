@@ -128,6 +128,9 @@ def run(order: Order, progress: Progress) -> Blended:
         try:
             checkpoint.copy_companions(opened.folder, folder)
             files = remodel.copy_tokenizer(job.plan, adapters, folder)
+            if job.plan.vocabulary is None:
+                rows = opened.tensors.shape(job.anatomy.embedding)[0]
+                remodel.copy_voice(adapters, rows, folder)
             remodel.write_config(opened.folder, folder, job.plan, order.dtype)
         except OSError as fault:
             raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault

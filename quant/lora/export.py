@@ -7,6 +7,7 @@ baked into B, all ranks are one, and lora_alpha is that rank. What an engine can
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from quant import artifact, staging
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SpaceError
 from quant.lora import adapter as lora
-from quant.lora import merge, obstacles, starts
+from quant.lora import fitting, merge, obstacles, starts, voice
 from quant.lora.adapter import CONFIG, LINEAGE, WEIGHTS, Adapter
 
 
@@ -56,6 +57,7 @@ class Exported:
     dtype: str
     base: str
     start: str | None
+    travels: tuple[str, ...]
     merged: tuple[str, ...]
 
     def told(self) -> dict[str, Any]:
@@ -127,6 +129,8 @@ def run(order: Order, progress: Progress) -> Exported:
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
             _write_json(folder / CONFIG, _config(adapter, rank))
             _write_json(folder / LINEAGE, _lineage(adapter, base))
+            for name in (n for n in voice.FILES if (adapter.folder / n).is_file()):
+                shutil.copyfile(adapter.folder / name, folder / name)
         except OSError as fault:
             raise SpaceError(f"{folder} cannot hold the adapter: {fault}") from fault
     return Exported(
@@ -137,6 +141,7 @@ def run(order: Order, progress: Progress) -> Exported:
         dtype=str(dtype).removeprefix("torch."),
         base=base.parent.weights,
         start=adapter.config.start,
+        travels=adapter.voice.told(),
         merged=base.merged,
     )
 
@@ -191,6 +196,7 @@ def _check_fits(adapter: Adapter, base: Base) -> None:
         max_rank=None,
         base_weights_fingerprint=base.parent.weights,
     )
+    fitting.fitted(adapter.voice, voice.vocabulary(base.folder), adapter.folder)
     reason = starts.why_not(adapter, has_base=not base.quantized)
     if reason is not None:
         raise AdapterError(

@@ -14,7 +14,7 @@ from quant import artifact
 from quant.errors import AdapterError, ArtifactError
 from quant.intake import architecture
 from quant.lora import adapter as lora
-from quant.lora import anatomy, obstacles, starts
+from quant.lora import anatomy, fitting, obstacles, starts, voice
 from quant.lora.adapter import Adapter
 
 _SERVED_RANK = 16  # what `serve` allows unless told otherwise
@@ -30,7 +30,11 @@ class Verdict(BaseModel):
 
 
 class Suitability(BaseModel):
-    """An adapter told in a few lines; `targets` counts modules by the last part of their names."""
+    """An adapter told in a few lines; `targets` counts modules by the last part of their names.
+
+    `travels` is what is served with it beside weights, `ignored` what its generation config asks
+    for in vain.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,6 +47,8 @@ class Suitability(BaseModel):
     bytes: int
     base_named: str | None
     base_weights: str | None
+    travels: tuple[str, ...]
+    ignored: tuple[str, ...]
     merge: Verdict
     swap: Verdict
 
@@ -66,6 +72,8 @@ def judge(folder: Path, base: Path | None) -> Suitability:
         bytes=adapter.weights.stat().st_size,
         base_named=adapter.config.base_model_name_or_path,
         base_weights=adapter.base_fingerprint,
+        travels=adapter.voice.told(),
+        ignored=adapter.voice.ignored,
         merge=_merging(adapter, base),
         swap=_swapping(adapter, base),
     )
@@ -131,6 +139,8 @@ def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
             return Verdict(works=False, reason=f"{start}: give --base, or use `adapter merge`")
         if base is not None:
             _check_base(adapter, base)
+        known = voice.vocabulary(base) if base is not None else None
+        fitting.fitted(adapter.voice, known, adapter.folder)
     except AdapterError as fault:
         return Verdict(works=False, reason=str(fault))
     doubled = 2 if adapter.config.start is not None else 1

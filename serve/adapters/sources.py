@@ -20,11 +20,11 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 
-from quant.lora import adapter
+from quant.lora import adapter, voice
 from serve.errors import AdapterMissing, AdapterRefused, SourceUnavailable
 
 NEEDED = (adapter.CONFIG, adapter.WEIGHTS)
-FILES = (adapter.CONFIG, adapter.LINEAGE, adapter.WEIGHTS)  # small ones first
+FILES = (adapter.CONFIG, adapter.LINEAGE, *voice.FILES, adapter.WEIGHTS)  # small ones first
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 HUB_ID = re.compile(r"(?:hf://)?(?P<path>[\w.-]+/[\w.-]+(?:@[\w.-]+)?)/?")
 CHUNK = 4 << 20
@@ -153,18 +153,18 @@ class Sources:
                     raise _missing(opened, name, source)
                 continue
             file, size = found
-            with file, (into / name).open("wb") as kept:
-                left -= size
-                while left >= 0 and (chunk := file.read(CHUNK)):
-                    kept.write(chunk)
-                    left -= max(len(chunk) - size, 0)
-                    size = max(size - len(chunk), 0)
-            if left < 0:
+            most = voice.FILES.get(name, left)
+            with file:
+                taken = _take(file, size, into / name, min(most, left))
+            if taken > left:
                 raise AdapterRefused(
                     f"{source} is larger than {self.max_bytes} bytes "
                     "(QUANTSERVE_MAX_ADAPTER_BYTES)",
                     param=name,
                 )
+            if taken > most:
+                raise AdapterRefused(f"{source}/{name} is larger than {most} bytes", param=name)
+            left -= taken
 
 
 def _plain_file(at: int, name: str, folder: Path) -> tuple[IO[bytes], int] | None:
@@ -187,6 +187,16 @@ def _plain_file(at: int, name: str, folder: Path) -> tuple[IO[bytes], int] | Non
         file.close()
         raise AdapterRefused(f"{folder / name} is not a plain file", param=name)
     return file, about.st_size
+
+
+def _take(file: IO[bytes], size: int, target: Path, most: int) -> int:
+    """The bytes copied, or announced: more than `most` when there are more."""
+    taken, announced = 0, size
+    with target.open("wb") as kept:
+        while max(taken, announced) <= most and (chunk := file.read(CHUNK)):
+            kept.write(chunk)
+            taken += len(chunk)
+    return max(taken, announced)
 
 
 def _missing(opened: Opener, name: str, source: str) -> AdapterRefused:

@@ -19,8 +19,9 @@ from threading import Lock
 
 from quant import artifact
 from quant.errors import AdapterError
-from quant.lora import adapter
+from quant.lora import adapter, fitting, voice
 from quant.lora.adapter import Adapter
+from quant.lora.voice import Voice
 from serve.adapters.sources import Sources
 from serve.errors import AdapterRefused, StoreFailed
 
@@ -31,28 +32,33 @@ UNNEEDED_S = 3600.0  # so long a folder stays after it was last taken in, needed
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An adapter in the store; `folder` is named by its digest."""
+    """An adapter in the store; `folder` is named by its digest, `voice` is ready to be used."""
 
     digest: str
     folder: Path
     rank: int
     bytes: int
+    voice: Voice = field(default_factory=Voice)
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What an adapter must fit: (out, in) by module, the largest rank, the weights' fingerprint."""
+    """What an adapter must fit: (out, in) by module, the largest rank, the weights' fingerprint.
+
+    `tokens` are its own by text; None where it does not tell.
+    """
 
     shapes: Mapping[str, tuple[int, int]]
     max_rank: int
     weights: str | None
+    tokens: Mapping[str, int] | None = None
 
 
 def base_of(folder: Path, max_rank: int) -> Base:
     """The base that a served folder is; only an artifact of ours knows its fingerprint."""
     manifest = artifact.read(folder)
     weights = manifest.parent.weights if manifest else None
-    return Base(artifact.linear_shapes(folder), max_rank, weights)
+    return Base(artifact.linear_shapes(folder), max_rank, weights, voice.vocabulary(folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,8 @@ class Store:
                 raise AdapterRefused(
                     f"{source} holds {found.digest[:12]} now, not {expected[:12]}", param="digest"
                 )
-            self._fit(found, source)
-            return self._keep(staging, found)
+            own = self._fit(found, source)
+            return self._keep(staging, found, own)
         except OSError as fault:
             raise StoreFailed(f"{source} could not be taken in: {fault}") from fault
         finally:
@@ -104,9 +110,9 @@ class Store:
         if found is None or found.digest != digest:
             shutil.rmtree(folder)
             return None
-        self._fit(found, digest[:12])
+        own = self._fit(found, digest[:12])
         os.utime(folder)
-        return _stored(found, folder)
+        return _stored(found, folder, own)
 
     def sweep(self, needed: Collection[str]) -> list[str]:
         """Remove what is not needed, and what a crash left behind; returns what went."""
@@ -127,7 +133,7 @@ class Store:
         _check_stated(folder / adapter.CONFIG, source)
         return found
 
-    def _fit(self, found: Adapter, source: str) -> None:
+    def _fit(self, found: Adapter, source: str) -> Voice:
         base = self.base
         try:
             adapter.validate(
@@ -136,11 +142,13 @@ class Store:
                 max_rank=base.max_rank,
                 base_weights_fingerprint=base.weights,
             )
+            return fitting.fitted(found.voice, base.tokens, found.folder)
         except AdapterError as fault:
             raise _refused(fault, found.folder, source) from fault
 
-    def _keep(self, staging: Path, found: Adapter) -> Stored:
+    def _keep(self, staging: Path, found: Adapter, own: Voice) -> Stored:
         folder = self.root / found.digest
+        _shorten(staging, found)
         for file in staging.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
@@ -151,7 +159,14 @@ class Store:
                 if not folder.is_dir():
                     raise
             os.utime(folder)  # another intake may have been quicker; the digests say it is the same
-        return _stored(found, folder)
+        return _stored(found, folder, own)
+
+
+def _shorten(staging: Path, found: Adapter) -> None:
+    """A whole tokenizer was needed for the list of its added tokens, which is kept."""
+    if (staging / voice.TOKENIZER).is_file():
+        (staging / voice.ADDED).write_text(json.dumps(found.voice.added))
+        (staging / voice.TOKENIZER).unlink()
 
 
 def _check_stated(config: Path, source: str) -> None:
@@ -165,9 +180,9 @@ def _check_stated(config: Path, source: str) -> None:
             raise AdapterRefused(f"{source}/{config.name} does not state {name}", param=name)
 
 
-def _stored(found: Adapter, folder: Path) -> Stored:
+def _stored(found: Adapter, folder: Path, own: Voice) -> Stored:
     size = sum(file.stat().st_size for file in folder.iterdir())
-    return Stored(found.digest, folder, found.rank, size)
+    return Stored(found.digest, folder, found.rank, size, own)
 
 
 def _refused(fault: AdapterError, folder: Path, source: str) -> AdapterRefused:

@@ -1,0 +1,144 @@
+"""A process apart in which somebody else's chat template is rendered, for so long and no longer.
+
+A template is a program: sandboxed by jinja2 it cannot reach ours, but it can loop for days, ask for
+all memory in one multiplication, or hold the interpreter's lock in one power. The cell has limits
+on memory, no files, no processes, and is killed when its time is up; the next one starts in its
+place. Blocking; one caller at a time. Standard library only.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+from quant.errors import AdapterError
+from quant.lora.voice import TEMPLATE, Voice
+
+SECONDS = 2.0  # of one rendering
+START_S = 20.0  # of the first: python and jinja2 are loaded, perhaps by a machine that is busy
+LONGEST_ANSWER = 128 << 20  # bytes of JSON
+STOPPED = "stopped"
+_FATAL = {STOPPED, "MemoryError", "OverflowError", "SecurityError", "TemplateAssertionError",
+          "TemplateSyntaxError"}  # fmt: skip
+_WORD = "quantserve asks"
+_PROGRAM = Path(__file__).with_name("cell_inmate.py")
+
+
+class TemplateFault(Exception):
+    """The template refused the chat, or broke; the message is its own.
+
+    `kind` names jinja2's or Python's exception, or is STOPPED.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Cell:
+    """Renders until closed; a template that is stopped costs the process and not the cell."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
+        self._inmate: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Cell":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def render(
+        self, template: str, variables: Mapping[str, Any], *, continues: bool = False
+    ) -> str:
+        """The chat as text. TemplateFault says why there is none; TypeError: no JSON in, none out.
+
+        `variables` are the template's: `messages`, `tools`, `add_generation_prompt` and so on.
+        """
+        told = {"template": template, "variables": variables, "continues": continues}
+        order = json.dumps(told).encode() + b"\n"
+        if self._inmate is None:
+            self._inmate = _started()
+            self._ask(self._inmate, _HELLO, START_S)
+        answer = self._ask(self._inmate, order, self._seconds)
+        if "error" in answer:
+            raise TemplateFault(answer["error"], answer["kind"])
+        return str(answer["text"])
+
+    def close(self) -> None:
+        if self._inmate is not None:
+            self._inmate.kill()
+            self._inmate.communicate()
+            self._inmate = None
+
+    def _ask(self, inmate: subprocess.Popen[bytes], order: bytes, seconds: float) -> dict[str, Any]:
+        assert inmate.stdin is not None and inmate.stdout is not None
+        stop = Timer(seconds, inmate.kill)
+        stop.start()
+        line = b""
+        try:
+            with suppress(BrokenPipeError):
+                inmate.stdin.write(order)
+                inmate.stdin.flush()
+                line = inmate.stdout.readline(LONGEST_ANSWER)
+        finally:
+            stop.cancel()
+        if not line.endswith(b"\n"):
+            self._inmate = None
+            inmate.kill()
+            inmate.communicate()
+            why = f"it took more than {seconds:g} s, or more memory than it may have"
+            raise TemplateFault(why, STOPPED)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def check(voice: Voice, folder: Path) -> None:
+    """AdapterError where a template is none, or cannot render one short chat within its limits.
+
+    One that turns our chat down may have its reasons, and is not asked for them.
+    """
+    for text in voice.templates.values():
+        fault = _tried(text)[1]
+        if fault is not None:
+            raise AdapterError(f"{folder}: its chat template: {fault}", field=TEMPLATE)
+
+
+def wants_lists(voice: Voice) -> bool:
+    """Whether a message's content must come as a list of parts, plain text not being taken."""
+    return any(_tried(text)[0] for text in voice.templates.values())
+
+
+@lru_cache(maxsize=64)
+def _tried(template: str) -> tuple[bool, str | None]:
+    """Whether it wants lists; and what is wrong with it for good."""
+    with Cell() as cell:
+        for content in (_WORD, [{"type": "text", "text": _WORD}]):
+            chat = [{"role": "user", "content": content}]
+            variables = {"messages": chat, "tools": None, "add_generation_prompt": True, **_TOKENS}
+            try:
+                text = cell.render(template, variables)
+            except TemplateFault as fault:
+                if fault.kind in _FATAL:
+                    return False, str(fault)
+                continue
+            if _WORD in text and "'type': 'text'" not in text:  # a list that was printed as one
+                return isinstance(content, list), None
+    return False, None
+
+
+def _started() -> subprocess.Popen[bytes]:
+    """Isolated from our environment and our modules."""
+    return subprocess.Popen(
+        [sys.executable, "-I", str(_PROGRAM)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={},
+    )  # fmt: skip
+
+
+_HELLO = json.dumps({"template": "", "variables": {}, "continues": False}).encode() + b"\n"
+_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
