@@ -98,6 +98,8 @@ class Journal:
         done, state = self.entry.done + 1, self._stage.state
         part = f"block-{done:05}.safetensors"
         size = shards.write(state / part, tensors)
+        shards.write(state / _units(done), layers.units)
+        layers.units.clear()
         if done < self._blocks:
             held = {f"hidden.{n}": stream.hidden for n, stream in enumerate(streams)}
             held |= {f"parent.{n}": stream.parent for n, stream in enumerate(streams)}
@@ -109,6 +111,13 @@ class Journal:
             digests=dict(layers.digests),
         )
         (state / _activations(done - 1)).unlink(missing_ok=True)
+
+    def units(self) -> dict[str, Tensor]:
+        """What smoothing divides layers' inputs and outputs by, of all blocks."""
+        found: dict[str, Tensor] = {}
+        for place in range(1, self.entry.done + 1):
+            found |= load_file(self._stage.state / _units(place))
+        return found
 
     def assemble(self) -> int:
         """The checkpoint of all parts, in the folder that becomes the target; its bytes."""
@@ -170,6 +179,10 @@ def _read(stage: Stage) -> Entry | None:
 
 def _keep(state: Path, entry: Entry) -> None:
     shards.whole(state / _JOURNAL, [entry.model_dump_json().encode()])
+
+
+def _units(done: int) -> str:
+    return f"units-{done:05}.safetensors"
 
 
 def _activations(done: int) -> str:

@@ -25,6 +25,7 @@ from quant import (
     formats,
     journal,
     room,
+    shards,
     staging,
 )
 from quant.artifact import Manifest, MergedAdapter
@@ -34,6 +35,7 @@ from quant.formats import FULL, Plan
 from quant.intake import source
 from quant.intake.source import Source
 from quant.journal import Journal
+from quant.lora.adapter import UNITS
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe
@@ -95,6 +97,8 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
             measured = partial(allotment.within, recipe, decoder, opened, rows, progress.say)
             layers = _layers(recipe, kept.plan(measured), opened, decoder, progress)
         _solve(layers, decoder, opened, kept, rows)
+        if recipe.scheme == "w8a8":
+            shards.write(stage.folder / UNITS, kept.units())
         size = kept.assemble()
         progress.say("reading back every layer")
         facts = _facts(recipe, order, opened, rows)

@@ -166,7 +166,7 @@ def _check(settings: Settings) -> None:
         database.checked(settings.database_url)
     if not settings.artifact.is_dir():
         raise SettingsError(f"{settings.artifact} is not a folder")
-    artifact.read(settings.artifact)
+    manifest = artifact.read(settings.artifact)
     if settings.adapters and not settings.max_adapters:
         raise SettingsError("--adapter needs at least one slot: --max-adapters is 0")
     shapes = artifact.linear_shapes(settings.artifact) if settings.adapters else {}
@@ -179,6 +179,7 @@ def _check(settings: Settings) -> None:
                 shapes,
                 max_rank=settings.max_lora_rank,
                 base_weights_fingerprint=None,
+                base_artifact=adapter.identity(manifest) if manifest else None,
             )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quant.artifact import Manifest
 from quant.errors import AdapterError, ArtifactError
 from quant.headers import TensorHeader, read_headers
 from quant.lora import lora_parts, obstacles, voice
@@ -22,6 +23,10 @@ from quant.lora.voice import Voice
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "quantserve-adapter.json"
+# In a W8A8 artifact, float32 by layer: what its inputs and outputs are divided by beside the
+# parent's. Not named *.safetensors, which vLLM would take for weights.
+UNITS = "quantserve-units.st"
+INPUT_DIVISOR, OUTPUT_DIVISOR = "input_divisor", "output_divisor"
 _CHUNK = 1 << 22
 
 # Bytes per element, and the bits of its last two (little-endian) bytes that are all ones in an
@@ -33,7 +38,9 @@ _EXPONENT = {"BF16": (2, 0x80, 0x7F), "F16": (2, 0x00, 0x7C), "F32": (4, 0x80, 0
 class Adapter:
     """`digest` is over configuration, weights and voice: equal digests answer the same.
 
-    `initial` is the folder of the weights that training started from, where they lie beside it.
+    `artifact` is the identity of the one artifact that it was exported for, None where it is a
+    change of the parent itself. `initial` is the folder of the weights that training started from,
+    where they lie beside it.
     """
 
     folder: Path
@@ -42,6 +49,7 @@ class Adapter:
     digest: str
     base_fingerprint: str | None
     voice: Voice
+    artifact: str | None = None
     initial: Path | None = None
 
     @property
@@ -94,9 +102,8 @@ def read_trained(folder: Path) -> Adapter:
     parts = lora_parts.sort(weights, headers, config)
     own = voice.read(folder)
     digest = _digest(folder, headers, own.identity())
-    return Adapter(
-        folder, config, parts, digest, _base(folder / LINEAGE), own, _initial(folder, config)
-    )
+    base, artifact = _lineage(folder / LINEAGE)
+    return Adapter(folder, config, parts, digest, base, own, artifact, _initial(folder, config))
 
 
 def validate(
@@ -105,13 +112,14 @@ def validate(
     *,
     max_rank: int | None,
     base_weights_fingerprint: str | None,
+    base_artifact: str | None = None,
 ) -> None:
     """AdapterError naming the first thing that does not fit the base.
 
-    `shapes` are the base's (out_features, in_features) by module; None skips its check.
+    `shapes` are the base's (out_features, in_features) by module, `base_artifact` its identity
+    where it is an artifact; None skips the check of rank or weights.
     """
-    if base_weights_fingerprint:
-        check_lineage(adapter, base_weights_fingerprint)
+    check_lineage(adapter, base_weights_fingerprint, base_artifact)
     if max_rank is not None and adapter.rank > max_rank:
         raise _misfit(adapter, "rank", expected=f"at most {max_rank}", found=str(adapter.rank))
     for module, pair in adapter.pairs.items():
@@ -126,11 +134,42 @@ def validate(
             raise _misfit(adapter, module, expected=_size(shapes[module]), found=_size(found))
 
 
-def check_lineage(adapter: Adapter, weights: str) -> None:
-    """AdapterError where the adapter says it was trained on other weights than these."""
+def check_lineage(adapter: Adapter, weights: str | None, artifact: str | None = None) -> None:
+    """AdapterError where the adapter says it was trained on other weights than these, or exported
+    for another artifact than the one of this identity."""
     trained_on = adapter.base_fingerprint
-    if trained_on and trained_on != weights:
+    if weights and trained_on and trained_on != weights:
         raise _misfit(adapter, "base weights", expected=weights[:12], found=trained_on[:12])
+    if adapter.artifact not in (None, artifact):
+        expected = f"one exported for {artifact[:12]}" if artifact else "a change of the parent"
+        found = f"one exported for artifact {adapter.artifact[:12]}"
+        raise _misfit(adapter, "artifact", expected=expected, found=found)
+
+
+def identity(manifest: Manifest) -> str:
+    """What tells an artifact's tensors from all others: a sha256 over their files' digests."""
+    files = (
+        f"{name} {file.sha256}\n"
+        for name, file in sorted(manifest.files.items())
+        if name.endswith(".safetensors") or name == UNITS
+    )
+    return hashlib.sha256("".join(files).encode()).hexdigest()
+
+
+def units(folder: Path, manifest: Manifest | None) -> Path | None:
+    """Where the artifact in `folder` says what its layers read and put out; None where that is
+    what its parent's do. AdapterError for an old W8A8 artifact, which does not say."""
+    if manifest is None or manifest.scheme != "w8a8":
+        return None
+    if UNITS not in manifest.files:
+        raise AdapterError(
+            f"{folder} was made by a version that did not keep what smoothing divided its layers"
+            " by, so that no adapter is right on it; quantize its parent again",
+            field="base",
+            expected=UNITS,
+            found="no such file",
+        )
+    return folder / UNITS
 
 
 def scaling(config: LoraConfig, module: str) -> float:
@@ -205,21 +244,25 @@ def _ones(mask: int) -> range:
     return range(mask, 0x80)
 
 
-def _base(path: Path) -> str | None:
-    """The weights fingerprint of the base it was trained on, where a lineage file says so."""
+def _lineage(path: Path) -> tuple[str | None, str | None]:
+    """The weights it was trained on and the artifact it is for, where a lineage file says so."""
     if not path.is_file():
-        return None
+        return None, None
     raw = read_json(path)
-    base = raw.get("base")
+    base, artifact = raw.get("base"), raw.get("artifact")
     weights = base.get("weights") if isinstance(base, dict) else None
-    if raw.get("format") != 1 or not isinstance(weights, str):
+    if (
+        raw.get("format") != 1
+        or not isinstance(weights, str)
+        or not isinstance(artifact, str | None)
+    ):
         raise AdapterError(
             f"{path} is not a lineage file of format 1",
             field=LINEAGE,
             expected='{"format": 1, "base": {"weights": sha256}}',
             found=json.dumps(raw)[:100],
         )
-    return weights
+    return weights, artifact
 
 
 def _misfit(adapter: Adapter, field: str, *, expected: str, found: str) -> AdapterError:

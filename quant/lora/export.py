@@ -22,7 +22,7 @@ from quant import artifact, staging
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SpaceError
 from quant.lora import adapter as lora
-from quant.lora import fitting, merge, obstacles, starts, voice
+from quant.lora import fitting, merge, obstacles, starts, units, voice
 from quant.lora.adapter import CONFIG, LINEAGE, WEIGHTS, Adapter
 
 
@@ -73,6 +73,8 @@ class Base:
     parent: Fingerprint
     quantized: bool
     merged: tuple[str, ...]  # adapters that are part of its weights already
+    artifact: str | None = None  # its identity
+    units: Path | None = None  # what its layers read and put out, where not what the parent's do
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +92,14 @@ def base_of(folder: Path) -> Base:
     manifest = artifact.read(folder)
     if manifest is not None:
         names = tuple(merged.name for merged in manifest.adapters)
-        return Base(folder, manifest.parent, quantized=True, merged=names)
+        return Base(
+            folder,
+            manifest.parent,
+            quantized=True,
+            merged=names,
+            artifact=lora.identity(manifest),
+            units=lora.units(folder, manifest),
+        )
     if artifact.quantization_config(folder) is not None:
         raise ArtifactError(
             f"{folder} is quantized and has no {artifact.MANIFEST} that names its parent: give the"
@@ -119,8 +128,11 @@ def run(order: Order, progress: Progress) -> Exported:
     _check_fits(adapter, base)
     dtype = order.dtype or base.dtype
     factors: dict[str, tuple[Tensor, Tensor]] = {}
+    # Exported before for this very artifact, it is in its units already.
+    scales = units.read(base.units if adapter.artifact is None else None)
     for place, module in enumerate(adapter.pairs, 1):
-        factors[module] = plain_pair(adapter, module, _weight(base, adapter, module))
+        a, b = plain_pair(adapter, module, _weight(base, adapter, module))
+        factors[module] = scales.moved(module, a, b)
         progress.measured(module, place, len(adapter.pairs))
     rank = max(len(a) for a, _ in factors.values())
     tensors = dict(_tensors(factors, rank, dtype))
@@ -195,6 +207,7 @@ def _check_fits(adapter: Adapter, base: Base) -> None:
         artifact.linear_shapes(base.folder),
         max_rank=None,
         base_weights_fingerprint=base.parent.weights,
+        base_artifact=base.artifact,
     )
     fitting.fitted(adapter.voice, voice.vocabulary(base.folder), adapter.folder)
     reason = starts.why_not(adapter, has_base=not base.quantized)
@@ -270,9 +283,11 @@ def _config(adapter: Adapter, rank: int) -> dict[str, Any]:
 
 
 def _lineage(adapter: Adapter, base: Base) -> dict[str, Any]:
+    """In the parent's units it fits every artifact of the parent, else this one alone."""
     return {
         "format": 1,
         "base": base.parent.model_dump(),
+        "artifact": base.artifact if base.units else None,
         "exported_from": {"name": adapter.name, "digest": adapter.digest},
     }
 

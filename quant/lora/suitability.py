@@ -164,4 +164,6 @@ def _check_base(adapter: Adapter, base: Path) -> None:
         artifact.linear_shapes(base),
         max_rank=None,
         base_weights_fingerprint=weights,
+        base_artifact=lora.identity(manifest) if manifest else None,
     )
+    lora.units(base, manifest)

@@ -6,11 +6,12 @@ its layers' inputs rounded. Refuses folders that leave a parameter without a val
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from quant import checkpoint, formats
@@ -50,6 +51,28 @@ def of_tensors(
     if empty := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise CompareError(f"{place} lacks {empty[0]}, which {source.architecture} needs to run")
     return model
+
+
+def beside(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Adds B A x to these layers' outputs, as an engine does: x as it was before any rounding.
+
+    `factors` are A [rank, in] and B [out, rank] by module, in the units of the model's layers.
+    """
+    for name, (a, b) in factors.items():
+        layer = model.get_submodule(name)
+        model.set_submodule(name, _Adapted(layer, a.to(model.device), b.to(model.device)))
+
+
+class _Adapted(nn.Module):
+    """A layer and what an adapter adds to it."""
+
+    def __init__(self, layer: nn.Module, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.layer, self.a, self.b = layer, a, b
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.layer(inputs)
+        return out + functional.linear(functional.linear(inputs, self.a), self.b)
 
 
 def round_inputs(model: PreTrainedModel, layers: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from quant.checkpoint import Layer
 from quant.errors import SolveError
 from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
+from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
 from quant.recipe import Recipe
 from quant.solver import descent, gptq, int8
 from quant.solver.descent import Moments
@@ -95,6 +96,7 @@ class Layers:
         self.plan, self.dtype = plan, dtype
         self.reports: list[LayerReport] = []
         self.digests: dict[str, str] = {}
+        self.units: dict[str, Tensor] = {}  # what smoothing divides by, of blocks not yet kept
         self._damping, self._shapes, self._progress = recipe.damping, shapes, progress
         self.scales_inputs = any(form.inputs == 8 for form in plan.values())
         self._solved: dict[str, Layer] = {}
@@ -164,6 +166,8 @@ class Layers:
         scale = smoothing(weight, group, even)
         if group.feed is not None:
             scale = self._fold(group, group.feed, scale)
+            for name in group.linears:
+                self.units[f"{group.prefix}{name}.{INPUT_DIVISOR}"] = scale.cpu()
         for linear in group.linears.values():
             self._smoothed[linear] = scale
         return weight * scale
@@ -174,6 +178,9 @@ class Layers:
         layer = self._solved.get(name)
         if layer is not None:
             self._set(name, Layer(layer.codes, feed.scaled(layer.scale, 1 / scale.cpu())))
+            divisor = torch.ones(len(layer.codes))
+            divisor[feed.first :] = scale.cpu()
+            self.units[f"{name}.{OUTPUT_DIVISOR}"] = divisor
             return scale
         if isinstance(feed.layer, nn.Linear):  # solved only later
             return torch.ones_like(scale)

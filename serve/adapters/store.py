@@ -13,15 +13,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
 from quant import artifact
+from quant.artifact import Manifest
 from quant.errors import AdapterError
 from quant.lora import adapter, fitting, voice
 from quant.lora.adapter import Adapter
 from quant.lora.voice import Voice
+from serve.adapters import units
 from serve.adapters.sources import Sources
 from serve.errors import AdapterRefused, StoreFailed
 
@@ -32,7 +34,7 @@ UNNEEDED_S = 3600.0  # so long a folder stays after it was last taken in, needed
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An adapter in the store; `folder` is named by its digest, `voice` is ready to be used."""
+    """An adapter in the store; `folder` is what the engine reads, `voice` is ready to be used."""
 
     digest: str
     folder: Path
@@ -45,20 +47,34 @@ class Stored:
 class Base:
     """What an adapter must fit: (out, in) by module, the largest rank, the weights' fingerprint.
 
-    `tokens` are its own by text; None where it does not tell.
+    `tokens` are its own by text; None where it does not tell. Where it is an artifact of ours: its
+    folder and manifest.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     max_rank: int
     weights: str | None
     tokens: Mapping[str, int] | None = None
+    folder: Path | None = None
+    manifest: Manifest | None = None
+
+    @property
+    def artifact(self) -> str | None:
+        return adapter.identity(self.manifest) if self.manifest else None
 
 
 def base_of(folder: Path, max_rank: int) -> Base:
     """The base that a served folder is; only an artifact of ours knows its fingerprint."""
     manifest = artifact.read(folder)
     weights = manifest.parent.weights if manifest else None
-    return Base(artifact.linear_shapes(folder), max_rank, weights, voice.vocabulary(folder))
+    return Base(
+        artifact.linear_shapes(folder),
+        max_rank,
+        weights,
+        voice.vocabulary(folder),
+        folder,
+        manifest,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +105,8 @@ class Store:
                     f"{source} holds {found.digest[:12]} now, not {expected[:12]}", param="digest"
                 )
             own = self._fit(found, source)
-            return self._keep(staging, found, own)
+            self._for_engine(found, source)
+            return self._stored(self._keep(staging, found), own, source)
         except OSError as fault:
             raise StoreFailed(f"{source} could not be taken in: {fault}") from fault
         finally:
@@ -112,7 +129,7 @@ class Store:
             return None
         own = self._fit(found, digest[:12])
         os.utime(folder)
-        return _stored(found, folder, own)
+        return self._stored(found, own, digest[:12])
 
     def sweep(self, needed: Collection[str]) -> list[str]:
         """Remove what is not needed, and what a crash left behind; returns what went."""
@@ -141,17 +158,16 @@ class Store:
                 base.shapes,
                 max_rank=base.max_rank,
                 base_weights_fingerprint=base.weights,
+                base_artifact=base.artifact,
             )
             return fitting.fitted(found.voice, base.tokens, found.folder)
         except AdapterError as fault:
             raise _refused(fault, found.folder, source) from fault
 
-    def _keep(self, staging: Path, found: Adapter, own: Voice) -> Stored:
+    def _keep(self, staging: Path, found: Adapter) -> Adapter:
         folder = self.root / found.digest
         _shorten(staging, found)
-        for file in staging.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+        _settle(staging)
         with self._moving:
             try:
                 os.rename(staging, folder)
@@ -159,7 +175,41 @@ class Store:
                 if not folder.is_dir():
                     raise
             os.utime(folder)  # another intake may have been quicker; the digests say it is the same
-        return _stored(found, folder, own)
+        return replace(found, folder=folder)
+
+    def _stored(self, found: Adapter, own: Voice, source: str) -> Stored:
+        size = sum(file.stat().st_size for file in found.folder.iterdir() if file.is_file())
+        return Stored(found.digest, self._for_engine(found, source), found.rank, size, own)
+
+    def _for_engine(self, found: Adapter, source: str) -> Path:
+        """The adapter as it is, or for a smoothed artifact a copy in its units, in a folder of the
+        adapter's own: replicas of other artifacts may share the store."""
+        scales = self._scales(source)
+        if scales is None or found.artifact is not None:
+            return found.folder
+        folder = found.folder / f"for-{self.base.artifact}"
+        if folder.is_dir():
+            return folder
+        staging = Path(tempfile.mkdtemp(dir=found.folder, prefix=STAGING))
+        try:
+            units.write(found, scales, staging)
+            _settle(staging)
+            os.rename(staging, folder)
+        except AdapterError as fault:
+            raise _refused(fault, found.folder, source) from fault
+        except OSError:
+            if not folder.is_dir():  # else another intake was quicker
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return folder
+
+    def _scales(self, source: str) -> Path | None:
+        base = self.base
+        try:
+            return adapter.units(base.folder, base.manifest) if base.folder else None
+        except AdapterError as fault:
+            raise _refused(fault, self.root, source) from fault
 
 
 def _shorten(staging: Path, found: Adapter) -> None:
@@ -167,6 +217,13 @@ def _shorten(staging: Path, found: Adapter) -> None:
     if (staging / voice.TOKENIZER).is_file():
         (staging / voice.ADDED).write_text(json.dumps(found.voice.added))
         (staging / voice.TOKENIZER).unlink()
+
+
+def _settle(folder: Path) -> None:
+    for file in folder.iterdir():
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 def _check_stated(config: Path, source: str) -> None:
@@ -178,11 +235,6 @@ def _check_stated(config: Path, source: str) -> None:
     for name in STATED:
         if stated.get(name) is None:
             raise AdapterRefused(f"{source}/{config.name} does not state {name}", param=name)
-
-
-def _stored(found: Adapter, folder: Path, own: Voice) -> Stored:
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return Stored(found.digest, folder, found.rank, size, own)
 
 
 def _refused(fault: AdapterError, folder: Path, source: str) -> AdapterRefused:
