@@ -1,14 +1,17 @@
-// A LoRA delta for few rows: y += x @ down^T @ up, slice by slice, without copying any row.
+// A LoRA delta: y += x @ down^T @ up, slice by slice, without copying more than a block of rows.
 //
 // One call per layer and adapter instead of a dozen small PyTorch operators, whose fixed costs
-// are most of a decode step's LoRA time. Weights are float32 and read once for all rows; sums are
-// float32 and are rounded once, into y. Many rows are better served by a matrix library.
+// are most of a decode step's LoRA time. Weights are float32; sums are float32 and are rounded once,
+// into y. Every sum is made in one order whatever else is in the batch: a row's delta is the same to
+// the bit alone, beside others, and in a prompt that is read at once.
 #include <ATen/Parallel.h>
 #include <immintrin.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -21,7 +24,10 @@ constexpr int LANES = 8;
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
 
 constexpr int64_t GRAIN = 16384;      // multiply-adds worth waking a thread for
-constexpr int64_t STRIP = 4 * LANES;  // outputs whose sums stay in registers while the ranks pass
+constexpr int64_t FEW = 16;           // rows up to which threads share ranks and outputs, not rows
+constexpr int64_t BLOCK = 32;         // rows per task: with their hidden values they stay in L2
+constexpr int VECS = 4;
+constexpr int64_t STRIP = VECS * LANES;  // outputs whose sums stay in registers while the ranks pass
 
 int64_t share(int64_t work) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, work)); }
 
@@ -29,6 +35,15 @@ inline Floats load(const float* p) {
   Floats v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+// Explicit, since the compiler may contract a product and a sum in one place and not in another.
+inline Floats fma(Floats a, Floats b, Floats c) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
 }
 
 inline float total(Floats v) {
@@ -41,43 +56,47 @@ inline float total(Floats v) {
 #endif
 }
 
-// R rows times N rows of `down` (K apart), each a dot product over K.
+// GCC keeps an array of sums in memory unless every loop over it is gone before it looks.
+#define UNROLL _Pragma("GCC unroll 8")
+
+// R rows times N rows of `down` (K apart), each a dot product over K. 3 x 4 sums fill the registers of
+// AVX2; eight hide the latency of the additions.
 template <int R, int N>
 void dots(const float* x, int64_t k, const float* w, float* out, int64_t step) {
-  constexpr int CHAINS = R * N < 4 ? 4 : 1;  // separate sums hide the latency of the additions
-  Floats sum[CHAINS][R][N] = {};
+  Floats sum[R][N];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int n = 0; n < N; n++) sum[r][n] = Floats{};
   int64_t i = 0;
-  for (; i + CHAINS * LANES <= k; i += CHAINS * LANES)
-    for (int c = 0; c < CHAINS; c++) {
-      Floats weight[N];
-      for (int n = 0; n < N; n++) weight[n] = load(w + n * k + i + c * LANES);
-      for (int r = 0; r < R; r++) {
-        const Floats value = load(x + r * k + i + c * LANES);
-        for (int n = 0; n < N; n++) sum[c][r][n] += value * weight[n];
-      }
+  for (; i + LANES <= k; i += LANES) {
+    Floats value[R];
+    UNROLL for (int r = 0; r < R; r++) value[r] = load(x + r * k + i);
+    UNROLL for (int n = 0; n < N; n++) {
+      const Floats weight = load(w + n * k + i);
+      UNROLL for (int r = 0; r < R; r++) sum[r][n] = fma(value[r], weight, sum[r][n]);
     }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) {
-      for (int c = 1; c < CHAINS; c++) sum[0][r][n] += sum[c][r][n];
-      float all = total(sum[0][r][n]);
-      for (int64_t j = i; j < k; j++) all += x[r * k + j] * w[n * k + j];
+  }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int n = 0; n < N; n++) {
+      float all = total(sum[r][n]);
+      for (int64_t j = i; j < k; j++) all = std::fma(x[r * k + j], w[n * k + j], all);
       out[r * step + n] = all;
     }
 }
 
-template <int N>
-void dots(const float* x, int64_t rows, int64_t k, const float* w, float* out, int64_t step) {
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) dots<4, N>(x + m * k, k, w, out + m * step, step);
-  for (; m < rows; m++) dots<1, N>(x + m * k, k, w, out + m * step, step);
+// R rows times ranks [begin, end).
+template <int R, int N>
+void some_dots(const float* x, int64_t k, const float* down, int64_t begin, int64_t end, float* hidden, int64_t ranks) {
+  for (; begin + N <= end; begin += N) dots<R, N>(x, k, down + begin * k, hidden + begin, ranks);
+  if constexpr (N > 1) some_dots<R, N / 2>(x, k, down, begin, end, hidden, ranks);
 }
 
 // hidden [rows, ranks] = x [rows, K] @ down [ranks, K]^T
 void shrink(const float* x, int64_t rows, const float* down, int64_t ranks, int64_t k, float* hidden) {
   at::parallel_for(0, ranks, share(rows * k), [&](int64_t begin, int64_t end) {
-    int64_t rank = begin;
-    for (; rank + 2 <= end; rank += 2) dots<2>(x, rows, k, down + rank * k, hidden + rank, ranks);
-    for (; rank < end; rank++) dots<1>(x, rows, k, down + rank * k, hidden + rank, ranks);
+    int64_t m = 0;
+    for (; m + 3 <= rows; m += 3) some_dots<3, 4>(x + m * k, k, down, begin, end, hidden + m * ranks, ranks);
+    for (; m + 2 <= rows; m += 2) some_dots<2, 4>(x + m * k, k, down, begin, end, hidden + m * ranks, ranks);
+    for (; m < rows; m++) some_dots<1, 8>(x + m * k, k, down, begin, end, hidden + m * ranks, ranks);
   });
 }
 
@@ -89,21 +108,27 @@ struct Strip {
 // A whole strip of R rows.
 template <int R, class T>
 void expand(const float* hidden, int64_t ranks, const Strip& strip, T* const* y) {
-  Floats sum[R][4];
-  alignas(64) float out[STRIP];
-  for (int r = 0; r < R; r++) {
-    std::copy(y[r], y[r] + STRIP, out);
-    for (int v = 0; v < 4; v++) sum[r][v] = load(out + v * LANES);
+  Floats sum[R][VECS];
+  alignas(64) float wide[R][STRIP];
+  UNROLL for (int r = 0; r < R; r++) {
+    const float* from = wide[r];
+    if constexpr (std::is_same_v<T, float>) from = y[r];
+    else std::copy(y[r], y[r] + STRIP, wide[r]);
+    UNROLL for (int v = 0; v < VECS; v++) sum[r][v] = load(from + v * LANES);
   }
   for (int64_t rank = 0; rank < strip.rank; rank++) {
-    for (int v = 0; v < 4; v++) {
+    Floats value[R];
+    UNROLL for (int r = 0; r < R; r++) value[r] = Floats{} + hidden[r * ranks + rank];
+    UNROLL for (int v = 0; v < VECS; v++) {
       const Floats weight = load(strip.up + rank * strip.stride + v * LANES);
-      for (int r = 0; r < R; r++) sum[r][v] += hidden[r * ranks + rank] * weight;
+      UNROLL for (int r = 0; r < R; r++) sum[r][v] = fma(value[r], weight, sum[r][v]);
     }
   }
-  for (int r = 0; r < R; r++) {
-    for (int v = 0; v < 4; v++) std::memcpy(out + v * LANES, &sum[r][v], sizeof sum[r][v]);
-    std::copy(out, out + STRIP, y[r]);
+  UNROLL for (int r = 0; r < R; r++) {
+    float* to = wide[r];
+    if constexpr (std::is_same_v<T, float>) to = y[r];
+    UNROLL for (int v = 0; v < VECS; v++) std::memcpy(to + v * LANES, &sum[r][v], sizeof sum[r][v]);
+    if constexpr (!std::is_same_v<T, float>) std::copy(wide[r], wide[r] + STRIP, y[r]);
   }
 }
 
@@ -112,7 +137,7 @@ template <class T>
 void expand_short(const float* hidden, const Strip& strip, T* y) {
   for (int64_t i = 0; i < strip.n; i++) {
     float all = (float)y[i];
-    for (int64_t rank = 0; rank < strip.rank; rank++) all += hidden[rank] * strip.up[rank * strip.stride + i];
+    for (int64_t rank = 0; rank < strip.rank; rank++) all = std::fma(hidden[rank], strip.up[rank * strip.stride + i], all);
     y[i] = (T)all;
   }
 }
@@ -130,34 +155,58 @@ std::vector<Strip> strips(at::TensorList ups) {
 }
 
 template <class T>
-void run(at::Tensor& y, const at::Tensor& x, const at::Tensor& down, at::TensorList ups, const int64_t* index, int64_t rows) {
+struct Call {
+  T* y;
+  const T* x;
+  int64_t y_step, x_step, k, ranks, slices;
+  const float* down;
+  std::vector<Strip> strips;
+  const int64_t* index;  // rows of x and y; all when null
+};
+
+// A block of rows, shared among threads unless this is one of several blocks that are.
+template <class T>
+void block(const Call<T>& call, int64_t first, int64_t rows) {
   static thread_local std::vector<float> buffer;  // reused: rows as floats, then their hidden values
-  const int64_t k = x.size(1), ranks = down.size(0), x_step = x.stride(0), y_step = y.stride(0);
+  const int64_t k = call.k, ranks = call.ranks;
   buffer.resize(rows * (k + ranks));
-  float *wide = buffer.data(), *hidden = wide + rows * k;
-  const auto row = [&](int64_t m) { return index ? index[m] : m; };
+  float *hidden = buffer.data(), *wide = hidden + rows * ranks;
+  const auto row = [&](int64_t m) { return call.index ? call.index[first + m] : first + m; };
   for (int64_t m = 0; m < rows; m++) {
-    const T* from = x.const_data_ptr<T>() + row(m) * x_step;
+    const T* from = call.x + row(m) * call.x_step;
     std::copy(from, from + k, wide + m * k);
   }
-  shrink(wide, rows, down.const_data_ptr<float>(), ranks, k, hidden);
-  const std::vector<Strip> all = strips(ups);
-  T* to = y.mutable_data_ptr<T>();
-  at::parallel_for(0, all.size(), share(rows * STRIP * ranks / ups.size()), [&](int64_t begin, int64_t end) {
+  shrink(wide, rows, call.down, ranks, k, hidden);
+  const int64_t work = rows * STRIP * ranks / call.slices;
+  at::parallel_for(0, call.strips.size(), share(work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const auto at = [&](int64_t m) { return to + row(m) * y_step + all[i].first_output; };
-      const float* values = hidden + all[i].first_rank;
+      const Strip& strip = call.strips[i];
+      const auto at = [&](int64_t m) { return call.y + row(m) * call.y_step + strip.first_output; };
+      const float* values = hidden + strip.first_rank;
       int64_t m = 0;
-      for (; all[i].n == STRIP && m + 2 <= rows; m += 2) {
-        T* const two[] = {at(m), at(m + 1)};
-        expand<2>(values + m * ranks, ranks, all[i], two);
-      }
-      for (; all[i].n == STRIP && m < rows; m++) {
-        T* const one[] = {at(m)};
-        expand<1>(values + m * ranks, ranks, all[i], one);
-      }
-      for (; m < rows; m++) expand_short(values + m * ranks, all[i], at(m));
+      const auto tile = [&]<int R>(std::integral_constant<int, R>) {
+        T* to[R];
+        for (int r = 0; r < R; r++) to[r] = at(m + r);
+        expand<R>(values + m * ranks, ranks, strip, to);
+        m += R;
+      };
+      while (strip.n == STRIP && m + 3 <= rows) tile(std::integral_constant<int, 3>());
+      while (strip.n == STRIP && m + 2 <= rows) tile(std::integral_constant<int, 2>());
+      while (strip.n == STRIP && m < rows) tile(std::integral_constant<int, 1>());
+      for (; m < rows; m++) expand_short(values + m * ranks, strip, at(m));
     }
+  });
+}
+
+template <class T>
+void run(at::Tensor& y, const at::Tensor& x, const at::Tensor& down, at::TensorList ups, const int64_t* index, int64_t rows) {
+  const Call<T> call{y.mutable_data_ptr<T>(), x.const_data_ptr<T>(), y.stride(0), x.stride(0), x.size(1), down.size(0),
+                     (int64_t)ups.size(), down.const_data_ptr<float>(), strips(ups), index};
+  const int64_t blocks = rows <= FEW ? 1 : std::max<int64_t>(at::get_num_threads(), (rows + BLOCK - 1) / BLOCK);
+  const int64_t size = (rows + blocks - 1) / blocks;
+  if (blocks == 1) return block(call, 0, rows);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end && i * size < rows; i++) block(call, i * size, std::min(size, rows - i * size));
   });
 }
 

@@ -80,9 +80,9 @@ class GroupedPunica(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped
 
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(mapping, *args, **kwargs)
-        few = 0 if self.native_add is None else lora_delta.FEW
-        self.groups = lora_delta.group(self.token_lora_indices, few)
-        self.prompt_groups = lora_delta.group(self.sampler_indices, 0)
+        torch_only = self.native_add is None
+        self.groups = lora_delta.group(self.token_lora_indices, slices=torch_only)
+        self.prompt_groups = lora_delta.group(self.sampler_indices, slices=True)
         self.idle = not self.groups and not self.prompt_groups
 
     def _apply_shrink(self, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
@@ -163,14 +163,15 @@ class GroupedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is u
     def _add_deltas(self, inputs: Tensor, output: Tensor) -> None:
         if inputs.ndim > 2:  # [1, tokens, width] in models that transformers runs
             inputs, output = inputs.flatten(0, -2), output.flatten(0, -2)
+        native = self.punica_wrapper.native_add
         for each in self.punica_wrapper.groups:
             delta = self._deltas.get(each.slot)
             if delta is None:
                 continue
-            if each.few:
-                self.punica_wrapper.native_add(output, inputs, delta.down, delta.ups, each.rows)
-            else:
+            if native is None:
                 delta.add(output, inputs, each.rows)
+            else:
+                native(output, inputs, delta.down, delta.ups, each.rows)
 
 
 class IdleEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]  # vLLM is untyped

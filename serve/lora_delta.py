@@ -1,21 +1,18 @@
 """An adapter's change to a layer, over the rows of a batch that use it. Knows nothing of vLLM.
 
 Weights are kept in float32: small bfloat16 products are slower on every x86 CPU measured, and far
-slower on those without native bfloat16. A few rows (decoding) take one C++ call (lora_cpu.cpp)
-where it could be built; more rows, or a machine without a compiler, take PyTorch's products.
+slower on those without native bfloat16. Rows take one C++ call (lora_cpu.cpp), which gives a row
+the same bits whatever shares its batch; where it could not be built, PyTorch's products serve.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from serve import kernels_native
-
-FEW: Final = 16  # rows up to which the C++ call beats PyTorch's products
 
 # The rows of a batch that use one adapter: all of them (None), one run (slice), or scattered.
 Rows = slice | Tensor | None
@@ -37,23 +34,26 @@ class Group:
 
     slot: int
     rows: Rows
-    few: bool  # not more than the C++ call is for; then rows are no slice, which it cannot take
 
 
-def group(slots: Tensor, few: int) -> tuple[Group, ...]:
-    """Rows by adapter from one slot per row, int64 [rows]; rows of slot -1 (base) are left out."""
+def group(slots: Tensor, *, slices: bool) -> tuple[Group, ...]:
+    """Rows by adapter from one slot per row, int64 [rows]; rows of slot -1 (base) are left out.
+
+    slices: whether rows in one run may be a slice, which the C++ call cannot take.
+    """
     used = sorted(set(slots.tolist()) - {-1})
-    return tuple(_group(slot, (slots == slot).nonzero()[:, 0], len(slots), few) for slot in used)
+    return tuple(
+        _group(slot, (slots == slot).nonzero()[:, 0], len(slots), slices=slices) for slot in used
+    )
 
 
-def _group(slot: int, index: Tensor, total: int, few: int) -> Group:
-    rows: Rows = index
+def _group(slot: int, index: Tensor, total: int, *, slices: bool) -> Group:
     first, end = int(index[0]), int(index[-1]) + 1
     if len(index) == total:
-        rows = None
-    elif len(index) > few and end - first == len(index):
-        rows = slice(first, end)
-    return Group(slot, rows, len(index) <= few)
+        return Group(slot, None)
+    if slices and end - first == len(index):
+        return Group(slot, slice(first, end))
+    return Group(slot, index)
 
 
 @dataclass(frozen=True, slots=True)

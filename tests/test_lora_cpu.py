@@ -213,10 +213,45 @@ def test_any_mapping_is_plain_maths(ids: list[int], *, native: bool) -> None:
     )
 
 
-@given(slots=st.lists(st.integers(-1, 3), min_size=1, max_size=40), few=st.integers(0, 8))
-def test_groups_partition_the_rows_that_use_an_adapter(slots: list[int], few: int) -> None:
+NATIVE = pytest.mark.skipif(lora_delta.native() is None, reason="native kernels do not build")
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 79), min_size=1, max_size=80, unique=True),
+    ranks=st.lists(st.integers(0, 13), min_size=1, max_size=3).filter(any),
+    inputs=st.integers(1, 40), threads=st.integers(1, 2),
+)  # fmt: skip
+def test_a_rows_delta_is_the_same_to_the_bit_whatever_shares_its_batch(
+    dtype: torch.dtype, ids: list[int], ranks: list[int], inputs: int, threads: int
+) -> None:
+    add = lora_delta.native()
+    assert add is not None
+    draw = torch.Generator().manual_seed(len(ids))
+    x = torch.randn(80, inputs, generator=draw).to(dtype)
+    down = torch.randn(sum(ranks), inputs, generator=draw)
+    ups = tuple(torch.randn(rank, 37, generator=draw) for rank in ranks)
+    start = torch.randn(80, 37 * len(ranks), generator=draw).to(dtype)
+    alone = start.clone()
+    for row in range(80):
+        add(alone, x, down, ups, torch.tensor([row]))
+    together = start.clone()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    add(together, x, down, ups, torch.tensor(ids))
+    torch.set_num_threads(before)
+    assert torch.equal(together[ids], alone[ids])
+    others = sorted(set(range(80)) - set(ids))
+    assert torch.equal(together[others], start[others])
+
+
+@given(slots=st.lists(st.integers(-1, 3), min_size=1, max_size=40), slices=st.booleans())
+def test_groups_partition_the_rows_that_use_an_adapter(slots: list[int], *, slices: bool) -> None:
     seen = torch.full((len(slots),), -1)
-    for each in lora_delta.group(torch.tensor(slots), few):
+    for each in lora_delta.group(torch.tensor(slots), slices=slices):
+        assert slices or not isinstance(each.rows, slice)
         seen[slice(None) if each.rows is None else each.rows] = each.slot
     assert seen.tolist() == slots
 
