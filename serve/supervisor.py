@@ -3,7 +3,8 @@
 Imports neither torch nor vLLM: it answers within a second of being started and keeps answering
 while a worker loads or has died, on the same socket and in OpenAI's error shape. It stops
 accepting the moment a worker says that its app has started. Nothing it starts outlives it: the
-worker has its own session, which is killed as a group, and dies with the parent in any case.
+worker has its own session, which is killed as a group, and dies with the parent in any case
+(serve.lifeline).
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Supervisor:
         read_fd, write_fd = os.pipe()
         output_fd, output_end = os.pipe()
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "serve.worker", str(listener.fileno()), str(write_fd),
+            sys.executable, "-m", "serve.worker",
+            str(listener.fileno()), str(write_fd), str(os.getpid()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output_end,
             stderr=output_end,

@@ -6,10 +6,9 @@ it builds anything. A vLLM whose internals moved is refused here, at start, neve
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import multiprocessing
-import signal
+import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import metadata
@@ -28,11 +27,10 @@ from vllm.v1.engine import utils as engine_utils
 from vllm.v1.executor import multiproc_executor
 
 from quant.lora.cell import TemplateFault
-from serve import cpu_ops, forkserver, kernels, lora_cpu
+from serve import cpu_ops, forkserver, kernels, lifeline, lora_cpu
 from serve.errors import SettingsError
 
 VERSIONS = ("0.32.", "0.33.")
-PR_SET_PDEATHSIG = 1
 
 # messages, the tokenizer's named tokens, the arguments of apply_chat_template -> the chat, or None
 Render = Callable[[list[Any], Mapping[str, Any], Mapping[str, Any]], Awaitable[str | None]]
@@ -44,7 +42,7 @@ def register() -> None:
     """Put our kernels, LoRA path and norms into this vLLM process. Idempotent."""
     check_version()
     if multiprocessing.parent_process() is not None:
-        die_with_parent(signal.SIGKILL)
+        lifeline.die_with(os.getppid())
     if current_platform.is_cpu():
         cpu_ops.register()
         kernels.register()
@@ -126,8 +124,3 @@ def start_engines_warm() -> None:
     if current_platform.is_cpu():
         for module in (engine_utils, multiproc_executor):
             module.get_mp_context = forkserver.context
-
-
-def die_with_parent(sign: signal.Signals) -> None:
-    """Linux: deliver `sign` to this process when the one that started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sign)

@@ -1,8 +1,8 @@
 """The child: vLLM's own OpenAI app on the inherited socket, extended by our plugins.
 
-Started by the supervisor as `python -m serve.worker SOCKET_FD READY_FD`, with everything else in
-QUANTSERVE_* variables. Import-light on purpose: vLLM imports this module again as `__main__` in
-every process it spawns.
+Started by the supervisor as `python -m serve.worker SOCKET_FD READY_FD PARENT_PID`, with everything
+else in QUANTSERVE_* variables. Import-light on purpose: vLLM imports this module again as
+`__main__` in every process it spawns.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import socket
 import sys
 
 import serve.isa  # noqa: F401 - acts on import, before anything asks torch
-from serve import engine_args, forkserver, settings
+from serve import engine_args, forkserver, lifeline, settings
 
 
 def main() -> None:
-    socket_fd, ready_fd = (int(word) for word in sys.argv[1:3])
+    socket_fd, ready_fd, parent = map(int, sys.argv[1:4])
+    lifeline.die_with(parent)
     forkserver.start()
     import uvloop
 
