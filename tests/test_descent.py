@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.solver import descent, gptq, grid, int8
-from quant.solver.descent import Moments
+from quant.solver.descent import Moments, Sample
 from quant.solver.gptq import Solution
 from quant.solver.grid import Levels
 from tests.test_gptq import CASES, INT4, correlated, drawn, output_loss
 
 ROWS, COLUMNS, DAMPING = 24, 64, 0.01
 INT8 = grid.full_range(8, torch.bfloat16)
+CPU = torch.device("cpu")
 
 
 def moments(served: Tensor, parent: Tensor | None = None) -> Moments:
@@ -81,11 +82,36 @@ def test_moments_are_the_means_they_say() -> None:
     drift = (parent - served).double().T @ served.double() / 50
     assert found.hessian.tokens == 50
     torch.testing.assert_close(found.hessian.mean().double(), hessian, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.drift().double(), drift, rtol=1e-4, atol=1e-4)
+    pulled = found.pull(torch.eye(COLUMNS)).double()
+    torch.testing.assert_close(pulled, drift, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 50])
+def test_a_sample_tells_what_the_moments_tell(tokens: int) -> None:
+    weight, (served, parent) = drawn(ROWS, COLUMNS), drifted(tokens)
+    kept, counted = descent.held_out(tokens, COLUMNS, CPU), Moments(COLUMNS)
+    assert isinstance(kept, Sample)
+    assert isinstance(descent.held_out(COLUMNS + 1, COLUMNS, CPU), Moments)
+    for place in (slice(0, 20), slice(20, None)):
+        kept.add(served[place], parent[place])
+        counted.add(served[place], parent[place])
+    assert kept.is_zero() == counted.is_zero() == (tokens == 0)
+    torch.testing.assert_close(kept.pull(weight), counted.pull(weight), rtol=1e-4, atol=1e-4)
+    if tokens:
+        torch.testing.assert_close(kept.loss(weight), counted.loss(weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_keeps_its_tokens_whatever_becomes_of_them() -> None:
+    served, parent = drifted(10)
+    kept = Sample()
+    kept.add(served, parent)
+    before = kept.loss(torch.eye(COLUMNS))
+    served.zero_()
+    assert torch.equal(kept.loss(torch.eye(COLUMNS)), before)
 
 
 def test_no_token_has_no_drift() -> None:
-    assert torch.equal(Moments(3).drift(), torch.zeros(3, 3))
+    assert torch.equal(Moments(3).pull(torch.eye(3)), torch.zeros(3, 3))
 
 
 def missed(weight: Tensor, served: Tensor, parent: Tensor, original: Tensor) -> float:
@@ -98,7 +124,7 @@ def test_a_shifted_target_comes_nearer_to_the_parents_outputs(size: float) -> No
     weight = drawn(ROWS, COLUMNS, seed=1)
     fitted, held = drifted(500, size=size), drifted(100, seed=20, size=size)
     factor = gptq.factorize(moments(*fitted).hessian.mean(), DAMPING, 32)
-    target = descent.shifted(weight, moments(*fitted), moments(*held), factor)
+    target = descent.shifted(weight, moments(*fitted).pull(weight), moments(*held), factor)
     for inputs in (fitted, held, drifted(300, seed=40, size=size)):
         assert missed(target, *inputs, weight) < 0.9 * missed(weight, *inputs, weight)
 
@@ -106,7 +132,7 @@ def test_a_shifted_target_comes_nearer_to_the_parents_outputs(size: float) -> No
 def strength(weight: Tensor, target: Tensor, fitted: Moments) -> float:
     """How much of the whole way, w D H^-1 of the damped H, was gone."""
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
-    way = factor.solved(weight @ fitted.drift()).double()
+    way = factor.solved(fitted.pull(weight)).double()
     gone = (target - weight).double()
     share = float((gone * way).sum() / way.square().sum())
     assert float((gone - share * way).norm()) <= 1e-3 * float(way.norm()) + 1e-4
@@ -123,10 +149,10 @@ def test_the_strength_is_best_on_held_out_tokens_and_within_bounds(
     held = (held[0], held[1] - 2 * (seed % 2) * (held[1] - held[0]))  # odd: the opposite drift
     known = moments(*fitted)
     factor = gptq.factorize(known.hessian.mean(), DAMPING, 32)
-    target = descent.shifted(weight, known, moments(*held), factor)
+    target = descent.shifted(weight, known.pull(weight), moments(*held), factor)
     assert -1e-4 <= (share := strength(weight, target, known)) <= 1 + 1e-4
     least = missed(target, *held, weight)
-    way = factor.solved(weight @ known.drift())
+    way = factor.solved(known.pull(weight))
     for other in torch.linspace(0, 1, 11).tolist():
         assert least <= missed(weight + other * way, *held, weight) * (1 + 1e-4), (share, other)
 
@@ -135,7 +161,7 @@ def test_a_drift_the_held_out_tokens_deny_moves_nothing() -> None:
     weight, (served, parent) = drawn(ROWS, COLUMNS), drifted(300)
     fitted, denied = moments(served, parent), moments(parent, served)
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
-    assert torch.equal(descent.shifted(weight, fitted, denied, factor), weight)
+    assert torch.equal(descent.shifted(weight, fitted.pull(weight), denied, factor), weight)
 
 
 @pytest.mark.parametrize("kept", [0, 40])
@@ -143,23 +169,26 @@ def test_inputs_that_agree_leave_the_weight_itself(kept: int) -> None:
     weight, inputs = drawn(ROWS, COLUMNS), correlated(200, COLUMNS)
     fitted, held = moments(inputs), moments(inputs[:kept])
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
-    assert torch.equal(descent.shifted(weight, fitted, held, factor), weight)
+    assert torch.equal(descent.shifted(weight, fitted.pull(weight), held, factor), weight)
 
 
 def test_without_held_out_tokens_the_weight_stays() -> None:
     weight, fitted = drawn(ROWS, COLUMNS), moments(*drifted(100))
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
-    assert torch.equal(descent.shifted(weight, fitted, Moments(COLUMNS), factor), weight)
+    assert torch.equal(
+        descent.shifted(weight, fitted.pull(weight), Moments(COLUMNS), factor), weight
+    )
 
 
 def test_held_out_tokens_of_zeros_tell_no_more_than_none() -> None:
     weight, fitted, silent = drawn(ROWS, COLUMNS), moments(*drifted(100)), Moments(COLUMNS)
     silent.add(torch.zeros(5, COLUMNS), torch.zeros(5, COLUMNS))
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
-    assert torch.equal(descent.shifted(weight, fitted, silent, factor), weight)
+    assert torch.equal(descent.shifted(weight, fitted.pull(weight), silent, factor), weight)
     start = gptq.solve(weight, fitted.hessian.mean(), factor, 32, INT4)
     found = (
-        descent.improved(weight, start, (fitted, held), INT4) for held in (silent, Moments(COLUMNS))
+        descent.improved(weight, start, (fitted.hessian.mean(), held), INT4)
+        for held in (silent, Moments(COLUMNS))
     )
     first, second = found
     assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
@@ -233,7 +262,7 @@ def test_an_improved_row_is_better_on_fitted_and_on_held_out_tokens(
     """With few tokens the descent fits them alone, and rows keep what they started with."""
     target, fitted, held = drawn(60, 128), correlated(tokens), correlated(60, seed=30)
     start = start_of(target, fitted, group, levels)
-    done = descent.improved(target, start, (moments(fitted), moments(held)), levels)
+    done = descent.improved(target, start, (moments(fitted).hessian.mean(), moments(held)), levels)
     changed = (done.codes != start.codes).any(dim=1) | (done.scale != start.scale).any(dim=1)
     assert int(changed.sum()) > 0
     for inputs in (fitted, held):
@@ -250,6 +279,7 @@ def test_an_improved_row_is_better_on_fitted_and_on_held_out_tokens(
 def test_without_held_out_tokens_the_fitted_ones_decide() -> None:
     target, fitted = drawn(60, 128), correlated(40)
     start = start_of(target, fitted, 32, INT4)
-    free = descent.improved(target, start, (moments(fitted), Moments(128)), INT4)
-    held = descent.improved(target, start, (moments(fitted), moments(correlated(9))), INT4)
+    matrix = moments(fitted).hessian.mean()
+    free = descent.improved(target, start, (matrix, Moments(128)), INT4)
+    held = descent.improved(target, start, (matrix, moments(correlated(9))), INT4)
     assert float(free.loss.sum()) < float(held.loss.sum()) < float(start.loss.sum())

@@ -216,6 +216,13 @@ def test_a_hessian_that_no_damping_saves_is_refused() -> None:
         gptq.factorize(hessian, DAMPING, 32)
 
 
+def test_a_matrix_turned_in_its_place_is_turned() -> None:
+    square = drawn(1500, 1500)  # more than is moved at a time
+    turned = square.clone()
+    gptq._turn(turned)
+    assert torch.equal(turned, square.flip(0, 1))
+
+
 @pytest.mark.parametrize("columns", [64, 384, 1000])
 def test_the_hessian_is_the_mean_outer_product_of_what_was_added(columns: int) -> None:
     inputs = drawn(50, columns)

@@ -39,7 +39,7 @@ def evening(inputs: Sequence[Tensor]) -> list[Tensor]:
 class Moments:
     """Of a layer's inputs over calibration tokens, [columns, columns] each.
 
-    `hessian` is H = mean x x^T of inputs x as served; `drift` is D = mean (p - x) x^T, how the
+    `hessian` is H = mean x x^T of inputs x as served; the drift is D = mean (p - x) x^T, how the
     parent's inputs p differ along them.
     """
 
@@ -52,38 +52,85 @@ class Moments:
         self.hessian.add(served)
         self._drift.addmm_((parent - served).T, served)
 
-    def drift(self) -> Tensor:
-        return self._drift / max(self.hessian.tokens, 1)
+    def is_zero(self) -> bool:
+        """Whether nothing was added, or nothing but zeros as served."""
+        return self.hessian.is_zero()
+
+    def pull(self, weight: Tensor) -> Tensor:
+        """w D [rows, columns]: what the drift asks of a weight's outputs."""
+        return (weight @ self._drift).div_(max(self.hessian.tokens, 1))
+
+    def loss(self, error: Tensor) -> Tensor:
+        """e H e^T [rows] of each row e of `error` [rows, columns]."""
+        return _loss(error, self.hessian.mean())
 
 
-def shifted(weight: Tensor, fitted: Moments, held: Moments, factor: Factor) -> Tensor:
+class Sample:
+    """The same of tokens that are kept as they are: less to hold where they are fewer than columns,
+    and less to multiply."""
+
+    def __init__(self) -> None:
+        self._served: list[Tensor] = []
+        self._drift: list[Tensor] = []
+
+    def add(self, served: Tensor, parent: Tensor) -> None:
+        self._served.append(served.clone())
+        self._drift.append(parent - served)
+
+    def is_zero(self) -> bool:
+        return not any(bool(rows.any()) for rows in self._served)
+
+    def pull(self, weight: Tensor) -> Tensor:
+        found = torch.zeros_like(weight)
+        for served, drift in zip(self._served, self._drift, strict=True):
+            found.addmm_((drift @ weight.T).T, served)
+        return found.div_(max(self._tokens(), 1))
+
+    def loss(self, error: Tensor) -> Tensor:
+        found = error.new_zeros(len(error))
+        for served in self._served:
+            found += (served @ error.T).square_().sum(dim=0)
+        return found.div_(max(self._tokens(), 1))
+
+    def _tokens(self) -> int:
+        return sum(map(len, self._served))
+
+
+HeldOut = Moments | Sample  # of tokens that nothing was fitted to
+
+
+def held_out(tokens: int, width: int, device: torch.device) -> HeldOut:
+    """Whichever of the two is smaller for so many tokens."""
+    return Sample() if tokens <= width else Moments(width, device)
+
+
+def shifted(weight: Tensor, pulled: Tensor, held: HeldOut, factor: Factor) -> Tensor:
     """The target [rows, columns] whose outputs on served inputs are nearest the parent's.
 
-    |x w' - p w|^2 is least at w' = w + w D H^-1; the whole way overfits, so it goes as far as is
-    best on the held-out tokens, which has a closed form too: at most once the way, at least none.
+    |x w' - p w|^2 is least at w' = w + w D H^-1, `pulled` being w D; the whole way overfits, so it
+    goes as far as is best on the held-out tokens, which has a closed form too: at most once the
+    way, at least none.
     """
-    way = factor.solved(weight @ fitted.drift())
-    if held.hessian.is_zero():
+    if held.is_zero():
         return weight
-    gained = float(((weight @ held.drift()) * way).sum())
-    spent = float(((way @ held.hessian.mean()) * way).sum())
+    way = factor.solved(pulled)
+    gained, spent = float((held.pull(weight) * way).sum()), float(held.loss(way).sum())
     strength = min(max(gained / spent, 0.0), 1.0) if spent > 0 else 0.0
-    return weight + strength * way
+    return way.mul_(strength).add_(weight)
 
 
 def improved(
-    target: Tensor, start: Solution, moments: tuple[Moments, Moments], levels: Levels
+    target: Tensor, start: Solution, known: tuple[Tensor, HeldOut], levels: Levels
 ) -> Solution:
-    """`start` after `descend`, for the rows that are better for it on the held-out tokens too."""
-    fitted, held = moments
-    hessian = fitted.hessian.mean()
+    """`start` after `descend` on the Hessian in `known`, for the rows that are better for it on
+    the held-out tokens too."""
+    hessian, held = known
     codes, scale = descend(target, hessian, (start.codes, start.scale), levels)
     error = target - dequantize(codes, scale)
     loss = _loss(error, hessian)
     keep = loss < start.loss
-    if not held.hessian.is_zero():
-        check = held.hessian.mean()
-        keep &= _loss(error, check) < _loss(target - start.weight(), check)
+    if not held.is_zero():
+        keep &= held.loss(error) < held.loss(target - start.weight())
     kept = keep[:, None]
     return Solution(
         codes=torch.where(kept, codes, start.codes),
@@ -105,16 +152,26 @@ def descend(
     Group by group: each integer to its best value while the others stay, then the group's scale
     by least squares where the stored scale gains by it. The loss, with a ridge, never rises.
     """
+    diagonal = hessian.diagonal()
+    plain = diagonal.clone()
+    diagonal.add_(_RIDGE * float(plain.mean()))  # in place: a copy would be as large as all else
+    try:
+        return _descended(target, hessian, start, levels)
+    finally:
+        diagonal.copy_(plain)
+
+
+def _descended(
+    target: Tensor, hessian: Tensor, start: tuple[Tensor, Tensor], levels: Levels
+) -> tuple[Tensor, Tensor]:
     codes, scale = start[0].float(), start[1].clone()
-    ridged = hessian.clone()
-    ridged.diagonal().add_(_RIDGE * float(hessian.diagonal().mean()))
     size = codes.shape[1] // scale.shape[1]
     error = target - dequantize(codes, scale)
     for _ in range(_PASSES):
         for place in range(scale.shape[1]):
             group = slice(place * size, (place + 1) * size)
-            unit, inner = scale[:, place], ridged[group, group]
-            gradient = error @ ridged[:, group]
+            unit, inner = scale[:, place], hessian[group, group]
+            gradient = error @ hessian[:, group]
             steps, matched, energy = columns.descend(codes[:, group], unit, gradient, inner, levels)
             unit = _refitted(unit, matched, energy, levels)
             codes[:, group], scale[:, place] = steps, unit

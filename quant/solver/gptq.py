@@ -11,6 +11,7 @@ sum_{i<k} (w_i - q_i) R_ik / R_kk. One Cholesky of the reversed H, and no invers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,17 +24,23 @@ from quant.solver.grid import Levels
 _STRIP = 384  # columns of a Hessian updated at a time; only strips right of the diagonal are
 _PANEL = 128  # columns quantized one after another before the next matrix product
 _MOST_DAMPING = 10.0
+_CHUNK = 1 << 20  # numbers moved at a time
 
 
 class Hessian:
-    """H = sum x x^T / tokens over the inputs [tokens, columns] of a layer, in float32."""
+    """H = sum x x^T / tokens over the inputs [tokens, columns] of a layer, in float32.
+
+    One matrix in all: what was summed becomes the mean in its place, once it is asked for.
+    """
 
     def __init__(self, columns: int, device: torch.device | None = None) -> None:
         self._sum = torch.zeros(columns, columns, device=device)
+        self._is_mean = False
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Counts every row of `inputs` [tokens, columns]; leave padding out."""
+        assert not self._is_mean, "the mean was taken already"
         inputs = inputs.float()
         for start in range(0, inputs.shape[1], _STRIP):
             strip = inputs[:, start : start + _STRIP]
@@ -48,13 +55,25 @@ class Hessian:
         """[columns, columns]. SolveError without tokens, or with non-finite or all-zero inputs."""
         if self.tokens == 0:
             raise SolveError("no calibration token reached it")
-        upper = self._sum.triu()
-        whole = (upper + upper.triu(1).T) / self.tokens
-        if not bool(torch.isfinite(whole).all()):
+        whole = self._sum
+        if not self._is_mean:
+            _mirror(whole.div_(self.tokens))
+            self._is_mean = True
+        # No product is larger than the larger of its factors' squares.
+        if not bool(torch.isfinite(whole.diagonal()).all()):
             raise SolveError("its inputs are not finite")
         if float(whole.diagonal().amax()) == 0:
             raise SolveError("its inputs are all zero")
         return whole
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Below the diagonal what stands above it, without a second matrix."""
+    for start in range(0, len(matrix), _STRIP):
+        strip = slice(start, start + _STRIP)
+        square = matrix[strip, strip].triu()
+        matrix[strip, strip] = square + square.triu(1).T
+        matrix[strip.stop :, strip] = matrix[strip, strip.stop :].T
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +125,16 @@ class Solution:
         return dequantize(self.codes, self.scale)
 
 
+def stacked(parts: Sequence[Solution]) -> Solution:
+    """Of all their rows."""
+    return Solution(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat([part.loss for part in parts]),
+        torch.cat([part.rounding_loss for part in parts]),
+    )
+
+
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """Signed codes [rows, columns] times scale [rows, groups], in float32."""
     grouped = codes.float().reshape(*scale.shape, -1)  # [rows, groups, size]
@@ -124,18 +153,37 @@ def factorize(hessian: Tensor, damping: float, group: int) -> Factor:
     diagonal[dead] = level
     order = _order(diagonal, group)
     reverse = order.flip(0)
-    backwards = hessian[reverse][:, reverse]
     attempt = damping
     while attempt <= _MOST_DAMPING:
-        backwards.diagonal().copy_(diagonal[reverse] + attempt * level)
-        upper, failed = torch.linalg.cholesky_ex(backwards, upper=True)
-        if not int(failed) and bool(torch.isfinite(upper).all()):
-            lower = upper.flip(0, 1)  # R^T
-            pivots = lower.diagonal().clone()
-            feedback = lower.div_(pivots[:, None])
+        # The one matrix beside the Hessian: factorized, turned around and scaled in its place.
+        square = hessian[reverse[:, None], reverse]
+        square.diagonal().copy_(diagonal[reverse] + attempt * level)
+        if _factorized(square):
+            _turn(square)  # R^T
+            pivots = square.diagonal().clone()
+            feedback = square.div_(pivots[:, None])
             return Factor(order, feedback, pivots.square(), attempt, int(dead.sum()))
         attempt *= 2
     raise SolveError(f"its Hessian could not be factorized with damping up to {attempt / 2:g}")
+
+
+def _factorized(square: Tensor) -> bool:
+    """Puts the upper triangular U of a symmetric matrix U^T U in its place, if there is one."""
+    # LAPACK works on columns: only their order spares it a copy of the whole.
+    failed = torch.empty(0, dtype=torch.int32, device=square.device)
+    torch.linalg.cholesky_ex(square.T, out=(square.T, failed))
+    return not int(failed) and bool(torch.isfinite(square.diagonal()).all())
+
+
+def _turn(square: Tensor) -> None:
+    """Both axes of a matrix turned around, in its place."""
+    flat = square.view(-1)
+    for start in range(0, len(flat) // 2, _CHUNK):
+        stop = min(start + _CHUNK, len(flat) // 2)
+        front, back = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
+        held = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(held)
 
 
 def solve(weight: Tensor, hessian: Tensor, factor: Factor, group: int, levels: Levels) -> Solution:
@@ -175,7 +223,7 @@ def _quantize(wanted: Tensor, factor: Factor, size: int, levels: Levels) -> tupl
     Matrix products run where the weights are, the loops over columns on the CPU.
     """
     steps, errors = torch.empty_like(wanted), torch.empty_like(wanted)
-    feedback, cost, scales = factor.feedback.T.contiguous(), factor.cost, []
+    feedback, cost, scales = factor.feedback.T, factor.cost, []
     for start in range(0, wanted.shape[1], size):
         group = slice(start, start + size)
         fed = torch.addmm(wanted[:, group], errors[:, :start], feedback[:start, group])

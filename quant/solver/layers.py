@@ -22,7 +22,7 @@ from quant.intake.source import Source
 from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
 from quant.recipe import Recipe
 from quant.solver import descent, gptq, int8
-from quant.solver.descent import Moments
+from quant.solver.descent import HeldOut, Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
 from quant.solver.grid import Levels, full_range
@@ -30,6 +30,7 @@ from quant.solver.walk import Group, Inputs
 
 _HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _PRIOR = 128  # tokens of its own that outweigh what an expert is shown of the others'
+_PART = 1 << 24  # numbers of a weight that are solved together
 _SAMPLE = 64  # tokens of each batch on which a smoothing is chosen
 
 
@@ -63,6 +64,11 @@ def counted(inputs: Sequence[Inputs]) -> list[Tensor]:
     return [
         by * torch.where(own, 1.0, share)[:, None] for by, own in zip(even, routed, strict=True)
     ]
+
+
+def _few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    """In parts of so few rows that what is computed of them stays small beside a Hessian."""
+    return torch.split(matrix, max(_PART // matrix.shape[1], 1))
 
 
 def half(source: Source) -> torch.dtype:
@@ -191,21 +197,34 @@ class Layers:
         self, weight: Tensor, group: Group, even: Sequence[Tensor], form: Format
     ) -> tuple[Solution, Tensor, Factor]:
         """The solution for stacked rows, the mean square of each row's output, the factor."""
-        fitted, held = (Moments(weight.shape[1], weight.device) for _ in range(2))
-        linear = next(iter(group.linears.values()))
+        fitted, held = self._moments(weight, group, even)
+        pulled = fitted.pull(weight)
+        matrix = fitted.hessian.mean()
+        del fitted  # the drift's moment, before as much is needed to factorize
+        grid = levels(form, self.dtype)
+        factor = gptq.factorize(matrix, self._damping, form.group)
+        found, energy = [], []
+        for part, its in zip(*(_few_rows(rows) for rows in (weight, pulled)), strict=True):
+            target = descent.shifted(part, its, held, factor)
+            start = gptq.solve(target, matrix, factor, form.group, grid)
+            found.append(descent.improved(target, start, (matrix, held), grid))
+            energy.append((part @ matrix).mul_(part).sum(dim=1))
+        return gptq.stacked(found), torch.cat(energy), factor
+
+    def _moments(
+        self, weight: Tensor, group: Group, even: Sequence[Tensor]
+    ) -> tuple[Moments, HeldOut]:
+        """Of the evened inputs that are fitted to, and of those that are held out."""
+        width, linear = weight.shape[1], next(iter(group.linears.values()))
+        fitted = Moments(width, weight.device)
+        held = descent.held_out(sum(len(by) // _HELD for by in even), width, weight.device)
         for given, by in zip(group.inputs, even, strict=True):
             served = self.seen(linear, given.served).mul(by)
             parent = self._meant(linear, given.parent).mul(by)
             last = len(served) - len(served) // _HELD
             fitted.add(served[:last], parent[:last])
             held.add(served[last:], parent[last:])
-        matrix = fitted.hessian.mean()
-        grid = levels(form, self.dtype)
-        factor = gptq.factorize(matrix, self._damping, form.group)
-        target = descent.shifted(weight, fitted, held, factor)
-        solution = gptq.solve(target, matrix, factor, form.group, grid)
-        solution = descent.improved(target, solution, (fitted, held), grid)
-        return solution, (weight @ matrix).mul_(weight).sum(dim=1), factor
+        return fitted, held
 
     def _meant(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """The parent's inputs in the units of the served ones."""
