@@ -84,7 +84,7 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
 
     RoomError names the phase for which the memory does not reach, SpaceError the disk.
     """
-    blocks = preflight.units(run.decoder.shapes(), run.decoder.prefix)
+    blocks = preflight.units(run.decoder.shapes(), run.decoder.home(0).removesuffix("0."))
     most = max(phases(run, blocks), key=lambda phase: phase.bytes)
     needed, disk = most.bytes + BESIDE, max(_disk(run) - there, 0)
     disk_free = staging.check_space(target.parent, disk)
@@ -119,11 +119,9 @@ def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
             numel * dtype.itemsize + cached,
             "give a calibration file",
         )
-    outside = [
-        header.end - header.begin
-        for name, header in opened.tensors.headers.items()
-        if not name.startswith(run.decoder.prefix)
-    ]
+    headers = opened.tensors.headers
+    read = (headers[name] for name in run.decoder.outside().values() if name in headers)
+    outside = [header.end - header.begin for header in read]
     # The largest is mapped from its file while it is copied.
     yield Phase("the embedding", sum(outside) + max(outside), "it has to be read")
     yield Phase(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +105,20 @@ def listed(forms: Iterable[Format]) -> str:
     )
 
 
-def section(scheme: Scheme, plan: Plan) -> dict[str, Any]:
-    """The `quantization_config` of a plan; every key is one that vLLM reads."""
+def section(scheme: Scheme, plan: Plan, towers: Sequence[str] = ()) -> dict[str, Any]:
+    """The `quantization_config` of a plan; every key is one that vLLM reads.
+
+    `towers` are parts of the model, by name, that stay as they are: vision beside language.
+    """
     base = most_common(scheme, plan)
+    beside = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, towers))})\."
     if scheme == "w8a8":
         full = sorted(name for name, form in plan.items() if form == FULL)
-        return _INT8_SECTION | {"ignore": ["lm_head", *full]}
-    rules = dict(_rules({name: form for name, form in plan.items() if form != base}))
+        kept = [f"re:{beside}"] if towers else []
+        return _INT8_SECTION | {"ignore": ["lm_head", *kept, *full]}
+    others = {name: form for name, form in plan.items() if form != base}
+    rules: dict[str, dict[str, int]] = {f"-:{beside}": {}} if towers else {}
+    rules |= _rules(others, anywhere=bool(towers))
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -130,7 +137,7 @@ def of_layer(told: Mapping[str, Any], name: str) -> Format:
     """
     method = told.get("quant_method"), told.get("format")
     if method == ("compressed-tensors", "int-quantized"):
-        return FULL if name in told.get("ignore", ()) else INT8
+        return FULL if any(_names(entry, name) for entry in told.get("ignore", ())) else INT8
     if method != ("gptq", None):
         raise ArtifactError(f"{' '.join(map(repr, method))} is no quantization this program writes")
     base = {key: told.get(key) for key in ("bits", "group_size")}
@@ -147,8 +154,17 @@ def of_layer(told: Mapping[str, Any], name: str) -> Format:
     return Format(bits, group)
 
 
-def _rules(plan: Plan) -> Iterator[tuple[str, dict[str, int]]]:
-    """A rule for each format and set of siblings, all blocks where they have it in one pattern."""
+def _names(entry: str, name: str) -> bool:
+    """Whether an entry of `ignore` means this layer."""
+    return bool(re.match(entry[3:], name)) if entry.startswith("re:") else entry == name
+
+
+def _rules(plan: Plan, *, anywhere: bool) -> Iterator[tuple[str, dict[str, int]]]:
+    """A rule for each format and set of siblings, all blocks where they have it in one pattern.
+
+    `anywhere` leaves open what stands before the list of blocks: servers move a language model
+    that stands behind a vision tower, and look rules up by their own name for it.
+    """
     siblings: dict[tuple[str, str, str, Format], set[str]] = defaultdict(set)
     for name, form in plan.items():
         blocks, place, inside = re.split(r"\.(\d+)\.", name, maxsplit=1)
@@ -159,7 +175,8 @@ def _rules(plan: Plan) -> Iterator[tuple[str, dict[str, int]]]:
         places[blocks, parent, "|".join(sorted(leaves | _fused(leaves))), form].append(place)
     for (blocks, parent, choice, form), found in places.items():
         numbers = "|".join(sorted(found, key=int))
-        pattern = rf"{re.escape(blocks)}\.(?:{numbers}){re.escape(parent)}(?:{choice})$"
+        start = rf"(?:.*\.)?{blocks.rpartition('.')[2]}" if anywhere else re.escape(blocks)
+        pattern = rf"{start}\.(?:{numbers}){re.escape(parent)}(?:{choice})$"
         if form == FULL:
             yield f"-:{pattern}", {}
         else:

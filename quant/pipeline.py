@@ -32,7 +32,7 @@ from quant.artifact import Manifest, MergedAdapter
 from quant.calibration import Batches, Part
 from quant.errors import SpaceError
 from quant.formats import FULL, Plan
-from quant.intake import source
+from quant.intake import architecture, source
 from quant.intake.source import Source
 from quant.journal import Journal
 from quant.lora.adapter import UNITS
@@ -109,7 +109,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
             "seconds": round(kept.seconds, 1),
         }
         facts = facts.model_copy(update=found)
-        sealed = _finished(stage.folder, target.name, layers, opened, facts)
+        sealed = _finished(stage.folder, target.name, layers, asked, facts)
         return barrier.admit(opened, stage.folder, sealed) if barrier else sealed
 
 
@@ -152,7 +152,9 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
     inside = [sorted(decoder.names(place).values()) for place in range(len(decoder.blocks))]
     within = {name for names in inside for name in names}
     names = opened.tensors.names()
-    outside = [n for n in names if n not in within and not _is_tied_copy(n, opened)]
+    tied = decoder.stored_as("lm_head.weight") if architecture.is_tied(opened.config) else None
+    # Loaders make a tied head out of the embedding again.
+    outside = [name for name in names if name not in within and name != tied]
     kept.outside([(name, partial(layers.kept, opened, name)) for name in outside])
     per_stream = max(1, _STREAM_TOKENS // rows.input_ids.shape[1])
     batches = zip(
@@ -167,23 +169,19 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
 
 
 def _finished(
-    folder: Path, name: str, layers: Layers, opened: Source, manifest: Manifest
+    folder: Path, name: str, layers: Layers, asked: estimate.Run, manifest: Manifest
 ) -> Manifest:
     """Adds what a server needs beside the tensors, reads every layer back, and seals."""
-    section = formats.section(manifest.scheme, layers.plan)
+    section = formats.section(manifest.scheme, layers.plan, asked.decoder.towers())
+    parent = asked.opened.folder
     try:
-        checkpoint.write_config(opened.folder, folder, section, layers.dtype)
-        checkpoint.copy_companions(opened.folder, folder)
+        checkpoint.write_config(parent, folder, section, layers.dtype)
+        checkpoint.copy_companions(parent, folder)
         checkpoint.verify(folder, layers.digests, layers.plan)
         card.write(folder, manifest, name)
         return artifact.seal(folder, manifest)
     except OSError as fault:
         raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault
-
-
-def _is_tied_copy(name: str, opened: Source) -> bool:
-    """An output head that is the embedding: loaders tie it again."""
-    return name == "lm_head.weight" and bool(opened.config.get_text_config().tie_word_embeddings)
 
 
 def _formats(recipe: Recipe, plan: Plan, decoder: Decoder) -> dict[str, float]:

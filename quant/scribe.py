@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +32,7 @@ from transformers.utils import logging as chatter
 
 from quant import tokens
 from quant.errors import CalibrationError, SourceError
+from quant.intake import architecture, spelling
 from quant.intake.source import Source
 from quant.recipe import Recipe
 
@@ -111,7 +111,7 @@ def _load(source: Source, device: str) -> PreTrainedModel:
     bars = chatter.is_progress_bar_enabled()
     chatter.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = architecture.builder(source.config).from_pretrained(
             source.folder, dtype=dtype, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as fault:
@@ -120,9 +120,9 @@ def _load(source: Source, device: str) -> PreTrainedModel:
     finally:
         if bars:
             chatter.enable_progress_bar()
-    for name in source.tensors.names():
+    for name, own in spelling.own_names(model, source.tensors.names()).items():
         if source.tensors.is_merged(name):
-            model.get_parameter(name).data.copy_(source.tensors.get(name))
+            model.get_parameter(own).data.copy_(source.tensors.get(name))
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -55,6 +56,47 @@ _OF_FAMILY: Mapping[str, Mapping[str, Any]] = {
         "mlp_only_layers": [0],
     },
 }
+# Vision towers of two blocks, as many as the language models have.
+_VISION: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_5_vl": {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "patch_size": 4,
+    },
+    "llava": {
+        "model_type": "clip_vision_model",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "projection_dim": 32,
+    },
+    "gemma3": {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+}
+_BEHIND: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_5_vl": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [2, 3, 3],
+            "rope_theta": 1e4,
+        }
+    },
+    "llava": {"model_type": "llama"},
+    "gemma3": {"head_dim": 32, "sliding_window": 16, "sliding_window_pattern": 2},
+}
+SEEING = tuple(_VISION)
 _READ_NORMS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 
 
@@ -101,16 +143,30 @@ def model(
         "pad_token_id": 1,
         "tie_word_embeddings": tied,
         "initializer_range": 0.05,
-        **_OF_FAMILY[family],
+        **_OF_FAMILY.get(family, {}),
     }
     torch.manual_seed(seed)
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))
+    made = _built(family, settings)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
             assert parameter.isfinite().all(), name
     return made.eval()
+
+
+def _built(family: str, settings: dict[str, Any]) -> PreTrainedModel:
+    config, built = CONFIG_MAPPING[family], AutoModelForCausalLM
+    if family not in SEEING:
+        made: PreTrainedModel = built.from_config(config(**settings))
+        return made
+    tied = settings.pop("tie_word_embeddings")
+    parts = {"text_config": {**settings, **_BEHIND[family]}, "vision_config": _VISION[family]}
+    marks = {"image_token_index": 5} if family != "qwen2_5_vl" else {"image_token_id": 5}
+    seeing = config(**parts, **marks, tie_word_embeddings=tied)
+    made = AutoModelForImageTextToText.from_config(seeing)
+    assert isinstance(made, PreTrainedModel)
+    return made
 
 
 def model_folder(

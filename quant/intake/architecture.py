@@ -1,17 +1,27 @@
 """What a model's config.json promises: a decoder that transformers knows, and its tensors.
 
-Refuses models that are quantized already, and anything but a decoder-only language model.
+Refuses models that are quantized already, and anything but a decoder-only language model, alone or
+behind a vision tower.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from quant import artifact
 from quant.errors import ArtifactError, SourceError
@@ -47,13 +57,23 @@ def config(folder: Path) -> PretrainedConfig:
 
 def is_tied(config: PretrainedConfig) -> bool:
     """True where the output head is the embedding."""
-    return bool(config.get_text_config().tie_word_embeddings)
+    return bool(config.tie_word_embeddings)
+
+
+def sees(config: PretrainedConfig) -> bool:
+    """True where the language model stands behind a vision tower."""
+    return config.architectures[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def builder(config: PretrainedConfig) -> Any:
+    """Whose `from_config` and `from_pretrained` make the model."""
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def outline(config: PretrainedConfig) -> Outline:
     """Built without memory, as transformers builds the model."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = builder(config).from_config(config)
     names = {id(module): name for name, module in model.named_modules()}
     embedding = f"{names[id(model.get_input_embeddings())]}.weight"
     head = model.get_output_embeddings()
@@ -66,7 +86,10 @@ def outline(config: PretrainedConfig) -> Outline:
 
 def _check_decoder(path: Path, config: PretrainedConfig) -> None:
     names = config.architectures or []
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known = {
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    }
     if config.is_encoder_decoder or not names or names[0] not in known:
         raise SourceError(
             f"{path}: {', '.join(names) or config.model_type} is not a decoder-only language model"

@@ -125,6 +125,12 @@ def open(
     except ArtifactError as fault:
         raise SourceError(str(fault)) from fault
     opened = _adapters(adapters, fingerprint)
+    if opened and architecture.sees(config):
+        raise AdapterError(
+            f"{folder} has a vision tower: adapters are merged into plain language models only;"
+            " merge it with PEFT first",
+            field="adapter",
+        )
     made_over = remodel.fitted(folder, config, headers, opened, cache)
     if made_over != folder:
         say("the adapter changes the head or the vocabulary: reading a copy that has room for it")

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quant.errors import AdapterError
 from quant.headers import read_headers
+from quant.intake.architecture import is_tied
 from quant.lora import adapter as lora
 from quant.lora.adapter import Adapter
 
@@ -52,7 +53,7 @@ def of(config: PretrainedConfig) -> Anatomy:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    tied = bool(config.get_text_config().tie_word_embeddings)
+    tied = is_tied(config)
     return Anatomy(f"{names[id(embedding)]}.weight", f"{names[id(head)]}.weight", tied, linears)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quant.errors import RecipeError, SourceError
-from quant.intake import spelling
+from quant.intake import architecture, spelling
 from quant.intake.source import Source
 from quant.solver import experts
 
@@ -48,13 +48,34 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A model without weights, and where its blocks are."""
+    """A model without weights, and where its blocks are.
+
+    `text` is the part that the blocks belong to: all but the head, or what is left of a model that
+    sees without its vision tower.
+    """
 
     model: PreTrainedModel
+    text: nn.Module
     prefix: str  # of the blocks' names, as in "model.layers."
     blocks: Sequence[nn.Module]
     device: torch.device
     stored: Mapping[str, str]  # the source's name of each tensor, by the model's own
+
+    def outside(self) -> dict[str, str]:
+        """The source's name of each weight of `text` outside the blocks, by the model's own."""
+        inside = {id(weight) for block in self.blocks for weight in block.parameters()}
+        own = {id(weight) for weight in self.text.parameters()} - inside
+        named = self.model.named_parameters()
+        return {name: self.stored_as(name) for name, weight in named if id(weight) in own}
+
+    def towers(self) -> list[str]:
+        """Parts of the model beside `text` and its head, by a name that no other part has."""
+        own = {id(weight) for weight in self.text.parameters()}
+        if (head := self.model.get_output_embeddings()) is not None:
+            own |= {id(weight) for weight in head.parameters()}
+        beside = (name for name, w in self.model.named_parameters() if id(w) not in own)
+        before = f"{self.model.base_model_prefix}."
+        return sorted({name.removeprefix(before).partition(".")[0] for name in beside})
 
     def names(self, place: int) -> dict[str, str]:
         """The source's name of each tensor of a block, by the block's own."""
@@ -120,7 +141,7 @@ def skeleton(source: Source, device: torch.device) -> Decoder:
     """
     with init_empty_weights(include_buffers=False):
         try:
-            model = AutoModelForCausalLM.from_config(
+            model = architecture.builder(source.config).from_config(
                 source.config, attn_implementation="sdpa", dtype=torch.float32
             )
         except ValueError as fault:  # no such attention in this architecture
@@ -132,10 +153,11 @@ def skeleton(source: Source, device: torch.device) -> Decoder:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     stored = {name: its for its, name in own.items()}
-    depth = source.config.get_text_config().num_hidden_layers
+    depth, text = source.config.get_text_config().num_hidden_layers, model.get_decoder()
+    within = {id(module) for module in text.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            decoder = Decoder(model, f"{name}.", list(module), device, stored)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and id(module) in within:
+            decoder = Decoder(model, text, f"{name}.", list(module), device, stored)
             _check(decoder, source.architecture)
             return decoder
     raise SourceError(f"{source.architecture} has no list of {depth} decoder blocks")
@@ -148,13 +170,8 @@ def embed(
 
     Everything outside the blocks but the output head is read for this, and freed again.
     """
-    outside = {
-        name for name, _ in decoder.model.named_parameters() if not name.startswith(decoder.prefix)
-    }
-    head = {f"lm_head.{kind}" for kind in ("weight", "bias")} & outside
     on_device = [(ids.to(decoder.device), mask.to(decoder.device)) for ids, mask in rows]
-    names = {name: decoder.stored_as(name) for name in outside - head}
-    with filled(decoder.model, names, source, decoder.device):
+    with filled(decoder.model, decoder.outside(), source, decoder.device):
         streams = [_record(decoder, ids, mask) for ids, mask in on_device]
         ids, mask = (tensor[:1, :_PROBE_TOKENS] for tensor in on_device[0])
         probe = _record(decoder, ids, mask)
@@ -225,7 +242,7 @@ def _record(decoder: Decoder, ids: Tensor, mask: Tensor) -> Stream:
             undo.callback(delattr, block, "forward")
         try:
             # Real tokens are a prefix of each row: causal attention hides the padding from them.
-            decoder.model.base_model(inputs_embeds=embedded, use_cache=False)
+            decoder.text(inputs_embeds=embedded, use_cache=False)
         except _Enough:
             return stream
     raise SourceError(f"only {len(stream.calls)} of {len(decoder.blocks)} blocks were called")

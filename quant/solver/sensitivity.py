@@ -123,11 +123,15 @@ def _outside(decoder: Decoder, source: Source) -> dict[str, str]:
     """Norms and output head: own name -> the source's, the embedding's where they are tied."""
     embedding = decoder.model.get_input_embeddings()
     (table,) = (f"{n}.weight" for n, m in decoder.model.named_modules() if m is embedding)
-    everything = decoder.model.named_parameters(remove_duplicate=False)
-    own = (name for name, _ in everything if not name.startswith(decoder.prefix))
-    names = {name: decoder.stored_as(name) for name in own if name != table}
-    table = decoder.stored_as(table)
-    return {own: name if name in source.tensors else table for own, name in names.items()}
+    head = decoder.model.get_output_embeddings()
+    found = {name: stored for name, stored in decoder.outside().items() if name != table}
+    for name, module in decoder.model.named_modules():
+        if module is head:
+            for leaf, _ in module.named_parameters():
+                stored = decoder.stored_as(f"{name}.{leaf}")
+                tied = stored not in source.tensors
+                found[f"{name}.{leaf}"] = decoder.stored_as(table) if tied else stored
+    return found
 
 
 def _of_predictions(decoder: Decoder, stream: Stream, draw: torch.Generator) -> list[Tensor]:
