@@ -18,7 +18,7 @@ from quant.intake.source import Source
 from quant.recipe import Recipe
 from quant.solver import allotment, preflight
 from quant.solver.blocks import Decoder
-from quant.solver.preflight import FLOAT, Calibration
+from quant.solver.preflight import FLOAT, IN_MEMORY, Calibration
 
 BESIDE = 200 << 20  # bytes that compiled loops, libraries and the allocator come to take
 _MARGIN = 32 << 20  # bytes of disk beside the tensors: tokenizer, configuration, headers
@@ -84,7 +84,7 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
 
     RoomError names the phase for which the memory does not reach, SpaceError the disk.
     """
-    blocks = preflight.units(run.decoder.shapes(), run.decoder.home(0).removesuffix("0."))
+    blocks = preflight.units(run.decoder.shapes())
     most = max(phases(run, blocks), key=lambda phase: phase.bytes)
     needed, disk = most.bytes + BESIDE, max(_disk(run) - there, 0)
     disk_free = staging.check_space(target.parent, disk)
@@ -154,7 +154,10 @@ def _sensitivity(run: Run, depth: int) -> int:
 def _disk(run: Run) -> int:
     """The checkpoint; and beside it states of two blocks, later parts until they are joined."""
     joined = min(run.bytes_after, shards.SHARD_BYTES)
-    return run.bytes_after + _MARGIN + max(4 * run.given.states, joined)
+    blocks = preflight.units(run.decoder.shapes())
+    held = preflight.waiting(blocks, run.given)
+    waiting = held if held > IN_MEMORY and not run.decoder.has_experts() else 0
+    return run.bytes_after + _MARGIN + max(4 * run.given.states + waiting, joined)
 
 
 def _parameters(opened: Source) -> int:

@@ -8,10 +8,12 @@ with another command's work, and says what differs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from quant.artifact import CalibrationReport, LayerReport
 from quant.calibration import Batches
 from quant.command import Facts
 from quant.formats import Format, Plan
+from quant.solver import aside
+from quant.solver.aside import Shelf
 from quant.solver.blocks import Stream
 from quant.solver.layers import Layers
 from quant.staging import Stage
@@ -85,11 +89,10 @@ class Journal:
         layers.digests |= self.entry.digests
         if self.entry.done in (0, self._blocks):
             return
-        kept = load_file(self._stage.state / _activations(self.entry.done))
-        for place, stream in enumerate(streams):
-            device = stream.hidden.device
-            stream.hidden = kept[f"hidden.{place}"].to(device, copy=True)
-            stream.parent = kept[f"parent.{place}"].to(device, copy=True)
+        with safe_open(self._stage.state / _activations(self.entry.done), framework="pt") as kept:
+            for place, stream in enumerate(streams):
+                stream.hidden = kept.get_tensor(f"hidden.{place}").to(stream.mask.device)
+                stream.parent = kept.get_tensor(f"parent.{place}").to(stream.mask.device)
 
     def finished(
         self, tensors: Mapping[str, Tensor], layers: Layers, streams: Sequence[Stream]
@@ -101,9 +104,7 @@ class Journal:
         shards.write(state / _units(done), layers.units)
         layers.units.clear()
         if done < self._blocks:
-            held = {f"hidden.{n}": stream.hidden for n, stream in enumerate(streams)}
-            held |= {f"parent.{n}": stream.parent for n, stream in enumerate(streams)}
-            shards.write(state / _activations(done), held)
+            shards.write(state / _activations(done), _States(streams))
         self._write(
             parts=self.entry.parts | {part: size},
             done=done,
@@ -118,6 +119,15 @@ class Journal:
         for place in range(1, self.entry.done + 1):
             found |= load_file(self._stage.state / _units(place))
         return found
+
+    @contextmanager
+    def shelf(self, *, wanted: bool) -> Iterator[Shelf | None]:
+        """A place on this run's disk for what waits, where that is not to lie in memory."""
+        if not wanted:
+            yield None
+            return
+        with aside.shelf(self._stage.state) as shelf:
+            yield shelf
 
     def assemble(self) -> int:
         """The checkpoint of all parts, in the folder that becomes the target; its bytes."""
@@ -164,6 +174,25 @@ def begun(stage: Stage, facts: Facts, blocks: int, rows: Batches) -> Journal:
     entry = Entry(facts=dict(facts), calibration=rows.report)
     _keep(stage.state, entry)
     return Journal(stage, entry, blocks)
+
+
+class _States(Mapping[str, Tensor]):
+    """Of both kinds of every stream, each read when it is asked for."""
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self._streams = streams
+
+    def __getitem__(self, name: str) -> Tensor:
+        kind, _, place = name.partition(".")
+        stream = self._streams[int(place)]
+        return stream.hidden if kind == "hidden" else stream.parent
+
+    def __iter__(self) -> Iterator[str]:
+        places = range(len(self._streams))
+        return iter([f"{kind}.{place}" for kind in ("hidden", "parent") for place in places])
+
+    def __len__(self) -> int:
+        return 2 * len(self._streams)
 
 
 def _read(stage: Stage) -> Entry | None:

@@ -39,13 +39,12 @@ from quant.lora.adapter import UNITS
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe
-from quant.solver import allotment, blocks, lockstep, walk
+from quant.solver import allotment, blocks, lockstep, preflight, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, half
 from quant.solver.layers import Progress as Watching
+from quant.solver.preflight import IN_MEMORY, STREAM_TOKENS
 from quant.staging import Stage
-
-_STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +155,27 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
     # Loaders make a tied head out of the embedding again.
     outside = [name for name in names if name not in within and name != tied]
     kept.outside([(name, partial(layers.kept, opened, name)) for name in outside])
-    per_stream = max(1, _STREAM_TOKENS // rows.input_ids.shape[1])
+    per_stream = max(1, STREAM_TOKENS // rows.input_ids.shape[1])
     batches = zip(
         torch.split(rows.input_ids, per_stream), torch.split(rows.mask, per_stream), strict=True
     )
-    streams = blocks.embed(decoder, opened, list(batches))
-    kept.resume(layers, streams[0])
-    for place in range(kept.entry.done, len(decoder.blocks)):
-        walk.run(decoder, place, opened, streams, layers)
-        tensors = dict(pair for name in inside[place] for pair in layers.encoded(opened, name))
-        kept.finished(tensors, layers, streams[0])
+    with kept.shelf(wanted=_waits_on_disk(decoder, rows)) as shelf:
+        streams = blocks.embed(decoder, opened, list(batches), shelf)
+        kept.resume(layers, streams[0])
+        for place in range(kept.entry.done, len(decoder.blocks)):
+            walk.run(decoder, place, opened, streams, layers)
+            tensors = dict(pair for name in inside[place] for pair in layers.encoded(opened, name))
+            kept.finished(tensors, layers, streams[0])
+
+
+def _waits_on_disk(decoder: Decoder, rows: Batches) -> bool:
+    """Whether activations are too many for memory. A mixture's forwards stop too often for that."""
+    if decoder.has_experts():
+        return False
+    width = decoder.model.config.get_text_config().hidden_size
+    samples, length = rows.input_ids.shape
+    given = preflight.Calibration(samples, length, width)
+    return preflight.waiting(preflight.units(decoder.shapes()), given) > IN_MEMORY
 
 
 def _finished(

@@ -38,7 +38,7 @@ def test_a_run_that_fits_is_told_in_one_line(tmp_path: Path) -> None:
 
 def test_more_calibration_needs_more_of_everything(tmp_path: Path) -> None:
     few = estimate.checked(run_of(tmp_path), tmp_path / "out", 0, PLENTY)
-    many = estimate.checked(run_of(tmp_path, samples=4096, length=128), tmp_path / "out", 0, PLENTY)
+    many = estimate.checked(run_of(tmp_path, samples=1000, length=128), tmp_path / "out", 0, PLENTY)
     assert many.disk > few.disk and many.operations > few.operations
     assert many.memory > few.memory
 
@@ -75,7 +75,7 @@ def test_too_little_memory_names_what_takes_it_and_the_way_out(
     asked: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     run = run_of(tmp_path, layers=24, **asked)
-    blocks = preflight.units(run.decoder.shapes(), run.decoder.prefix)
+    blocks = preflight.units(run.decoder.shapes())
     just = max(phase.bytes for phase in estimate.phases(run, blocks)) + estimate.BESIDE
     with pytest.raises(RoomError, match=named):
         estimate.checked(run, tmp_path / "out", 0, just - 1)

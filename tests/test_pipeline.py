@@ -23,7 +23,7 @@ from quant.errors import RecipeError, SpaceError, TargetExists
 from quant.lora import adapter
 from quant.pipeline import Order
 from quant.proof import card
-from quant.solver import grid, int8
+from quant.solver import aside, grid, int8
 from tests import tiny
 from tests.test_checkpoint import no_file_larger_than
 from tests.test_gptq import plainly_rounded
@@ -441,3 +441,15 @@ def test_a_device_that_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=reason):
         quantize(parent, tmp_path / "out", device=device)
+
+
+def test_where_activations_wait_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, texts = tiny.model_folder(tmp_path / "parent"), calibration_file(tmp_path)
+    in_memory = quantize(parent, tmp_path / "memory", texts=texts)
+    monkeypatch.setattr(pipeline, "IN_MEMORY", 0)
+    monkeypatch.setattr(aside, "_LEAST", 0)
+    on_disk = quantize(parent, tmp_path / "disk", texts=texts)
+    one, other = ((made.folder / "model.safetensors").read_bytes() for made in (in_memory, on_disk))
+    assert one == other

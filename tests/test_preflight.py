@@ -32,7 +32,7 @@ def llama(hidden: int, inner: int, blocks: int = 2) -> dict[str, tuple[int, int]
 
 
 def units(hidden: int = 2048, inner: int = 8192, blocks: int = 2) -> list[list[Unit]]:
-    return preflight.units(llama(hidden, inner, blocks), "model.layers.")
+    return preflight.units(llama(hidden, inner, blocks))
 
 
 def test_layers_that_read_one_input_are_one_unit() -> None:
@@ -63,10 +63,15 @@ def test_memory_is_the_largest_blocks() -> None:
     assert preflight.memory(small, GIVEN) < preflight.memory(large, GIVEN)
 
 
-def test_memory_does_not_depend_on_depth_and_grows_with_the_calibration() -> None:
-    once = preflight.memory(units(blocks=1), GIVEN)
-    assert preflight.memory(units(blocks=9), GIVEN) == once
-    assert preflight.memory(units(blocks=1), replace(GIVEN, samples=64)) > once
+def test_memory_does_not_depend_on_depth() -> None:
+    assert preflight.memory(units(blocks=9), GIVEN) == preflight.memory(units(blocks=1), GIVEN)
+
+
+def test_memory_grows_with_the_calibration_until_activations_wait_on_disk() -> None:
+    few, more, many, most = (replace(GIVEN, samples=count) for count in (1, 4, 256, 1024))
+    assert preflight.waiting(units(), more) < preflight.IN_MEMORY < preflight.waiting(units(), many)
+    assert preflight.memory(units(), few) < preflight.memory(units(), more)
+    assert preflight.memory(units(), many) == preflight.memory(units(), most)
 
 
 def test_speed_is_that_of_products_done() -> None:

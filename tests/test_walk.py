@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quant.intake.source import Source
-from quant.solver import blocks, walk
+from quant.solver import aside, blocks, walk
+from quant.solver.aside import Shelf
 from quant.solver.blocks import Decoder
 from quant.solver.walk import Group, Inputs
 from tests import tiny
@@ -107,11 +109,11 @@ def rows(count: int = 3, length: int = 24) -> Rows:
 
 
 def walked(
-    model: Source, given: Rows, solver: walk.Solver
+    model: Source, given: Rows, solver: walk.Solver, shelf: Shelf | None = None
 ) -> tuple[Decoder, list[list[Tensor]], list[list[Tensor]]]:
     """Hidden states of each batch, as served and the parent's: first and behind every block."""
     decoder = blocks.skeleton(model, CPU)
-    streams, probe = blocks.embed(decoder, model, given)
+    streams, probe = blocks.embed(decoder, model, given, shelf)
     served = [[stream.hidden] for stream in streams]
     parents = [[stream.parent] for stream in streams]
     for place in range(len(decoder.blocks)):
@@ -192,6 +194,25 @@ def test_what_follows_already_sees_the_chosen_weights(tmp_path: Path) -> None:
         for given, untouched in pairs:
             assert bool((given.served == 0).all())
             assert torch.equal(given.parent, untouched.parent)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_waits_on_disk_is_what_would_wait_in_memory(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aside, "_LEAST", 0)
+    model = opened(tmp_path, family)
+    silencing, elsewhere = (Silencing("self_attn.v_proj") for _ in range(2))
+    _, served, parents = walked(model, rows(), silencing)
+    with aside.shelf(tmp_path) as shelf:
+        _, *states = walked(model, rows(), elsewhere, shelf)
+        assert shelf._end > sum(tensor.nbytes for batch in served for tensor in batch[:1])
+    for found, expected in zip(states, (served, parents), strict=True):
+        pairs = zip(chain(*found), chain(*expected), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    for ours, theirs in zip(chain(*elsewhere.inputs), chain(*silencing.inputs), strict=True):
+        assert torch.equal(ours.served, theirs.served)
+        assert torch.equal(ours.parent, theirs.parent)
 
 
 def test_layers_compute_with_what_the_solver_says_they_see(tmp_path: Path) -> None:

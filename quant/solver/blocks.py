@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,23 +21,44 @@ from quant.errors import RecipeError, SourceError
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
 from quant.solver import experts
+from quant.solver.aside import Kept, Shelf
 
 _PROBE_TOKENS = 8
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(slots=True)
 class Stream:
-    """Rows of calibration on their way through the model, as it was and as it is served."""
+    """Rows of calibration on their way through the model, as it was and as it is served.
 
-    hidden: Tensor  # [rows, length, width], float32, behind the blocks chosen so far
-    mask: Tensor  # [rows, length] bool, true where a token is real
-    calls: list[Call] = field(default_factory=list)  # what each block gets beside `hidden`
-    parent: Tensor = field(init=False)  # as `hidden`, behind the parent's own blocks
+    `hidden` [rows, length, width], float32, is behind the blocks chosen so far, `parent` behind the
+    parent's own; with a shelf they lie there, and are read whenever they are asked for. `mask`
+    [rows, length] is true where a token is real; `calls` is what each block gets beside the states.
+    """
 
-    def __post_init__(self) -> None:
-        self.parent = self.hidden
+    def __init__(
+        self, hidden: Tensor, mask: Tensor, calls: list[Call] | None = None,
+        shelf: Shelf | None = None,
+    ) -> None:  # fmt: skip
+        self.mask, self.shelf = mask, shelf
+        self.calls: list[Call] = [] if calls is None else calls
+        self.hidden = self.parent = hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._hidden.tensor()
+
+    @hidden.setter
+    def hidden(self, states: Tensor) -> None:
+        self._hidden = Kept(states, self.shelf)
+
+    @property
+    def parent(self) -> Tensor:
+        return self._parent.tensor()
+
+    @parent.setter
+    def parent(self, states: Tensor) -> None:
+        self._parent = Kept(states, self.shelf)
 
     def real(self, inputs: Tensor) -> Tensor:
         """Inputs [rows, length, columns] of real tokens only, [tokens, columns]."""
@@ -164,7 +185,10 @@ def skeleton(source: Source, device: torch.device) -> Decoder:
 
 
 def embed(
-    decoder: Decoder, source: Source, rows: Sequence[tuple[Tensor, Tensor]]
+    decoder: Decoder,
+    source: Source,
+    rows: Sequence[tuple[Tensor, Tensor]],
+    shelf: Shelf | None = None,
 ) -> tuple[list[Stream], Stream]:
     """A stream per (input_ids, mask), and a short one for probing, before the first block.
 
@@ -172,7 +196,7 @@ def embed(
     """
     on_device = [(ids.to(decoder.device), mask.to(decoder.device)) for ids, mask in rows]
     with filled(decoder.model, decoder.outside(), source, decoder.device):
-        streams = [_record(decoder, ids, mask) for ids, mask in on_device]
+        streams = [_record(decoder, ids, mask, shelf) for ids, mask in on_device]
         ids, mask = (tensor[:1, :_PROBE_TOKENS] for tensor in on_device[0])
         probe = _record(decoder, ids, mask)
     return streams, probe
@@ -223,10 +247,10 @@ class _Enough(Exception):
     """Ends a forward after its last block."""
 
 
-def _record(decoder: Decoder, ids: Tensor, mask: Tensor) -> Stream:
+def _record(decoder: Decoder, ids: Tensor, mask: Tensor, shelf: Shelf | None = None) -> Stream:
     """Runs the model around its blocks, noting what it would pass to each."""
     embedded = decoder.model.get_input_embeddings()(ids).float()
-    stream = Stream(embedded, mask)
+    stream = Stream(embedded, mask, shelf=shelf)
 
     def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not stream.calls:

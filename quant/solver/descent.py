@@ -7,7 +7,7 @@ of QEP (2504.09629) and Qronos (2505.11695).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ _MOST_TIMES_ORDINARY = 4.0  # squared size of a token's inputs, by the median to
 _RIDGE = 0.01  # of the mean diagonal: descent fits the calibration's own noise without it
 
 
-def evening(inputs: Sequence[Tensor]) -> list[Tensor]:
+def evening(inputs: Iterable[Tensor]) -> list[Tensor]:
     """Factors [tokens, 1] for the rows of each of `inputs` [tokens, columns].
 
     A few tokens (the first of a sequence, often) have inputs a thousand times as large as all

@@ -26,11 +26,10 @@ from quant.solver.descent import HeldOut, Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
 from quant.solver.grid import Levels, full_range
-from quant.solver.walk import Group, Inputs
+from quant.solver.preflight import HELD, PART
+from quant.solver.walk import Given, Group
 
-_HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _PRIOR = 128  # tokens of its own that outweigh what an expert is shown of the others'
-_PART = 1 << 24  # numbers of a weight that are solved together
 _SAMPLE = 64  # tokens of each batch on which a smoothing is chosen
 
 
@@ -48,14 +47,14 @@ def smoothing(weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
     return int8.smoothing(weight, torch.cat(sample))
 
 
-def counted(inputs: Sequence[Inputs]) -> list[Tensor]:
+def counted(inputs: Sequence[Given]) -> list[Tensor]:
     """Factors [tokens, 1] for the rows of a layer's inputs: evened, and an expert's sample of what
     others get counts as `_PRIOR` tokens of its own, whatever its size.
 
     An expert that the router chose often is left to its own tokens, one that it hardly chose is
     solved for what any token would be to it: H = (n H_own + m H_sample) / (n + m).
     """
-    even = descent.evening([given.parent for given in inputs])
+    even = descent.evening(given.parent for given in inputs)
     routed = [given.routed for given in inputs if given.routed is not None]
     if not routed:
         return even
@@ -68,7 +67,7 @@ def counted(inputs: Sequence[Inputs]) -> list[Tensor]:
 
 def _few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
     """In parts of so few rows that what is computed of them stays small beside a Hessian."""
-    return torch.split(matrix, max(_PART // matrix.shape[1], 1))
+    return torch.split(matrix, max(PART // matrix.shape[1], 1))
 
 
 def half(source: Source) -> torch.dtype:
@@ -217,11 +216,11 @@ class Layers:
         """Of the evened inputs that are fitted to, and of those that are held out."""
         width, linear = weight.shape[1], next(iter(group.linears.values()))
         fitted = Moments(width, weight.device)
-        held = descent.held_out(sum(len(by) // _HELD for by in even), width, weight.device)
+        held = descent.held_out(sum(len(by) // HELD for by in even), width, weight.device)
         for given, by in zip(group.inputs, even, strict=True):
             served = self.seen(linear, given.served).mul(by)
             parent = self._meant(linear, given.parent).mul(by)
-            last = len(served) - len(served) // _HELD
+            last = len(served) - len(served) // HELD
             fitted.add(served[:last], parent[:last])
             held.add(served[last:], parent[last:])
         return fitted, held

@@ -35,6 +35,7 @@ class Lane(Generic[Shown]):
 
     def __init__(self, pool: ThreadPoolExecutor, forward: Callable[[], Tensor]) -> None:
         self.waiting: Shown | None = None
+        self._returned: list[Tensor] = []  # not in the future, which would hold it for ever
         # Not semaphores: Ctrl-C inside one's release can leave a waiter that is never woken again.
         self._go: SimpleQueue[None] = SimpleQueue()
         self._halted: SimpleQueue[None] = SimpleQueue()
@@ -51,9 +52,9 @@ class Lane(Generic[Shown]):
             self._future.result()
 
     def result(self) -> Tensor:
-        """What the forward returned; it must have ended."""
-        assert self._future.done(), "the forward stopped more often than expected"
-        return self._future.result()
+        """What the forward returned, once; it must have ended."""
+        assert self._returned, "the forward stopped more often than expected"
+        return self._returned.pop()
 
     def close(self) -> None:
         """Ends the forward wherever it is, and waits for it."""
@@ -61,11 +62,11 @@ class Lane(Generic[Shown]):
         self._go.put(None)
         self._future.exception()
 
-    def _run(self, forward: Callable[[], Tensor]) -> Tensor:
+    def _run(self, forward: Callable[[], Tensor]) -> None:
         self._wait()
         _here.lane = self
         with torch.no_grad():  # the mode is per thread
-            return forward()
+            self._returned.append(forward())
 
     def _stop(self, shown: Shown) -> None:
         self.waiting = shown

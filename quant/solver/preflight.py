@@ -6,6 +6,7 @@ the calibration by its size; reads no tensor, and no clock but to see how fast t
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from quant.formats import Shapes
 FLOAT = 4  # bytes
 _STRIP = 384  # columns beside the diagonal that a Hessian's update computes twice
 _PRODUCTS = 12.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
-_COPIES = 8  # of a layer's weight that solving it holds at once
-_SQUARES = 8  # matrices of columns x columns: two moments of two sets of tokens, and to solve
+STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
+IN_MEMORY = 1 << 29  # bytes of what forwards hold while they wait; more lies on disk
+PART = 1 << 24  # numbers of a weight that are solved together
+HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
+_COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone: beside them stand norms, attention's softmax, loops over
 # columns, and files. Measured, see DECISIONS.md.
 _OVERHEAD = 1.5
@@ -72,14 +76,11 @@ class Operations:
         return self.forwards + self.moments + self.solving
 
 
-def units(shapes: Shapes, prefix: str) -> list[list[Unit]]:
-    """The units of each block; `prefix` stands before a block's number.
-
-    Siblings that a server loads as one are taken to read one input.
-    """
+def units(shapes: Shapes) -> list[list[Unit]]:
+    """The units of each block. Siblings that a server loads as one are taken to read one input."""
     blocks: dict[str, list[Unit]] = {}
     for names in formats.siblings(shapes):
-        place = names[0].removeprefix(prefix).partition(".")[0]
+        place = re.split(r"\.(\d+)\.", names[0], maxsplit=1)[1]
         rows = sum(shapes[name][0] for name in names)
         blocks.setdefault(place, []).append(Unit(rows, shapes[names[0]][1]))
     return list(blocks.values())
@@ -102,8 +103,8 @@ def operations(blocks: Blocks, given: Calibration) -> Operations:
 def memory(blocks: Blocks, given: Calibration) -> int:
     """Bytes that the largest block takes at its peak, beside the program itself.
 
-    Its weights and a copy of them, the states of both streams, what their forwards hold where they
-    stop, and the moments and solution of the layer that takes most.
+    Its weights and a copy of them in 16 bits, what the forwards of both streams hold where they
+    stop or, with that on disk, the forward of one batch, and what solving takes most.
     """
     return max(_of_block(block, given) for block in blocks)
 
@@ -125,9 +126,28 @@ def speed(device: torch.device) -> float:
     return best
 
 
+def waiting(blocks: Blocks, given: Calibration) -> int:
+    """Bytes that the forwards of both streams hold where they stop, between and inside blocks."""
+    widest = max(unit.columns for block in blocks for unit in block)
+    return 2 * given.tokens * (4 * given.width + widest) * FLOAT
+
+
 def _of_block(block: Sequence[Unit], given: Calibration) -> int:
-    weights = 2 * FLOAT * sum(unit.weights for unit in block)
+    weights = (FLOAT + FLOAT // 2) * sum(unit.weights for unit in block)
     widest = max(unit.columns for unit in block)
-    lanes = 2 * given.tokens * (2 * given.width + widest) * FLOAT
-    solving = max((_SQUARES * unit.columns**2 + _COPIES * unit.weights) * FLOAT for unit in block)
-    return weights + 2 * given.states + lanes + solving
+    held = waiting([block], given)
+    together = min(max(STREAM_TOKENS, given.length), given.tokens)
+    batch = together * (8 * given.width + 4 * widest) * FLOAT
+    return (
+        weights
+        + (held if held <= IN_MEMORY else 0)
+        + batch
+        + max(_solving(unit, given) for unit in block)
+    )
+
+
+def _solving(unit: Unit, given: Calibration) -> int:
+    """The Hessian with the drift or its factor, held-out tokens, a target, and a part's copies."""
+    held = 2 * unit.columns * min(given.tokens // HELD, unit.columns)
+    part = min(unit.weights, max(PART, unit.columns))
+    return FLOAT * (2 * unit.columns**2 + held + 2 * unit.weights + _COPIES * part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -21,6 +21,7 @@ from torch.nn import functional
 from quant.errors import SolveError, SourceError
 from quant.intake.source import Source
 from quant.solver import blocks, experts, folds, lockstep
+from quant.solver.aside import Holdings, Shelf
 from quant.solver.blocks import Decoder, Stream
 from quant.solver.experts import Reading
 from quant.solver.folds import Feed
@@ -42,6 +43,37 @@ class Inputs(NamedTuple):
     routed: Tensor | None = None
 
 
+class Given(Protocol):
+    """The same, read when asked for."""
+
+    @property
+    def served(self) -> Tensor: ...
+
+    @property
+    def parent(self) -> Tensor: ...
+
+    @property
+    def routed(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Inputs that lie on a shelf while their lanes wait."""
+
+    stream: Stream
+    shelf: Shelf
+    tensors: tuple[Tensor, Tensor]
+    routed: None = None
+
+    @property
+    def served(self) -> Tensor:
+        return self.stream.real(self.shelf.shown(self.tensors[0]))
+
+    @property
+    def parent(self) -> Tensor:
+        return self.stream.real(self.shelf.shown(self.tensors[1]))
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Linear layers of one block that read the same input, by their names inside the block."""
@@ -49,7 +81,7 @@ class Group:
     prefix: str  # of their names, as in "model.layers.0."
     linears: Mapping[str, nn.Linear]
     feed: Feed | None  # what could scale their inputs
-    inputs: Sequence[Inputs]  # of each stream
+    inputs: Sequence[Given]  # of each stream
 
 
 class Solver(Protocol):
@@ -87,23 +119,25 @@ def run(
         if unreached:
             missed = decoder.home(place) + decoder.module(place, min(unreached))
             raise SolveError(f"{missed}: no calibration token reached it")
+        dtypes = {name: source.tensors.dtype(its) for name, its in decoder.names(place).items()}
         forwards = [partial(_forward, block, stream, place) for stream in through]
         parents = [partial(_forward, block, stream, place, parent=True) for stream in through]
         with (
             experts.sampling(block, one_in=_ONE_IN),
-            _stops(block, groups, solver),
+            _stops(block, groups, solver, dtypes),
             lockstep.lanes([*forwards, *parents]) as lanes,
         ):
             pairs = list(zip(lanes, lanes[len(through) :], through, strict=False))
             for group in groups:
                 inputs = [_given(lane, other, stream) for lane, other, stream in pairs]
                 solver.visit(_group(decoder, place, group, feeds.get(group[0]), inputs))
+                del inputs  # before the next ones come
             for lane, other, stream in pairs:
                 stream.hidden, stream.parent = _ended(lane), _ended(other)
 
 
 def _group(
-    decoder: Decoder, place: int, names: Sequence[str], feed: Feed | None, inputs: Sequence[Inputs]
+    decoder: Decoder, place: int, names: Sequence[str], feed: Feed | None, inputs: Sequence[Given]
 ) -> Group:
     """Under the names that the checkpoint has."""
     linears = blocks.linears(decoder.blocks[place])
@@ -119,7 +153,9 @@ _role = threading.local()
 def _forward(block: nn.Module, stream: Stream, place: int, *, parent: bool = False) -> Tensor:
     args, kwargs = stream.calls[place]
     _role.parent = parent
-    out = block(stream.parent if parent else stream.hidden, *args, **kwargs)
+    _role.held = None if stream.shelf is None else Holdings(stream.shelf)
+    with _role.held or nullcontext():
+        out = block(stream.parent if parent else stream.hidden, *args, **kwargs)
     hidden: Tensor = out[0] if isinstance(out, tuple) else out
     return hidden
 
@@ -155,32 +191,45 @@ class _Trace:
 
 
 @contextmanager
-def _stops(block: nn.Module, groups: Sequence[Sequence[str]], solver: Solver) -> Iterator[None]:
+def _stops(
+    block: nn.Module,
+    groups: Sequence[Sequence[str]],
+    solver: Solver,
+    dtypes: Mapping[str, torch.dtype],
+) -> Iterator[None]:
     """The first layer of each group stops its lane. Served lanes compute with the chosen weights
     and with what a server sees, the parent's with the weights that are there now."""
     leaders = {group[0] for group in groups}
 
     def meet(inputs: Tensor, *, linear: nn.Linear, leads: bool, own: Tensor) -> Tensor:
         if leads:
-            lockstep.stop(experts.reading(inputs))
+            with _role.held.aside() if _role.held else nullcontext():
+                lockstep.stop(experts.reading(inputs))
         if _role.parent:
-            return functional.linear(inputs, own, linear.bias)
+            return functional.linear(inputs, own.float(), linear.bias)
         return functional.linear(solver.seen(linear, inputs), linear.weight, linear.bias)
 
     with ExitStack() as undo:
         for name, linear in blocks.linears(block).items():
-            own = linear.weight.clone()
+            # As the source has it: no larger than it was, and exactly what it was.
+            own = linear.weight.to(_kept(dtypes[f"{name}.weight"]), copy=True)
             instead = partial(meet, linear=linear, leads=name in leaders, own=own)
             linear.forward = instead  # type: ignore[method-assign] # undone right below
             undo.callback(delattr, linear, "forward")
         yield
 
 
-def _given(lane: Lane, other: Lane, stream: Stream) -> Inputs:
+def _kept(stored: torch.dtype) -> torch.dtype:
+    return stored if stored.itemsize < torch.float32.itemsize else torch.float32
+
+
+def _given(lane: Lane, other: Lane, stream: Stream) -> Given:
     """Where a served lane and the parent's stop next: what they read there of real tokens."""
     served, parent = _next(lane), _next(other)
     if served.rows is not None:
         return Inputs(*experts.paired(served, parent, stream.mask))
+    if stream.shelf is not None:
+        return Aside(stream, stream.shelf, (served.inputs, parent.inputs))
     return Inputs(stream.real(served.inputs), stream.real(parent.inputs))
 
 
