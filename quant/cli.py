@@ -20,7 +20,7 @@ from quant.artifact import Manifest
 from quant.errors import ArtifactError, QuantError
 from quant.formats import FULL
 from quant.lora import adapter_cli
-from quant.proof import card, compare_cli
+from quant.proof import card, compare_cli, ways_cli
 from quant.recipe import build, check_limit
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.registered_commands += compare_cli.app.registered_commands
+adapter_cli.app.registered_commands += ways_cli.app.registered_commands
 app.add_typer(adapter_cli.app)
 
 

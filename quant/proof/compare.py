@@ -60,20 +60,20 @@ def run(draw: Draw, order: Order, progress: Progress) -> Found:
     """
     device = blocks.device(draw.device)
     folder = order.artifact.expanduser().resolve()
-    manifest = _intact(folder)
+    manifest = intact(folder)
     progress.say(f"opening {order.parent}")
     opened = source.open(order.parent, adapters=order.adapters, cache=order.cache, say=progress.say)
     check_parent(opened, manifest, folder)
-    quizzes = _quizzes(opened, order.choices)
-    sample = _sample(opened, manifest, draw, order, progress)
+    questions = quizzes(opened, order.choices)
+    windows = sample(opened, manifest, draw, order, progress)
     progress.say("loading both models in float32")
     pair = Pair(
         replica.of_parent(opened, device), replica.of_artifact(opened, folder, manifest, device)
     )
     text, trace = None, None
-    if sample is not None:
-        text, trace = on_text(pair, sample, draw.seed, progress)
-    answers = [on_choices(pair, quiz, draw.seed, progress) for quiz in quizzes]
+    if windows is not None:
+        text, trace = on_text(pair, windows, draw.seed, progress)
+    answers = [on_choices(pair, quiz, draw.seed, progress) for quiz in questions]
     now = fidelity.now(text, answers)
     return Found(store(folder, manifest, now, folder.name), now, trace)
 
@@ -132,7 +132,7 @@ def check_limit(found: TextFidelity | None, limit: float | None, hint: str) -> N
         raise TooLossy(f"mean KL {found.mean_kl.value:.4g} is above {limit:g} nats; {hint}")
 
 
-def _intact(folder: Path) -> Manifest:
+def intact(folder: Path) -> Manifest:
     """The manifest of an artifact whose files are those that were sealed, its card aside."""
     manifest = artifact.read(folder)
     if manifest is None:
@@ -143,20 +143,20 @@ def _intact(folder: Path) -> Manifest:
     return manifest
 
 
-def _quizzes(opened: Source, files: Sequence[Path]) -> list[Quiz]:
+def quizzes(opened: Source, files: Sequence[Path]) -> list[Quiz]:
     if not files:
         return []
     tokenizer = tokens.load_tokenizer(opened.folder)
     config = opened.config.get_text_config()
-    quizzes = [choices.read(file, tokenizer, config.max_position_embeddings) for file in files]
-    for quiz in quizzes:
+    found = [choices.read(file, tokenizer, config.max_position_embeddings) for file in files]
+    for quiz in found:
         for question in quiz.questions:
             ids = (*question.asked, *(token for choice in question.choices for token in choice))
             tokens.check_vocabulary(ids, config.vocab_size)
-    return quizzes
+    return found
 
 
-def _sample(
+def sample(
     opened: Source, manifest: Manifest, draw: Draw, order: Order, progress: Progress
 ) -> Sample | None:
     rows = draw.rows(opened.config.get_text_config().max_position_embeddings)

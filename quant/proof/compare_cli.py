@@ -21,6 +21,29 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+Text = Annotated[Path | None, typer.Option(help="measure on windows of this UTF-8 text")]
+Lines = Annotated[
+    Path | None,
+    typer.Option(help='or on JSONL of {"text": ...} or {"messages": [...]} lines'),
+]
+Choices = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help='and on JSONL of {"question", "choices": [...], "answer": index} lines; repeatable'
+    ),
+]
+Windows = Annotated[int | None, typer.Option(help="windows of the text [32]")]
+Length = Annotated[int | None, typer.Option(help="tokens of each [512]")]
+Seed = Annotated[int | None, typer.Option(help="of the windows drawn and of the resamples [0]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [cpu]")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="a JSON object per line on stdout, the result last")
+]
+
 
 @app.command()
 def compare(
@@ -31,40 +54,25 @@ def compare(
     artifact_folder: Annotated[
         Path, typer.Argument(metavar="ARTIFACT", help="what `quantize` wrote")
     ],
-    text: Annotated[Path | None, typer.Option(help="measure on windows of this UTF-8 text")] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help='or on JSONL of {"text": ...} or {"messages": [...]} lines'),
-    ] = None,
-    choices: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help='and on JSONL of {"question", "choices": [...], "answer": index} lines; repeatable'
-        ),
-    ] = None,
+    text: Text = None,
+    calibration: Lines = None,
+    choices: Choices = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(help="a LoRA folder that was merged into the artifact; repeatable"),
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="windows of the text [32]")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens of each [512]")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="of the windows drawn and of the resamples [0]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [cpu]")] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
-    ] = None,
+    windows: Windows = None,
+    length: Length = None,
+    seed: Seed = None,
+    device: Device = None,
+    cache: Cache = None,
     max_kl: Annotated[
         float | None, typer.Option(help="exit with status 3 when the mean KL is above, in nats")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="draw each layer's loss and each token's KL into this PNG")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="a JSON object per line on stdout, the result last")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure how far ARTIFACT is from PARENT: perplexity, KL, agreement, answers that flip.
 

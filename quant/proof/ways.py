@@ -1,0 +1,202 @@
+"""The ways to serve an adapter held against each other: beside an artifact, or merged into one.
+
+All are measured against the parent with the adapter merged in float32. Nothing is written but what
+`merge_into` asks for.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quant import pipeline, recipe
+from quant.artifact import Manifest
+from quant.intake import source
+from quant.intake.source import Source
+from quant.lora import adapter as lora
+from quant.lora import factors, footing
+from quant.lora.factors import Factors
+from quant.proof import compare, replica
+from quant.proof.evidence import ChoiceFidelity, TextFidelity
+from quant.proof.fidelity import Pair, Quiz, Sample
+from quant.recipe import Draw
+from quant.solver import blocks
+
+_TIMED = 8  # windows whose forwards are timed, each after it was computed before
+
+
+class Progress(compare.Progress, pipeline.Progress, Protocol):
+    """Who is told what happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """`asked` names the parent, the artifact, the one adapter and the files to measure on.
+
+    `ready` are exported folders of the same adapter; `merged` an artifact that it was merged into,
+    `merge_into` where to make one by the artifact's recipe.
+    """
+
+    asked: compare.Order
+    ready: tuple[Path, ...] = ()
+    merged: Path | None = None
+    merge_into: Path | None = None
+
+
+class Way(BaseModel):
+    """One way, its distance from parent + adapter, and what it costs.
+
+    `bytes` serve one adapter, `bytes_more` each further one. `forward_ms` is the median of float32
+    forwards of the reference model over a window on this machine: it tells what the adapter's own
+    matrices add, not how fast a server is.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    artifact: str
+    bytes: int
+    bytes_more: int
+    forward_ms: float | None
+    text: TextFidelity | None
+    choices: tuple[ChoiceFidelity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """What all ways are held against, and on what."""
+
+    reference: PreTrainedModel
+    windows: Sample | None
+    questions: Sequence[Quiz]
+    seed: int
+    progress: Progress
+
+    def __call__(
+        self, name: str, folder: Path, model: PreTrainedModel, sizes: tuple[int, int]
+    ) -> Way:
+        self.progress.say(f"measuring: {name}")
+        pair, told = Pair(self.reference, model), self.progress
+        text = compare.on_text(pair, self.windows, self.seed, told)[0] if self.windows else None
+        return Way(
+            name=name,
+            artifact=folder.name,
+            bytes=sizes[0],
+            bytes_more=sizes[1],
+            forward_ms=forward_ms(model, self.windows.windows[:_TIMED]) if self.windows else None,
+            text=text,
+            choices=tuple(
+                compare.on_choices(pair, quiz, self.seed, told) for quiz in self.questions
+            ),
+        )
+
+
+def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
+    """Each way's figures: beside the artifact, as exported, merged, as far as they were asked for.
+
+    CompareError where parent, artifact and adapter do not belong together; AdapterError where the
+    adapter cannot be served beside a base.
+    """
+    device, asked = blocks.device(draw.device), order.asked
+    folder = asked.artifact.expanduser().resolve()
+    manifest = compare.intact(folder)
+    progress.say(f"opening {asked.parent}")
+    opened = source.open(asked.parent, adapters=asked.adapters, cache=asked.cache, say=progress.say)
+    compare.check_parent(replace(opened, adapters=()), manifest, folder)
+    beside = _beside(order, folder, progress)
+    merged = _merged(order, opened, manifest, progress)
+    questions = compare.quizzes(opened, asked.choices)
+    windows = compare.sample(opened, manifest, draw, asked, progress)
+    progress.say("loading parent and adapter in float32")
+    reference = replica.of_parent(opened, device)
+    measured = _Measure(reference, windows, questions, draw.seed, progress)
+    found = []
+    for name, held in beside.items():
+        model = replica.of_artifact(opened, folder, manifest, device)
+        replica.beside(model, held)
+        more = sum(2 * (a.numel() + b.numel()) for a, b in held.values())
+        found.append(measured(name, folder, model, (manifest.bytes_after + more, more)))
+    if merged is not None:
+        place, whole = merged
+        model = replica.of_artifact(opened, place, whole, device)
+        found.append(measured("merged", place, model, (whole.bytes_after, whole.bytes_after)))
+    return found
+
+
+def _beside(order: Order, folder: Path, progress: Progress) -> dict[str, Factors]:
+    """What the engine adds beside the artifact, by the way's name: the adapter, and as exported."""
+    base = footing.base_of(folder)
+    given = {"beside": order.asked.adapters[0]} | {str(ready): ready for ready in order.ready}
+    found: dict[str, Factors] = {}
+    for name, place in given.items():
+        exact = factors.of(lora.read_trained(place), base, progress.measured)
+        # An engine holds them in the type it computes in.
+        found[name] = {
+            module: (a.to(base.dtype).float(), b.to(base.dtype).float())
+            for module, (a, b) in exact.items()
+        }
+    return found
+
+
+def _merged(
+    order: Order, opened: Source, manifest: Manifest, progress: Progress
+) -> tuple[Path, Manifest] | None:
+    """The artifact that the adapter was merged into, made first where that was asked for."""
+    asked, place = order.asked, order.merged or order.merge_into
+    if place is None:
+        return None
+    place = place.expanduser().resolve()
+    if order.merged is None:
+        if manifest.calibration.origin == "file":
+            progress.say("merging: the model writes its own calibration text, for lack of the file")
+        job = pipeline.Order(asked.parent, place, asked.adapters, cache=asked.cache)
+        return place, pipeline.run(recipe.build(manifest.recipe), job, progress)
+    found = compare.intact(place)
+    compare.check_parent(opened, found, place)
+    return place, found
+
+
+def forward_ms(model: PreTrainedModel, windows: Sequence[Tensor]) -> float:
+    """Median milliseconds of a forward over one of the windows."""
+    taken = []
+    with torch.inference_mode():
+        for window in windows:
+            began = time.perf_counter()
+            float(model(input_ids=window[None].to(model.device), use_cache=False).logits[0, 0, 0])
+            taken.append(1000 * (time.perf_counter() - began))
+    return statistics.median(taken)
+
+
+Column = tuple[str, list[str]]
+
+
+def table(ways: Sequence[Way]) -> Iterator[Column]:
+    """A row of figures for each measure, a figure for each way."""
+    texts = [way.text for way in ways if way.text]
+    if texts:
+        yield "mean KL(parent + adapter || way), nats", [f"{t.mean_kl.value:.4g}" for t in texts]
+        yield "  95% interval", [f"{t.mean_kl.low:.4g} .. {t.mean_kl.high:.4g}" for t in texts]
+        yield "same likeliest token", [f"{t.top1_agreement.value:.2%}" for t in texts]
+        yield (
+            "perplexity, way / parent + adapter",
+            [f"{t.perplexity_ratio.value:.4f}" for t in texts],
+        )
+    for place, quiz in enumerate(ways[0].choices):
+        yield (
+            f"{quiz.name}: answers that flip",
+            [f"{w.choices[place].flips.value:.1%}" for w in ways],
+        )
+        yield f"{quiz.name}: accuracy", [f"{w.choices[place].accuracy.value:.1%}" for w in ways]
+    yield "weights of one adapter, MB", [f"{way.bytes / 1e6:.1f}" for way in ways]
+    yield "of each further one, MB", [f"{way.bytes_more / 1e6:.1f}" for way in ways]
+    if texts:
+        yield "forward of a window, float32, ms", [f"{way.forward_ms:.0f}" for way in ways]
