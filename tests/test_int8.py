@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -72,6 +74,11 @@ def product_loss(weight: Tensor, inputs: Tensor, scale: Tensor) -> float:
     return float((served - inputs @ weight.T).square().sum())
 
 
+def smoothed(weight: Tensor, inputs: Tensor) -> Tensor:
+    """The scale that is best for the layer's own outputs."""
+    return int8.smoothing(weight, inputs, partial(product_loss, weight, inputs))
+
+
 def outlying(seed: int = 0, by: float = 50) -> tuple[Tensor, Tensor]:
     """A weight, and inputs of which a few channels are far larger than the others."""
     inputs = activations(100, 64, seed=seed)
@@ -82,7 +89,7 @@ def outlying(seed: int = 0, by: float = 50) -> tuple[Tensor, Tensor]:
 def test_smoothing_makes_outliers_harmless() -> None:
     weight, inputs = outlying()
     weight[:, ::16] /= 50
-    scale = int8.smoothing(weight, inputs)
+    scale = smoothed(weight, inputs)
     ones = torch.ones(64)
     assert product_loss(weight, inputs, scale) < 0.05 * product_loss(weight, inputs, ones)
     assert float(scale[::16].min()) > 3 * float(scale.median())
@@ -95,7 +102,7 @@ def test_smoothing_is_never_worse_than_none_where_it_was_chosen(
 ) -> None:
     weight, inputs = outlying(seed, by)
     weight = weight**tail
-    scale = int8.smoothing(weight, inputs)
+    scale = smoothed(weight, inputs)
     none = product_loss(weight, inputs, torch.ones(64))
     assert product_loss(weight, inputs, scale) <= none * (1 + 1e-5)
 
@@ -103,7 +110,7 @@ def test_smoothing_is_never_worse_than_none_where_it_was_chosen(
 def test_smoothing_changes_nothing_but_what_is_rounded() -> None:
     weight, inputs = outlying()
     before = weight.clone(), inputs.clone()
-    scale = int8.smoothing(weight, inputs)
+    scale = smoothed(weight, inputs)
     exact, moved = inputs.double() @ weight.double().T, (inputs / scale) @ (weight * scale).T
     torch.testing.assert_close(moved.double(), exact, rtol=1e-4, atol=1e-2)
     assert torch.equal(weight, before[0]) and torch.equal(inputs, before[1])
@@ -113,7 +120,7 @@ def test_channels_of_zeros_do_not_spoil_the_smoothing() -> None:
     weight, inputs = outlying()
     inputs[:, 5], weight[:, 9], weight[3] = 0, 0, 0
     inputs[:, 11] = weight[:, 11] = 0
-    scale = int8.smoothing(weight, inputs)
+    scale = smoothed(weight, inputs)
     assert bool(torch.isfinite(scale).all()) and bool((scale > 0).all())
     none = product_loss(weight, inputs, torch.ones(64))
     assert product_loss(weight, inputs, scale) < 0.9 * none
@@ -122,7 +129,7 @@ def test_channels_of_zeros_do_not_spoil_the_smoothing() -> None:
 def test_where_nothing_can_be_gained_nothing_is_smoothed() -> None:
     weight, inputs = outlying()
     ones = torch.ones(64)
-    assert torch.equal(int8.smoothing(weight, torch.zeros_like(inputs)), ones)
-    assert torch.equal(int8.smoothing(torch.zeros_like(weight), inputs), ones)
-    assert torch.equal(int8.smoothing(weight, inputs[:0]), ones)
-    assert torch.equal(int8.smoothing(weight, inputs * torch.nan), ones)
+    assert torch.equal(smoothed(weight, torch.zeros_like(inputs)), ones)
+    assert torch.equal(smoothed(torch.zeros_like(weight), inputs), ones)
+    assert torch.equal(smoothed(weight, inputs[:0]), ones)
+    assert torch.equal(smoothed(weight, inputs * torch.nan), ones)

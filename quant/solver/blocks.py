@@ -23,7 +23,7 @@ from quant.intake.source import Source
 from quant.solver import experts
 from quant.solver.aside import Kept, Shelf
 
-_PROBE_TOKENS = 8
+_PROBE_TOKENS = 64
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -7,14 +7,16 @@ what a layer sees: inputs already rounded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from quant.solver.grid import Levels
 
 CHANNEL = Levels(-127, 127, torch.float32)
-# How much of the spread between input channels moves into the weights; 0 leaves all of it.
-_STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# How much of the spread between input channels moves into the weights.
+_STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def as_served(inputs: Tensor) -> Tensor:
@@ -25,29 +27,30 @@ def as_served(inputs: Tensor) -> Tensor:
     return (inputs / scale).round_().mul_(scale)
 
 
-def smoothing(weight: Tensor, inputs: Tensor) -> Tensor:
+def smoothing(weight: Tensor, inputs: Tensor, disturbed: Callable[[Tensor], float]) -> Tensor:
     """Scale [columns] to divide inputs [tokens, columns] by and multiply weight [rows, columns].
 
-    s_j = max|x_j|^a / max|w_j|^(1-a) (SmoothQuant, 2211.10438) for the a whose rounded product is
-    nearest the exact one on these tokens; ones where none is better than doing nothing.
+    s_j = max|x_j|^a / max|w_j|^(1-a) (SmoothQuant, 2211.10438), of geometric mean one, for the a
+    at which `disturbed` says that rounding both costs least; ones where that is no better.
     """
+    best = torch.ones_like(weight[0])
     if not len(inputs):
-        return torch.ones_like(weight[0])
-    widest, heaviest = inputs.abs().amax(dim=0), weight.abs().amax(dim=0)
-    exact = inputs @ weight.T
-    best, least = torch.ones_like(widest), torch.inf
+        return best
+    least = disturbed(best)
+    widest = inputs.abs().amax(dim=0).clamp(min=1e-5)
+    heaviest = weight.abs().amax(dim=0).clamp(min=1e-5)
     for strength in _STRENGTHS:
-        scale = widest.clamp(min=1e-5) ** strength / heaviest.clamp(min=1e-5) ** (1 - strength)
-        scale = scale / scale.log().mean().exp() if strength else torch.ones_like(widest)
-        loss = float(
-            (as_served(inputs / scale) @ _rounded(weight * scale).T - exact).square().sum()
-        )
+        scale = widest**strength / heaviest ** (1 - strength)
+        scale /= scale.log().mean().exp()
+        loss = disturbed(scale)
         if loss < least:
             best, least = scale, loss
     return best
 
 
-def _rounded(weight: Tensor) -> Tensor:
-    step = weight.abs().amax(dim=1, keepdim=True) / CHANNEL.high
+def product(inputs: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """inputs [..., columns] weight^T, smoothed by `scale` and both rounded, the weight by row."""
+    heavier = weight * scale
+    step = heavier.abs().amax(dim=1, keepdim=True) / CHANNEL.high
     step = torch.where(step > 0, step, torch.ones_like(step))
-    return (weight / step).round_().mul_(step)
+    return as_served(inputs / scale) @ (heavier / step).round_().mul_(step).T

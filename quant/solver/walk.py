@@ -74,6 +74,10 @@ class Aside:
         return self.stream.real(self.shelf.shown(self.tensors[1]))
 
 
+# The block's output [tokens, width] on a sample of the parent's tokens, were layers to compute so.
+Outcome = Callable[[Mapping[nn.Linear, Callable[[Tensor], Tensor]]], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Linear layers of one block that read the same input, by their names inside the block."""
@@ -82,6 +86,7 @@ class Group:
     linears: Mapping[str, nn.Linear]
     feed: Feed | None  # what could scale their inputs
     inputs: Sequence[Given]  # of each stream
+    outcome: Outcome
 
 
 class Solver(Protocol):
@@ -110,8 +115,9 @@ def run(
     """
     block, (through, probe) = decoder.blocks[place], streams
     with blocks.filled(block, decoder.names(place), source, decoder.device):
-        first = Stream(through[0].parent[:1, : probe.hidden.shape[1]], probe.mask, probe.calls)
-        trace = _Trace(block, partial(_forward, block, first, place))
+        samples = [_sample(stream, probe) for stream in through]
+        outcome = partial(_outcome, block, samples, place)
+        trace = _Trace(block, partial(_forward, block, samples[0], place))
         with experts.sampling(block, one_in=1):
             groups = trace.groups()
             feeds = folds.found(block, groups, trace) if solver.scales_inputs else {}
@@ -130,21 +136,22 @@ def run(
             pairs = list(zip(lanes, lanes[len(through) :], through, strict=False))
             for group in groups:
                 inputs = [_given(lane, other, stream) for lane, other, stream in pairs]
-                solver.visit(_group(decoder, place, group, feeds.get(group[0]), inputs))
+                named = _named(decoder, place, group, feeds.get(group[0]))
+                solver.visit(Group(decoder.home(place), *named, inputs, outcome))
                 del inputs  # before the next ones come
             for lane, other, stream in pairs:
                 stream.hidden, stream.parent = _ended(lane), _ended(other)
 
 
-def _group(
-    decoder: Decoder, place: int, names: Sequence[str], feed: Feed | None, inputs: Sequence[Given]
-) -> Group:
+def _named(
+    decoder: Decoder, place: int, names: Sequence[str], feed: Feed | None
+) -> tuple[Mapping[str, nn.Linear], Feed | None]:
     """Under the names that the checkpoint has."""
     linears = blocks.linears(decoder.blocks[place])
     named = {decoder.module(place, name): linears[name] for name in names}
     if feed is not None:
         feed = replace(feed, name=decoder.module(place, feed.name))
-    return Group(decoder.home(place), named, feed, inputs)
+    return named, feed
 
 
 _role = threading.local()
@@ -158,6 +165,28 @@ def _forward(block: nn.Module, stream: Stream, place: int, *, parent: bool = Fal
         out = block(stream.parent if parent else stream.hidden, *args, **kwargs)
     hidden: Tensor = out[0] if isinstance(out, tuple) else out
     return hidden
+
+
+def _sample(stream: Stream, probe: Stream) -> Stream:
+    """The first tokens of a stream's first row, as the parent has them."""
+    length = probe.hidden.shape[1]
+    return Stream(stream.parent[:1, :length], stream.mask[:1, :length], probe.calls)
+
+
+def _outcome(
+    block: nn.Module,
+    samples: Sequence[Stream],
+    place: int,
+    instead: Mapping[nn.Linear, Callable[[Tensor], Tensor]],
+) -> Tensor:
+    """What comes out of the parent's block, if some of its layers computed `instead`."""
+    _role.instead = instead
+    try:
+        with torch.no_grad():
+            outs = [sample.real(_forward(block, sample, place)) for sample in samples]
+    finally:
+        del _role.instead
+    return torch.cat(outs)
 
 
 class _Trace:
@@ -202,6 +231,10 @@ def _stops(
     leaders = {group[0] for group in groups}
 
     def meet(inputs: Tensor, *, linear: nn.Linear, leads: bool, own: Tensor) -> Tensor:
+        instead = getattr(_role, "instead", None)
+        if instead is not None:
+            trial = instead.get(linear)
+            return trial(inputs) if trial else functional.linear(inputs, own.float(), linear.bias)
         if leads:
             with _role.held.aside() if _role.held else nullcontext():
                 lockstep.stop(experts.reading(inputs))
