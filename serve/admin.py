@@ -243,6 +243,7 @@ def _version(serving: Serving, alias: str, wanted: str, live: Version | None) ->
         "wanted": version_name(alias, wanted),
         "digest": live.digest if live else wanted,
         "rank": live.stored.rank if live else None,
+        "virtual_tokens": live.stored.virtual_tokens if live else None,
         "travels": live.stored.voice.told() if live else None,
         "loaded_at": int(live.loaded_at) if live else None,
         "requests": live.leases if live else 0,

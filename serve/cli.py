@@ -18,7 +18,6 @@ import typer
 
 from quant import artifact
 from quant import cli as quant_cli
-from quant.lora import adapter
 from serve import keys
 from serve import settings as serve_settings
 from serve.errors import ServeError, SettingsError
@@ -57,7 +56,9 @@ def serve(
     ] = None,
     adapter_flags: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="ALIAS=SOURCE", help="serve this PEFT LoRA; repeatable"),
+        typer.Option(
+            "--adapter", metavar="ALIAS=SOURCE", help="serve this PEFT adapter; repeatable"
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="address to bind [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="port to bind [8000]")] = None,
@@ -93,6 +94,9 @@ def serve(
     max_lora_rank: Annotated[
         int | None, typer.Option(help="largest rank an adapter may have [16]")
     ] = None,
+    prompt_tuning: Annotated[
+        bool | None, typer.Option(help="serve prompt-tuned adapters [on CPU]")
+    ] = None,
     kv_cache_bytes: Annotated[
         int | None, typer.Option(help="KV cache on CPU, in bytes [512 MiB]")
     ] = None,
@@ -126,6 +130,7 @@ def serve(
         allow_hub=allow_hub,
         max_adapters=max_adapters,
         max_lora_rank=max_lora_rank,
+        prompt_tuning=prompt_tuning,
         kv_cache_bytes=kv_cache_bytes,
         threads=threads,
         drain_timeout=drain_timeout,
@@ -166,21 +171,22 @@ def _check(settings: Settings) -> None:
         database.checked(settings.database_url)
     if not settings.artifact.is_dir():
         raise SettingsError(f"{settings.artifact} is not a folder")
-    manifest = artifact.read(settings.artifact)
+    artifact.read(settings.artifact)
     if settings.adapters and not settings.max_adapters:
         raise SettingsError("--adapter needs at least one slot: --max-adapters is 0")
-    shapes = artifact.linear_shapes(settings.artifact) if settings.adapters else {}
+    if settings.adapters:
+        _check_adapters(settings)
+
+
+def _check_adapters(settings: Settings) -> None:
+    from serve.adapters import store
+
+    base = store.base_of(settings.artifact, settings.max_lora_rank)
     for source in settings.adapters.values():
         if Path(source).exists() or not (
             "://" in source or settings.adapter_root or settings.allow_hub
         ):
-            adapter.validate(
-                adapter.read(Path(source)),
-                shapes,
-                max_rank=settings.max_lora_rank,
-                base_weights_fingerprint=None,
-                base_artifact=adapter.identity(manifest) if manifest else None,
-            )
+            store.check(Path(source), base)
 
 
 def _loopback(host: str) -> bool:

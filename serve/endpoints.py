@@ -8,7 +8,7 @@ API of vLLM's resolves aliases, streams included, without a second parse of anyt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -20,8 +20,16 @@ from vllm.sampling_params import SamplingParams
 
 from serve import admin, controllers, health, settings, stats, vllm_compat, voices
 from serve.adapters.pool import AdapterPool, Version
-from serve.errors import AdapterRefused, AdapterSlotsFull, ModelNotFound, ServeError
+from serve.errors import (
+    AdapterRefused,
+    AdapterSlotsFull,
+    BadRequest,
+    Conflict,
+    ModelNotFound,
+    ServeError,
+)
 from serve.serving import Serving
+from serve.soft_prompts import SoftPrompts
 from serve.turn import Turn, current, ledger
 
 
@@ -32,10 +40,13 @@ class EngineLoadFailed(ServeError):
 
 
 class VllmEngine:
-    """The pool's engine: vLLM's client, addressed by LoRARequest."""
+    """The pool's engine: vLLM's client, addressed by LoRARequest.
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    Soft prompts stay in this process; `soft` is None where vLLM was not told to expect them.
+    """
+
+    def __init__(self, client: Any, soft: SoftPrompts | None) -> None:
+        self._client, self.soft = client, soft
         self._templates = vllm_compat.takes_templates(client.renderer)
 
     async def load(self, version: Version) -> None:
@@ -45,6 +56,13 @@ class VllmEngine:
                 "template has no place; take it out of the folder, or merge the adapter",
                 param="chat_template",
             )
+        if version.soft:
+            if self.soft is None:
+                raise Conflict(
+                    f"{version.alias!r} is prompt-tuned: start the server with --prompt-tuning"
+                )
+            await self.soft.load(version)
+            return
         fault = await _fault_of(self._client.add_lora(request_of(version)))
         if fault is not None:
             await self.unload(version)
@@ -56,6 +74,9 @@ class VllmEngine:
         return await _fault_of(self._client.pin_lora(version.slot)) is None
 
     async def unload(self, version: Version) -> None:
+        if version.soft and self.soft is not None:
+            self.soft.unload(version)
+            return
         await self._client.remove_lora(version.slot)
 
 
@@ -120,15 +141,24 @@ class Endpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         base_name = str(args.served_model_name[0])
-        serving = Serving(settings.load(), VllmEngine(engine_client), stats.metrics, base_name)
+        engine = VllmEngine(engine_client, _soft_prompts(engine_client))
+        serving = Serving(settings.load(), engine, stats.metrics, base_name)
         serving.ready_fd = vars(args).get("quantserve_ready_fd")
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
         _give_voice(state, serving)
-        vllm_compat.note_users(_note_user)
+        vllm_compat.watch_requests(_watch)
         for method in ("generate", "encode"):
-            setattr(engine_client, method, _placing(getattr(engine_client, method), serving))
+            stock = getattr(engine_client, method)
+            setattr(engine_client, method, _placing(stock, serving, engine.soft))
         await serving.start()
+
+
+def _soft_prompts(client: Any) -> SoftPrompts | None:
+    config = client.model_config
+    if not vllm_compat.close_to_clients(config):
+        return None
+    return SoftPrompts(config.dtype, config.max_model_len, client.renderer.validate_token_ids)
 
 
 def _publish(models: Any, serving: Serving) -> None:
@@ -163,13 +193,16 @@ def _give_voice(state: Any, serving: Serving) -> None:
             handler.default_sampling_params = voices.Defaults(handler.default_sampling_params)
 
 
-def _note_user(user: object) -> None:
-    turn = current.get()
+def _watch(asked: Mapping[str, Any]) -> None:
+    """Note whom a request is for; BadRequest where it brings embeddings, which only we make."""
+    turn, user = current.get(), asked.get("user")
     if turn is not None and isinstance(user, str):
         turn.user = user
+    if asked.get("prompt_embeds") is not None:
+        raise BadRequest("embeddings cannot be sent to this server", param="prompt_embeds")
 
 
-def _placing(stock: Any, serving: Serving) -> Any:
+def _placing(stock: Any, serving: Serving, soft: SoftPrompts | None) -> Any:
     """vLLM's `generate` or `encode`: note which alias it is for, and see to the adapter's place.
 
     A request of an adapter waits here until the engine may be asked for it, and holds its version
@@ -179,8 +212,13 @@ def _placing(stock: Any, serving: Serving) -> Any:
     def asked(prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         turn = current.get()
         ledger.note(request_id, turn.alias or serving.base_name if turn else serving.base_name)
-        if isinstance(params, SamplingParams):
+        generates = isinstance(params, SamplingParams)
+        if generates:
             voices.add_stops(params)
+        if soft is not None and turn is not None and turn.version is not None and turn.version.soft:
+            if not generates:
+                raise BadRequest(f"{turn.alias!r} is prompt-tuned and generates text only")
+            prompt, kwargs["lora_request"] = soft.prepend(turn.version, prompt, params), None
         answers = stock(prompt, params, request_id, *args, **kwargs)
         if turn is None or turn.version is None:
             return answers

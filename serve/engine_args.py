@@ -62,6 +62,8 @@ def flags(settings: Settings, facts: Facts) -> list[str]:
     given += ["--generation-config", "auto", "--disable-uvicorn-access-log"]
     if settings.max_adapters:
         given += _lora_flags(settings)
+    if facts.on_cpu if settings.prompt_tuning is None else settings.prompt_tuning:
+        given += ["--enable-prompt-embeds"]  # for us alone: serve.vllm_compat.close_to_clients
     if facts.on_cpu:
         given += ["--enforce-eager", "--dtype", _cpu_dtype(settings, facts)]
         given += ["--kv-cache-memory-bytes", str(settings.kv_cache_bytes)]

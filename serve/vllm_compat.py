@@ -21,7 +21,7 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
-from vllm.renderers.hf import HfRenderer
+from vllm.renderers import hf
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.executor import multiproc_executor
@@ -74,17 +74,17 @@ def parse(argv: list[str]) -> Namespace:
     return args
 
 
-def note_users(note: Callable[[object], None]) -> None:
-    """Call `note` with the OpenAI `user` of every request, before its model is looked up."""
+def watch_requests(watch: Callable[[Mapping[str, Any]], None]) -> None:
+    """Call `watch` with the fields of every request, before its model is looked up."""
     for handler in (BaseServing, PoolingBaseServing):
-        _note_user(handler, note)
+        _watch(handler, watch)
 
 
-def _note_user(handler: Any, note: Callable[[object], None]) -> None:
+def _watch(handler: Any, watch: Callable[[Mapping[str, Any]], None]) -> None:
     stock = handler.__dict__["_check_model"]  # a KeyError here: vLLM moved it
 
     async def check_model(self: Any, request: Any) -> Any:
-        note(vars(request).get("user"))
+        watch(vars(request))
         return await stock(self, request)
 
     handler._check_model = check_model
@@ -92,7 +92,7 @@ def _note_user(handler: Any, note: Callable[[object], None]) -> None:
 
 def takes_templates(renderer: Any) -> bool:
     """Whether the base's chats are written by Jinja templates at all."""
-    return isinstance(renderer, HfRenderer)
+    return isinstance(renderer, hf.HfRenderer)
 
 
 def render_with(renderer: Any, default: str | None, render: Render) -> None:
@@ -113,6 +113,25 @@ def render_with(renderer: Any, default: str | None, render: Render) -> None:
         return await stock(config, tokenizer, conversation, **asked)
 
     renderer._apply_chat_template_async = apply
+
+
+def keep_vocabulary() -> None:
+    """vLLM gives the tokenizer a token for clients' embeddings, which would be out of range here.
+
+    Call before the app is built.
+    """
+    assert hf._ensure_prompt_embeds_placeholder_token
+    hf._ensure_prompt_embeds_placeholder_token = lambda _: -1
+
+
+def close_to_clients(config: Any) -> bool:
+    """Whether the engine takes embeddings; from now on the API says that it does not.
+
+    `config` is this process's copy of what the engine was started with.
+    """
+    takes = bool(config.enable_prompt_embeds)
+    config.enable_prompt_embeds = False
+    return takes
 
 
 def start_engines_warm() -> None:

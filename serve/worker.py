@@ -25,6 +25,7 @@ def main() -> None:
 
     vllm_compat.check_version()
     vllm_compat.start_engines_warm()
+    vllm_compat.keep_vocabulary()
     chosen = settings.load()
     args = vllm_compat.parse(engine_args.flags(chosen, engine_args.inspect(chosen)))
     args.quantserve_ready_fd = ready_fd

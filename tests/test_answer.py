@@ -38,7 +38,7 @@ def app(serving: Serving) -> Starlette:
         await made.state.resume.wait()
         yield "last"
 
-    made.state.engine = SimpleNamespace(generate=_placing(stock, serving))
+    made.state.engine = SimpleNamespace(generate=_placing(stock, serving, None))
     return made
 
 

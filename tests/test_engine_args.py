@@ -76,6 +76,17 @@ def test_gpus_keep_vllms_own_defaults(model: Path) -> None:
     assert "--enforce-eager" not in flags and "--dtype" not in flags
 
 
+@pytest.mark.parametrize(("chosen", "cpu", "gpu"), [
+    (None, True, False), (True, True, True), (False, False, False),
+])  # fmt: skip
+def test_soft_prompts_are_expected_where_they_cost_nothing_or_where_told(
+    model: Path, *, chosen: bool | None, cpu: bool, gpu: bool
+) -> None:
+    settings = Settings(artifact=model, prompt_tuning=chosen)
+    found = ["--enable-prompt-embeds" in engine_args.flags(settings, f) for f in (AVX2, CUDA)]
+    assert found == [cpu, gpu]
+
+
 def test_an_instruction_limit_reaches_every_library(model: Path) -> None:
     env = engine_args.environment(Settings(artifact=model, max_cpu_isa="avx2"), AVX2)
     assert env["ATEN_CPU_CAPABILITY"] == "avx2" and env["ONEDNN_MAX_CPU_ISA"] == "AVX2"

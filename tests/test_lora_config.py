@@ -103,7 +103,7 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_field(key: str, value: Any)
 
 
 def test_another_kind_of_adapter_says_what_was_expected() -> None:
-    assert refused({**PLAIN, "peft_type": "LOHA"}).expected == "'LORA'"
+    assert refused({**PLAIN, "peft_type": "LOHA"}).expected == "LORA"
     assert refused({"r": 4}).field == "peft_type"
 
 

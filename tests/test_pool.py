@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from serve.adapters.pool import AdapterPool, Route, Version
 from serve.adapters.slots import Slots
 from serve.adapters.sources import Sources
 from serve.adapters.store import Store, Stored
-from serve.errors import AdapterSlotsFull
+from serve.errors import AdapterSlotsFull, Conflict
 from tests.fakes import BASE, SHAPES, EngineRefused, MemoryEngine, settled
 from tests.lora import write_lora
 
@@ -197,3 +198,24 @@ async def test_when_every_slot_is_held_a_request_is_refused_and_not_kept_hanging
                 raise AssertionError("there was no slot")
     async with pool.running(late):
         assert pool.slots.waiting == 0
+
+
+async def test_a_soft_prompt_needs_no_slot(
+    pool: AdapterPool, engine: MemoryEngine, stored: list[Stored], tmp_path: Path
+) -> None:
+    soft = Stored("e" * 64, tmp_path, 0, 0, virtual_tokens=5)
+    kept = await put(pool, "soft", soft, pinned=True)
+    assert engine.pinned == set() and pool.slots.pinned == 0
+    async with AsyncExitStack() as running:
+        for place in range(3):
+            version = await put(pool, f"lora{place}", stored[place])
+            await running.enter_async_context(pool.running(version))
+        async with pool.running(kept):
+            assert kept.leases == 1
+    await pool.publish("soft", None)
+    await settled()
+    assert kept.name not in engine.loaded
+    without = AdapterPool(engine, Slots(0, wait_s=0.1))
+    assert (await without.load("soft", soft)).soft
+    with pytest.raises(Conflict):
+        await without.load("lora", stored[0])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quant.artifact import Manifest
 from quant.errors import AdapterError, ArtifactError
@@ -89,21 +90,30 @@ def read_trained(folder: Path) -> Adapter:
     AdapterError names what is wrong.
     """
     folder = folder.resolve()
+    config = parse(folder / CONFIG, config_of(folder))
+    headers = headers_of(folder)
+    parts = lora_parts.sort(folder / WEIGHTS, headers, config)
+    own = voice.read(folder)
+    digest = digest_of(folder, headers, own.identity())
+    base, artifact = lineage(folder)
+    return Adapter(folder, config, parts, digest, base, own, artifact, _initial(folder, config))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as it stands; AdapterError where there is none."""
     if not folder.is_dir():
         raise AdapterError(f"adapter folder {folder} does not exist", field="folder")
-    config = parse(folder / CONFIG, read_json(folder / CONFIG))
-    weights = folder / WEIGHTS
-    if not weights.is_file():
+    return read_json(folder / CONFIG)
+
+
+def headers_of(folder: Path) -> dict[str, TensorHeader]:
+    """The tensors of an adapter's safetensors file; AdapterError where it is none."""
+    if not (folder / WEIGHTS).is_file():
         raise _no_weights(folder)
     try:
-        headers = read_headers(weights)
+        return read_headers(folder / WEIGHTS)
     except ArtifactError as fault:
         raise AdapterError(str(fault), field=WEIGHTS) from fault
-    parts = lora_parts.sort(weights, headers, config)
-    own = voice.read(folder)
-    digest = _digest(folder, headers, own.identity())
-    base, artifact = _lineage(folder / LINEAGE)
-    return Adapter(folder, config, parts, digest, base, own, artifact, _initial(folder, config))
 
 
 def validate(
@@ -209,7 +219,7 @@ def _no_weights(folder: Path) -> AdapterError:
     return AdapterError(f"{folder / WEIGHTS} is missing", field=WEIGHTS)
 
 
-def _digest(folder: Path, headers: dict[str, TensorHeader], own: bytes) -> str:
+def digest_of(folder: Path, headers: dict[str, TensorHeader], own: bytes) -> str:
     """sha256 over both files and what else is its own; refuses a non-finite weight on the way."""
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     with (folder / WEIGHTS).open("rb") as file:
@@ -244,8 +254,9 @@ def _ones(mask: int) -> range:
     return range(mask, 0x80)
 
 
-def _lineage(path: Path) -> tuple[str | None, str | None]:
+def lineage(folder: Path) -> tuple[str | None, str | None]:
     """The weights it was trained on and the artifact it is for, where a lineage file says so."""
+    path = folder / LINEAGE
     if not path.is_file():
         return None, None
     raw = read_json(path)

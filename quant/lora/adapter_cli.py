@@ -32,7 +32,10 @@ _Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, the result 
 @app.command()
 def check(
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA folder, of any variant")
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="a PEFT folder: LoRA of any variant, prompt tuning, p-tuning"
+        ),
     ],
     base: Annotated[
         Path | None,
@@ -197,7 +200,7 @@ def _lines(found: "Suitability") -> str:
         "merge": _verdict(found.merge.works, found.merge.reason),
         "swap": _verdict(found.swap.works, found.swap.reason),
     }
-    return "\n".join(f"{name:<9}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<9}{value}" for name, value in rows.items() if value)
 
 
 def _base(found: "Suitability") -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from quant.errors import AdapterError
+from quant.lora import kinds
 
 # Keys that say how an adapter was trained, or where, and not what it computes.
 _HARMLESS = frozenset({
@@ -69,6 +70,7 @@ class LoraConfig(BaseModel):
 
 def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
     """The configuration in `raw`, read from `path`; AdapterError names the field at fault."""
+    kinds.check(path, raw, "LORA")
     fields = {key: value for key, value in raw.items() if value is not None}
     for key, value in fields.items():
         # A key we do not know is harmless only while it is switched off.

@@ -14,8 +14,9 @@ from quant import artifact
 from quant.errors import AdapterError, ArtifactError
 from quant.intake import architecture
 from quant.lora import adapter as lora
-from quant.lora import anatomy, fitting, obstacles, starts, voice
+from quant.lora import anatomy, fitting, obstacles, soft_prompt, starts, voice
 from quant.lora.adapter import Adapter
+from quant.lora.soft_prompt import SoftPrompt
 
 _SERVED_RANK = 16  # what `serve` allows unless told otherwise
 
@@ -58,7 +59,9 @@ class Suitability(BaseModel):
 
 
 def judge(folder: Path, base: Path | None) -> Suitability:
-    """AdapterError where the folder is no LoRA at all; ArtifactError where `base` is no model."""
+    """AdapterError where the folder is no adapter; ArtifactError where `base` is no model."""
+    if soft_prompt.is_one(folder):
+        return _judge_soft(soft_prompt.read(folder), base)
     adapter = lora.read_trained(folder)
     tails = Counter(module.rpartition(".")[2] for module in adapter.pairs)
     factors = {lora.scaling(adapter.config, module) for module in adapter.pairs}
@@ -77,6 +80,37 @@ def judge(folder: Path, base: Path | None) -> Suitability:
         merge=_merging(adapter, base),
         swap=_swapping(adapter, base),
     )
+
+
+def _judge_soft(found: SoftPrompt, base: Path | None) -> Suitability:
+    return Suitability(
+        name=found.folder.name,
+        digest=found.digest,
+        variant=(f"{found.kind.lower().replace('_', '-')}, {found.tokens} virtual tokens",),
+        ranks=(),
+        scaling=(),
+        targets={},
+        bytes=found.bytes,
+        base_named=found.base_named,
+        base_weights=found.base_fingerprint,
+        travels=found.voice.told(),
+        ignored=found.voice.ignored,
+        merge=Verdict(works=False, reason="virtual tokens are no change of any weight"),
+        swap=_softly(found, base),
+    )
+
+
+def _softly(found: SoftPrompt, base: Path | None) -> Verdict:
+    known = None
+    try:
+        if base is not None:
+            width = architecture.config(base).get_text_config().hidden_size
+            soft_prompt.validate(found, width, _base_weights(base, found.base_fingerprint))
+            known = voice.vocabulary(base)
+        fitting.fitted(found.voice, known, found.folder)
+    except AdapterError as fault:
+        return Verdict(works=False, reason=str(fault))
+    return Verdict(works=True, reason="as it is (on CUDA with --prompt-tuning)")
 
 
 def _variant(adapter: Adapter) -> tuple[str, ...]:
@@ -154,16 +188,21 @@ def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
 
 def _check_base(adapter: Adapter, base: Path) -> None:
     manifest = artifact.read(base)
-    weights = manifest.parent.weights if manifest else None
-    if weights is None and adapter.base_fingerprint is not None:
-        if artifact.quantization_config(base) is not None:
-            raise ArtifactError(f"{base} is quantized and does not say what its parent is")
-        weights = artifact.weights_fingerprint(base)
     lora.validate(
         adapter,
         artifact.linear_shapes(base),
         max_rank=None,
-        base_weights_fingerprint=weights,
+        base_weights_fingerprint=_base_weights(base, adapter.base_fingerprint),
         base_artifact=lora.identity(manifest) if manifest else None,
     )
     lora.units(base, manifest)
+
+
+def _base_weights(base: Path, named: str | None) -> str | None:
+    """The base's fingerprint; of a folder without a manifest only where an adapter names one."""
+    manifest = artifact.read(base)
+    if manifest is not None or named is None:
+        return manifest.parent.weights if manifest else None
+    if artifact.quantization_config(base) is not None:
+        raise ArtifactError(f"{base} is quantized and does not say what its parent is")
+    return artifact.weights_fingerprint(base)

@@ -14,7 +14,7 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,11 @@ class Version:
     @property
     def name(self) -> str:
         return version_name(self.alias, self.digest)
+
+    @property
+    def soft(self) -> bool:
+        """A soft prompt: part of the prompts, it needs no place in a batch."""
+        return self.stored.virtual_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +124,15 @@ class AdapterPool:
         """A lease and a place in the engine's batches; AdapterSlotsFull when none becomes free."""
         version.leases += 1
         try:
-            async with self.slots.place(version):
+            async with nullcontext() if version.soft else self.slots.place(version):
                 yield
         finally:
             self.release(version)
 
     async def load(self, alias: str, stored: Stored) -> Version:
         """The version in the engine, loaded unless it is there; leased to the caller."""
-        if not self.slots.count:
-            raise Conflict("this server takes no adapters: --max-adapters is 0")
+        if not self.slots.count and not stored.virtual_tokens:
+            raise Conflict("this server takes no LoRA: --max-adapters is 0")
         name = version_name(alias, stored.digest)
         async with self._locks[name]:
             version = self._loaded.get(name)
@@ -155,7 +160,8 @@ class AdapterPool:
         vLLM cannot unpin: what should be pinned no longer is taken out and put back, which running
         requests do not notice.
         """
-        wanted = {route.stable for route in self._live.values() if route.pinned}
+        routes = (route for route in self._live.values() if route.pinned)
+        wanted = {route.stable for route in routes if not route.stable.soft}
         for version in self.loaded():
             if version in wanted and not version.pinned and self.slots.pin(version):
                 version.pinned = True

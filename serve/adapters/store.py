@@ -20,13 +20,15 @@ from threading import Lock
 from quant import artifact
 from quant.artifact import Manifest
 from quant.errors import AdapterError
-from quant.lora import adapter, fitting, voice
+from quant.lora import adapter, fitting, soft_prompt, voice
 from quant.lora.adapter import Adapter
+from quant.lora.soft_prompt import SoftPrompt
 from quant.lora.voice import Voice
 from serve.adapters import units
 from serve.adapters.sources import Sources
 from serve.errors import AdapterRefused, StoreFailed
 
+Taken = Adapter | SoftPrompt
 STAGING = ".partial-"
 STATED = ("r", "lora_alpha", "target_modules")
 UNNEEDED_S = 3600.0  # so long a folder stays after it was last taken in, needed or not
@@ -34,27 +36,32 @@ UNNEEDED_S = 3600.0  # so long a folder stays after it was last taken in, needed
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An adapter in the store; `folder` is what the engine reads, `voice` is ready to be used."""
+    """An adapter in the store; `folder` is what the engine reads, `voice` is ready to be used.
+
+    A LoRA has a rank, a soft prompt virtual tokens.
+    """
 
     digest: str
     folder: Path
     rank: int
     bytes: int
     voice: Voice = field(default_factory=Voice)
+    virtual_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
     """What an adapter must fit: (out, in) by module, the largest rank, the weights' fingerprint.
 
-    `tokens` are its own by text; None where it does not tell. Where it is an artifact of ours: its
-    folder and manifest.
+    `tokens` are its own by text, `width` that of its embeddings; None where it does not tell. Where
+    it is an artifact of ours: its folder and manifest.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     max_rank: int
     weights: str | None
     tokens: Mapping[str, int] | None = None
+    width: int | None = None
     folder: Path | None = None
     manifest: Manifest | None = None
 
@@ -72,9 +79,17 @@ def base_of(folder: Path, max_rank: int) -> Base:
         max_rank,
         weights,
         voice.vocabulary(folder),
+        _width(folder),
         folder,
         manifest,
     )
+
+
+def _width(folder: Path) -> int | None:
+    config = json.loads((folder / "config.json").read_bytes())
+    inner = config.get("text_config")
+    width = (inner if isinstance(inner, dict) else config).get("hidden_size")
+    return width if isinstance(width, int) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +114,12 @@ class Store:
             raise StoreFailed(f"the adapter store {self.root}: {fault.strerror}") from fault
         try:
             self.sources.fetch(source, staging)
-            found = self._read(staging, source)
+            found = _read(staging, source)
             if expected is not None and found.digest != expected:
                 raise AdapterRefused(
                     f"{source} holds {found.digest[:12]} now, not {expected[:12]}", param="digest"
                 )
-            own = self._fit(found, source)
+            own = _fit(found, self.base, source)
             self._for_engine(found, source)
             return self._stored(self._keep(staging, found), own, source)
         except OSError as fault:
@@ -121,13 +136,13 @@ class Store:
         if not folder.is_dir():
             return None
         try:
-            found = self._read(folder, digest[:12])
+            found = _read(folder, digest[:12])
         except AdapterRefused:
             found = None
         if found is None or found.digest != digest:
             shutil.rmtree(folder)
             return None
-        own = self._fit(found, digest[:12])
+        own = _fit(found, self.base, digest[:12])
         os.utime(folder)
         return self._stored(found, own, digest[:12])
 
@@ -142,29 +157,7 @@ class Store:
                     gone.append(folder.name)
         return gone
 
-    def _read(self, folder: Path, source: str) -> Adapter:
-        try:
-            found = adapter.read(folder)
-        except AdapterError as fault:
-            raise _refused(fault, folder, source) from fault
-        _check_stated(folder / adapter.CONFIG, source)
-        return found
-
-    def _fit(self, found: Adapter, source: str) -> Voice:
-        base = self.base
-        try:
-            adapter.validate(
-                found,
-                base.shapes,
-                max_rank=base.max_rank,
-                base_weights_fingerprint=base.weights,
-                base_artifact=base.artifact,
-            )
-            return fitting.fitted(found.voice, base.tokens, found.folder)
-        except AdapterError as fault:
-            raise _refused(fault, found.folder, source) from fault
-
-    def _keep(self, staging: Path, found: Adapter) -> Adapter:
+    def _keep(self, staging: Path, found: Taken) -> Taken:
         folder = self.root / found.digest
         _shorten(staging, found)
         _settle(staging)
@@ -177,13 +170,16 @@ class Store:
             os.utime(folder)  # another intake may have been quicker; the digests say it is the same
         return replace(found, folder=folder)
 
-    def _stored(self, found: Adapter, own: Voice, source: str) -> Stored:
+    def _stored(self, found: Taken, own: Voice, source: str) -> Stored:
         size = sum(file.stat().st_size for file in found.folder.iterdir() if file.is_file())
-        return Stored(found.digest, self._for_engine(found, source), found.rank, size, own)
+        rank, tokens = (0, found.tokens) if isinstance(found, SoftPrompt) else (found.rank, 0)
+        return Stored(found.digest, self._for_engine(found, source), rank, size, own, tokens)
 
-    def _for_engine(self, found: Adapter, source: str) -> Path:
+    def _for_engine(self, found: Taken, source: str) -> Path:
         """The adapter as it is, or for a smoothed artifact a copy in its units, in a folder of the
         adapter's own: replicas of other artifacts may share the store."""
+        if isinstance(found, SoftPrompt):  # it enters where nothing is smoothed yet
+            return found.folder
         scales = self._scales(source)
         if scales is None or found.artifact is not None:
             return found.folder
@@ -212,7 +208,40 @@ class Store:
             raise _refused(fault, self.root, source) from fault
 
 
-def _shorten(staging: Path, found: Adapter) -> None:
+def check(folder: Path, base: Base) -> None:
+    """AdapterRefused for a folder that would not be taken in."""
+    _fit(_read(folder, str(folder)), base, str(folder))
+
+
+def _read(folder: Path, source: str) -> Taken:
+    try:
+        if soft_prompt.is_one(folder):
+            return soft_prompt.read(folder)
+        found = adapter.read(folder)
+    except AdapterError as fault:
+        raise _refused(fault, folder, source) from fault
+    _check_stated(folder / adapter.CONFIG, source)
+    return found
+
+
+def _fit(found: Taken, base: Base, source: str) -> Voice:
+    try:
+        if isinstance(found, SoftPrompt):
+            soft_prompt.validate(found, base.width, base.weights)
+        else:
+            adapter.validate(
+                found,
+                base.shapes,
+                max_rank=base.max_rank,
+                base_weights_fingerprint=base.weights,
+                base_artifact=base.artifact,
+            )
+        return fitting.fitted(found.voice, base.tokens, found.folder)
+    except AdapterError as fault:
+        raise _refused(fault, found.folder, source) from fault
+
+
+def _shorten(staging: Path, found: Taken) -> None:
     """A whole tokenizer was needed for the list of its added tokens, which is kept."""
     if (staging / voice.TOKENIZER).is_file():
         (staging / voice.ADDED).write_text(json.dumps(found.voice.added))
