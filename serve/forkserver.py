@@ -14,7 +14,8 @@ import multiprocessing
 from multiprocessing import forkserver
 
 ENGINE_MODULES = [
-    "serve.isa",  # first: it decides which extension vLLM loads
+    "serve.tied",
+    "serve.isa",  # before vLLM: it decides which extension vLLM loads
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.executor.uniproc_executor",
