@@ -168,7 +168,7 @@ _BY_ROUNDING: Patch = (columns, "quantize", _by_rounding)
 _ONE_SIGN: Patch = (grid, "offered", _one_sign)
 _JUST_FITS: Patch = (grid, "offered", _just_fits)
 _STORED_ORDER: Patch = (gptq, "_order", _stored_order)
-_NO_SMOOTHING: Patch = (int8, "smoothing", lambda weight, _inputs: torch.ones_like(weight[0]))
+_NO_SMOOTHING: Patch = (int8, "smoothing", lambda weight, *_: torch.ones_like(weight[0]))
 
 WITHOUT: Mapping[str, tuple[Patch, ...]] = {
     FULL: (),

@@ -107,7 +107,9 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="calibration sequences [48]")] = None,
     length: Annotated[int | None, typer.Option(help="tokens of each [256]")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn [0]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [cpu]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N, or several: cuda:0,cuda:1 [cpu]")
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),

@@ -112,7 +112,7 @@ def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
     opened, given = run.opened, run.given
     numel, depth = _parameters(opened), len(blocks)
     if _written(run):
-        dtype = scribe.loaded_as(opened, run.recipe.device)
+        dtype = scribe.loaded_as(opened, run.decoder.device)
         cached = 2 * depth * given.tokens * given.width * dtype.itemsize
         yield Phase(
             "the model that writes its own calibration text",

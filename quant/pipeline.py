@@ -6,7 +6,7 @@ Streams: a block's weights are read, solved, written and dropped before the next
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -39,7 +39,7 @@ from quant.lora.adapter import UNITS
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe
-from quant.solver import allotment, blocks, lockstep, preflight, walk
+from quant.solver import allotment, blocks, devices, lockstep, preflight, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, half
 from quant.solver.layers import Progress as Watching
@@ -76,18 +76,18 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     leave what the next run goes on from, once a block is done, and say so in a note.
     """
     lockstep.share_memory()
-    device = blocks.device(recipe.device)
+    on = devices.named(recipe.device)
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=order.force)
     progress.say(f"opening {order.spec}")
     opened = source.open(order.spec, adapters=order.adapters, cache=order.cache, say=progress.say)
-    decoder = blocks.skeleton(opened, device)
+    decoder = _decoder(recipe, opened, on)
     plan = allotment.bound(recipe, decoder.shapes())
     layers = _layers(recipe, plan, opened, decoder, progress)
     with staging.resumable(target) as stage:
         writes, gated = order.calibration_file is None, order.max_kl is not None
         asked = estimate.Run(recipe, opened, decoder, layers.bytes_after(opened), writes, gated)
-        needs = estimate.checked(asked, target, stage.bytes(), room.left(device))
+        needs = estimate.checked(asked, target, stage.bytes(), min(map(room.left, on)))
         progress.foreseen(str(needs), needs.facts())
         barrier = _gate(recipe, order, opened, progress)
         kept = _journal(recipe, order, opened, stage, progress)
@@ -110,6 +110,12 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         facts = facts.model_copy(update=found)
         sealed = _finished(stage.folder, target.name, layers, asked, facts)
         return barrier.admit(opened, stage.folder, sealed) if barrier else sealed
+
+
+def _decoder(recipe: Recipe, opened: Source, on: Sequence[torch.device]) -> Decoder:
+    """On all devices; finding what feeds a layer, and gradients, want more than 16 bits."""
+    exact = recipe.scheme == "w8a8" or recipe.bits_per_weight is not None
+    return blocks.spread(opened, on, devices.forward_dtype(on[0], exact=exact))
 
 
 def _gate(recipe: Recipe, order: Order, opened: Source, progress: Progress) -> Gate | None:
@@ -175,7 +181,8 @@ def _waits_on_disk(decoder: Decoder, rows: Batches) -> bool:
     width = decoder.model.config.get_text_config().hidden_size
     samples, length = rows.input_ids.shape
     given = preflight.Calibration(samples, length, width)
-    return preflight.waiting(preflight.units(decoder.shapes()), given) > IN_MEMORY
+    allowed = IN_MEMORY if decoder.device.type == "cpu" else room.left(decoder.device) // 4
+    return preflight.waiting(preflight.units(decoder.shapes()), given) > allowed
 
 
 def _finished(

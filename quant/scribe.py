@@ -35,6 +35,7 @@ from quant.errors import CalibrationError, SourceError
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
 from quant.recipe import Recipe
+from quant.solver import devices
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 _TOP_K, _TEMPERATURE = 40, 0.8
@@ -66,7 +67,7 @@ def rows(source: Source, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, say
         itertools.chain.from_iterable(prompts), source.config.get_text_config().vocab_size
     )
     say(f"the model writes {recipe.samples} x {recipe.length} tokens of calibration text")
-    model = _load(source, recipe.device)
+    model = _load(source, devices.first(recipe.device))
     turns = itertools.cycle(prompts)
     parts = [
         _write(model, turns, (count, recipe.length), generator, say)
@@ -85,10 +86,10 @@ def kept_in(source: Source, recipe: Recipe) -> Path:
     return source.cache / "calibration" / f"{_key(source, recipe)}.safetensors"
 
 
-def loaded_as(source: Source, device: str) -> torch.dtype:
+def loaded_as(source: Source, device: torch.device) -> torch.dtype:
     """The dtype of the model while it writes."""
     small = source.bytes <= _FLOAT32_LIMIT
-    return torch.float32 if device == "cpu" and small else source.dtype
+    return torch.float32 if device.type == "cpu" and small else source.dtype
 
 
 def _key(source: Source, recipe: Recipe) -> str:
@@ -106,7 +107,7 @@ def _key(source: Source, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
-def _load(source: Source, device: str) -> PreTrainedModel:
+def _load(source: Source, device: torch.device) -> PreTrainedModel:
     dtype = loaded_as(source, device)
     bars = chatter.is_progress_bar_enabled()
     chatter.disable_progress_bar()

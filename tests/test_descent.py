@@ -86,6 +86,17 @@ def test_moments_are_the_means_they_say() -> None:
     torch.testing.assert_close(pulled, drift, rtol=1e-4, atol=1e-4)
 
 
+def test_moments_of_several_devices_are_those_of_all_their_tokens() -> None:
+    served, parent = drifted(90)
+    whole = moments(served, parent)
+    shares = [moments(served[place::3], parent[place::3]) for place in range(3)]
+    found = descent.merged(shares, CPU)
+    assert found.hessian.tokens == 90
+    eye = torch.eye(COLUMNS)
+    torch.testing.assert_close(found.pull(eye), whole.pull(eye), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.loss(eye), whole.loss(eye), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 50])
 def test_a_sample_tells_what_the_moments_tell(tokens: int) -> None:
     weight, (served, parent) = drawn(ROWS, COLUMNS), drifted(tokens)

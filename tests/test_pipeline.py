@@ -23,7 +23,7 @@ from quant.errors import RecipeError, SpaceError, TargetExists
 from quant.lora import adapter
 from quant.pipeline import Order
 from quant.proof import card
-from quant.solver import aside, grid, int8
+from quant.solver import aside, devices, grid, int8
 from tests import tiny
 from tests.test_checkpoint import no_file_larger_than
 from tests.test_gptq import plainly_rounded
@@ -453,3 +453,25 @@ def test_where_activations_wait_decides_nothing(
     on_disk = quantize(parent, tmp_path / "disk", texts=texts)
     one, other = ((made.folder / "model.safetensors").read_bytes() for made in (in_memory, on_disk))
     assert one == other
+
+
+def test_several_devices_make_what_one_makes(tmp_path: Path) -> None:
+    parent, texts = tiny.model_folder(tmp_path / "parent"), calibration_file(tmp_path)
+    asked: dict[str, Any] = {"texts": texts, "samples": 64, "length": 128}  # three streams
+    alone = quantize(parent, tmp_path / "alone", **asked)
+    together = quantize(parent, tmp_path / "together", device="cpu,cpu", **asked)
+    for name, tensor in alone.tensors.items():
+        assert torch.equal(together.tensors[name], tensor), name
+
+
+def test_forwards_in_sixteen_bits_lose_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, on the CPU."""
+    parent, texts = tiny.model_folder(tmp_path / "parent"), calibration_file(tmp_path)
+    exact = quantize(parent, tmp_path / "exact", texts=texts)
+    monkeypatch.setattr(devices, "forward_dtype", lambda _device, **_: torch.bfloat16)
+    coarse = quantize(parent, tmp_path / "coarse", texts=texts)
+    assert any(not torch.equal(coarse.tensors[n], t) for n, t in exact.tensors.items())
+    for ours, theirs in zip(coarse.manifest.layers, exact.manifest.layers, strict=True):
+        assert ours.loss < 1.1 * theirs.loss + 1e-5

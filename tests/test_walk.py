@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -109,10 +109,14 @@ def rows(count: int = 3, length: int = 24) -> Rows:
 
 
 def walked(
-    model: Source, given: Rows, solver: walk.Solver, shelf: Shelf | None = None
+    model: Source,
+    given: Rows,
+    solver: walk.Solver,
+    shelf: Shelf | None = None,
+    on: Sequence[torch.device] = (CPU,),
 ) -> tuple[Decoder, list[list[Tensor]], list[list[Tensor]]]:
     """Hidden states of each batch, as served and the parent's: first and behind every block."""
-    decoder = blocks.skeleton(model, CPU)
+    decoder = blocks.spread(model, on)
     streams, probe = blocks.embed(decoder, model, given, shelf)
     served = [[stream.hidden] for stream in streams]
     parents = [[stream.parent] for stream in streams]
@@ -194,6 +198,30 @@ def test_what_follows_already_sees_the_chosen_weights(tmp_path: Path) -> None:
         for given, untouched in pairs:
             assert bool((given.served == 0).all())
             assert torch.equal(given.parent, untouched.parent)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_rows_on_several_devices_are_run_as_on_one(family: str, tmp_path: Path) -> None:
+    model = opened(tmp_path, family)
+    alone, together = (Silencing("mlp.down_proj") for _ in range(2))
+    _, served, parents = walked(model, rows(), alone)
+    decoder, *states = walked(model, rows(), together, on=(CPU, CPU))
+    assert together.visits == alone.visits
+    for found, expected in zip(states, (served, parents), strict=True):
+        pairs = zip(chain(*found), chain(*expected), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    for copy in decoder.all():
+        assert {parameter.device.type for parameter in copy.model.parameters()} == {"meta"}
+
+
+def test_each_device_runs_its_share_and_sees_what_the_solver_says(tmp_path: Path) -> None:
+    model = opened(tmp_path)
+    decoder = blocks.spread(model, (CPU, CPU))
+    (one, two), _ = blocks.embed(decoder, model, rows())
+    assert (one.copy, two.copy) == (0, 1)
+    _, alone, _ = walked(model, rows(), Doubling())
+    _, together, _ = walked(model, rows(), Doubling(), on=(CPU, CPU))
+    assert torch.equal(alone[1][2], together[1][2])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -20,7 +20,7 @@ from quant.proof import card, choices, fidelity, held_out, replica
 from quant.proof.evidence import ChoiceFidelity, Fidelity, TextFidelity
 from quant.proof.fidelity import Pair, Quiz, Sample, Trace
 from quant.recipe import Draw
-from quant.solver import blocks
+from quant.solver import devices
 
 
 class Progress(Protocol):
@@ -58,7 +58,7 @@ def run(draw: Draw, order: Order, progress: Progress) -> Found:
 
     Any QuantError, and Ctrl-C, leave the artifact as it was.
     """
-    device = blocks.device(draw.device)
+    device = devices.first(draw.device)
     folder = order.artifact.expanduser().resolve()
     manifest = intact(folder)
     progress.say(f"opening {order.parent}")

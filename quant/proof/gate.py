@@ -15,7 +15,7 @@ from quant.intake.source import Say, Source
 from quant.proof import compare, fidelity, held_out, replica
 from quant.proof.fidelity import Pair, Sample
 from quant.recipe import Recipe
-from quant.solver import blocks
+from quant.solver import devices
 
 _ROWS = 16  # of the calibration's length
 
@@ -35,7 +35,7 @@ class Gate:
 
     def admit(self, opened: Source, folder: Path, manifest: Manifest) -> Manifest:
         """The staged artifact's manifest with what was measured; TooLossy where it may not pass."""
-        device = blocks.device(str(manifest.recipe["device"]))
+        device = devices.first(str(manifest.recipe["device"]))
         self.say(f"measuring {len(self.sample.windows)} rows of {self.sample.name}")
         pair = Pair(
             replica.of_parent(opened, device), replica.of_artifact(opened, folder, manifest, device)

@@ -29,7 +29,7 @@ from quant.proof import compare, replica
 from quant.proof.evidence import ChoiceFidelity, TextFidelity
 from quant.proof.fidelity import Pair, Quiz, Sample
 from quant.recipe import Draw
-from quant.solver import blocks
+from quant.solver import devices
 
 _TIMED = 8  # windows whose forwards are timed, each after it was computed before
 
@@ -106,7 +106,7 @@ def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
     CompareError where parent, artifact and adapter do not belong together; AdapterError where the
     adapter cannot be served beside a base.
     """
-    device, asked = blocks.device(draw.device), order.asked
+    device, asked = devices.first(draw.device), order.asked
     folder = asked.artifact.expanduser().resolve()
     manifest = compare.intact(folder)
     progress.say(f"opening {asked.parent}")

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple
@@ -122,6 +123,25 @@ class Kept:
         place, like = shelf.write(tensor), (tensor.shape, tensor.dtype, tensor.device)
         self.tensor = lambda: shelf.read(place, *like)
         finalize(self, shelf.free, place)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Inputs of a layer when served and in the parent, shown when asked for; `real` picks tokens
+    that count out of them."""
+
+    real: Callable[[Tensor], Tensor]
+    shelf: Shelf
+    tensors: tuple[Tensor, Tensor]
+    routed: None = None
+
+    @property
+    def served(self) -> Tensor:
+        return self.real(self.shelf.shown(self.tensors[0]))
+
+    @property
+    def parent(self) -> Tensor:
+        return self.real(self.shelf.shown(self.tensors[1]))
 
 
 class Holdings(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's, on subclassing

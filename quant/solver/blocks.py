@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quant.errors import RecipeError, SourceError
+from quant.errors import SourceError
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
 from quant.solver import experts
@@ -42,6 +42,7 @@ class Stream:
     ) -> None:  # fmt: skip
         self.mask, self.shelf = mask, shelf
         self.calls: list[Call] = [] if calls is None else calls
+        self.copy = 0  # which of the decoder's copies runs it
         self.hidden = self.parent = hidden
 
     @property
@@ -81,6 +82,11 @@ class Decoder:
     blocks: Sequence[nn.Module]
     device: torch.device
     stored: Mapping[str, str]  # the source's name of each tensor, by the model's own
+    dtype: torch.dtype  # that blocks compute in
+    others: tuple[Decoder, ...] = ()  # the same on further devices, for their share of the rows
+
+    def all(self) -> tuple[Decoder, ...]:
+        return (self, *self.others)
 
     def outside(self) -> dict[str, str]:
         """The source's name of each weight of `text` outside the blocks, by the model's own."""
@@ -142,21 +148,16 @@ class Decoder:
         }
 
 
-def device(name: str) -> torch.device:
-    """The device of that name; RecipeError unless this machine has it."""
-    try:
-        found = torch.device(name)
-    except RuntimeError as fault:
-        raise RecipeError(f"{name!r} is not a device torch knows") from fault
-    if found.type not in ("cpu", "cuda"):
-        raise RecipeError(f"device {name!r}: cpu or cuda is needed")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device {name!r}: this torch sees no CUDA device")
-    return found
+def spread(
+    source: Source, on: Sequence[torch.device], dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """`skeleton` on the first device, with others like it on the further ones."""
+    found = skeleton(source, on[0], dtype)
+    return replace(found, others=tuple(skeleton(source, device, dtype) for device in on[1:]))
 
 
-def skeleton(source: Source, device: torch.device) -> Decoder:
-    """The source's architecture without weights, to be run on `device`.
+def skeleton(source: Source, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The source's architecture without weights, to be run on `device` in `dtype`.
 
     SourceError where its blocks cannot be solved.
     """
@@ -178,7 +179,7 @@ def skeleton(source: Source, device: torch.device) -> Decoder:
     within = {id(module) for module in text.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and id(module) in within:
-            decoder = Decoder(model, text, f"{name}.", list(module), device, stored)
+            decoder = Decoder(model, text, f"{name}.", list(module), device, stored, dtype)
             _check(decoder, source.architecture)
             return decoder
     raise SourceError(f"{source.architecture} has no list of {depth} decoder blocks")
@@ -192,14 +193,20 @@ def embed(
 ) -> tuple[list[Stream], Stream]:
     """A stream per (input_ids, mask), and a short one for probing, before the first block.
 
-    Everything outside the blocks but the output head is read for this, and freed again.
+    Everything outside the blocks but the output head is read for this, and freed again. With
+    several devices, each gets every so many-th stream.
     """
-    on_device = [(ids.to(decoder.device), mask.to(decoder.device)) for ids, mask in rows]
-    with filled(decoder.model, decoder.outside(), source, decoder.device):
-        streams = [_record(decoder, ids, mask, shelf) for ids, mask in on_device]
-        ids, mask = (tensor[:1, :_PROBE_TOKENS] for tensor in on_device[0])
-        probe = _record(decoder, ids, mask)
-    return streams, probe
+    copies, streams = decoder.all(), {}
+    for number, copy in enumerate(copies):
+        with filled(copy.model, copy.outside(), source, copy.device, copy.dtype):
+            for place in range(number, len(rows), len(copies)):
+                ids, mask = (tensor.to(copy.device) for tensor in rows[place])
+                streams[place] = _record(copy, ids, mask, shelf)
+                streams[place].copy = number
+            if copy is decoder:
+                ids, mask = (tensor[:1, :_PROBE_TOKENS].to(copy.device) for tensor in rows[0])
+                probe = _record(copy, ids, mask)
+    return [streams[place] for place in range(len(rows))], probe
 
 
 def _check(decoder: Decoder, architecture: str) -> None:
@@ -226,15 +233,19 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 @contextmanager
 def filled(
-    module: nn.Module, names: Mapping[str, str], source: Source, device: torch.device
+    module: nn.Module,
+    names: Mapping[str, str],
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[None]:
     """Holds the source's tensors inside `module`: own name -> the source's. Embeddings stay in
-    the stored dtype, the rest is float32."""
+    the stored dtype, the rest is `dtype`."""
     sparse = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
     tensors = {}
     for own, name in names.items():
         stored = source.tensors.get(name).to(device)
-        tensors[own] = stored if own in sparse else stored.float()
+        tensors[own] = stored if own in sparse else stored.to(dtype)
     module.load_state_dict(tensors, strict=False, assign=True)
     try:
         yield
@@ -249,7 +260,7 @@ class _Enough(Exception):
 
 def _record(decoder: Decoder, ids: Tensor, mask: Tensor, shelf: Shelf | None = None) -> Stream:
     """Runs the model around its blocks, noting what it would pass to each."""
-    embedded = decoder.model.get_input_embeddings()(ids).float()
+    embedded = decoder.model.get_input_embeddings()(ids).to(decoder.dtype)
     stream = Stream(embedded, mask, shelf=shelf)
 
     def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,12 +7,12 @@ of QEP (2504.09629) and Qronos (2505.11695).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from quant.solver import columns
+from quant.solver import columns, gptq
 from quant.solver.gptq import Factor, Hessian, Solution, dequantize
 from quant.solver.grid import Levels
 
@@ -28,8 +28,9 @@ def evening(inputs: Iterable[Tensor]) -> list[Tensor]:
     others. Squared, nothing else would count, though the norm that follows cares for a token's
     error relative to its size: no token counts for more than a few ordinary ones.
     """
-    energy = [rows.square().sum(dim=1, keepdim=True) for rows in inputs]
-    most = _MOST_TIMES_ORDINARY * torch.cat(energy).median()
+    energy = [rows.float().square().sum(dim=1, keepdim=True) for rows in inputs]
+    together = torch.cat([each.to(energy[0].device) for each in energy])
+    most = _MOST_TIMES_ORDINARY * float(together.median())
     # Where most tokens are zero there is no ordinary one.
     if not most:
         return [torch.ones_like(each) for each in energy]
@@ -50,7 +51,12 @@ class Moments:
     def add(self, served: Tensor, parent: Tensor) -> None:
         """Counts every row of the inputs [tokens, columns]."""
         self.hessian.add(served)
-        self._drift.addmm_((parent - served).T, served)
+        gptq.accumulate(self._drift, parent - served, served)
+
+    def take(self, other: Moments) -> None:
+        """Counts what another one has counted, wherever that lies."""
+        self.hessian.take(other.hessian)
+        self._drift += other._drift.to(self._drift.device)
 
     def is_zero(self) -> bool:
         """Whether nothing was added, or nothing but zeros as served."""
@@ -74,8 +80,8 @@ class Sample:
         self._drift: list[Tensor] = []
 
     def add(self, served: Tensor, parent: Tensor) -> None:
-        self._served.append(served.clone())
-        self._drift.append(parent - served)
+        self._served.append(served.float().clone())
+        self._drift.append((parent - served).float())
 
     def is_zero(self) -> bool:
         return not any(bool(rows.any()) for rows in self._served)
@@ -94,6 +100,15 @@ class Sample:
 
     def _tokens(self) -> int:
         return sum(map(len, self._served))
+
+
+def merged(parts: Sequence[Moments], device: torch.device) -> Moments:
+    """Of the tokens of all parts, on `device`, where at least one has been."""
+    whole = next(part for part in parts if part.hessian.device == device)
+    for part in parts:
+        if part is not whole:
+            whole.take(part)
+    return whole
 
 
 HeldOut = Moments | Sample  # of tokens that nothing was fitted to

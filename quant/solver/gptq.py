@@ -41,11 +41,21 @@ class Hessian:
     def add(self, inputs: Tensor) -> None:
         """Counts every row of `inputs` [tokens, columns]; leave padding out."""
         assert not self._is_mean, "the mean was taken already"
-        inputs = inputs.float()
+        inputs = inputs if inputs.is_cuda else inputs.float()
         for start in range(0, inputs.shape[1], _STRIP):
             strip = inputs[:, start : start + _STRIP]
-            self._sum[start : start + _STRIP, start:].addmm_(strip.T, inputs[:, start:])
+            accumulate(self._sum[start : start + _STRIP, start:], strip, inputs[:, start:])
         self.tokens += inputs.shape[0]
+
+    def take(self, other: Hessian) -> None:
+        """Counts what another one has counted, wherever that lies."""
+        assert not (self._is_mean or other._is_mean), "the mean was taken already"
+        self._sum += other._sum.to(self.device)
+        self.tokens += other.tokens
+
+    @property
+    def device(self) -> torch.device:
+        return self._sum.device
 
     def is_zero(self) -> bool:
         """Whether nothing was added, or nothing but zeros."""
@@ -65,6 +75,14 @@ class Hessian:
         if float(whole.diagonal().amax()) == 0:
             raise SolveError("its inputs are all zero")
         return whole
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right in float32, of 16-bit numbers too."""
+    if left.is_cuda and left.dtype != torch.float32:  # as its tensor cores do it
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.float().T, right.float())
 
 
 def _mirror(matrix: Tensor) -> None:

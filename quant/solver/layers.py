@@ -7,7 +7,7 @@ be solved, and names it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,7 +21,7 @@ from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
 from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
 from quant.recipe import Recipe
-from quant.solver import descent, gptq, int8
+from quant.solver import descent, gptq, int8, smoothing
 from quant.solver.descent import HeldOut, Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
@@ -30,51 +30,11 @@ from quant.solver.preflight import HELD, PART
 from quant.solver.walk import Given, Group
 
 _PRIOR = 128  # tokens of its own that outweigh what an expert is shown of the others'
-_SAMPLE = 64  # tokens of each batch on which a smoothing is chosen
 
 
 def levels(form: Format, dtype: torch.dtype) -> Levels:
     """The grid of a quantized format; `dtype` is that of scales where the format leaves it open."""
     return int8.CHANNEL if form.inputs == 8 else full_range(form.bits, dtype)
-
-
-def smoothing(weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
-    """What to divide a group's inputs by before they are rounded; ones where nothing could.
-
-    The one whose rounding disturbs least what a sample of tokens, evened, comes out as: of the
-    block where a norm feeds the group, of the layers where another layer does.
-    """
-    if group.feed is None:
-        return torch.ones(weight.shape[1], device=weight.device)
-    first = (given.parent[:_SAMPLE] for given in group.inputs)
-    sample = torch.cat([rows * by[:_SAMPLE] for rows, by in zip(first, even, strict=True)])
-    if isinstance(group.feed.layer, nn.Linear):
-        exact = sample @ weight.T
-        return int8.smoothing(
-            weight, sample, lambda scale: _distance(int8.product(sample, weight, scale), exact)
-        )
-    exact = group.outcome({})
-    by = torch.cat(descent.evening([exact]))
-
-    def disturbed(scale: Tensor) -> float:
-        instead = {linear: _rounded(linear, scale) for linear in group.linears.values()}
-        return _distance(group.outcome(instead) * by, exact * by)
-
-    return int8.smoothing(weight, sample, disturbed)
-
-
-def _rounded(linear: nn.Linear, scale: Tensor) -> Callable[[Tensor], Tensor]:
-    """The layer in int8 without any solving, its inputs divided by `scale`."""
-
-    def product(inputs: Tensor) -> Tensor:
-        made = int8.product(inputs, linear.weight, scale)
-        return made if linear.bias is None else made + linear.bias
-
-    return product
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).square().sum())
 
 
 def counted(inputs: Sequence[Given]) -> list[Tensor]:
@@ -142,7 +102,7 @@ class Layers:
         """What a served layer computes with."""
         if linear not in self._smoothed:
             return inputs
-        return int8.as_served(inputs / self._smoothed[linear])
+        return int8.as_served(inputs / self._smoothed[linear].to(inputs.device))
 
     def visit(self, group: Group) -> None:
         """Solves the layers of a group, which have one format, and sets their weights."""
@@ -151,7 +111,7 @@ class Layers:
         if form == FULL:
             self._leave(dict(zip(names, group.linears.values(), strict=True)))
             return
-        weight = torch.cat([linear.weight for linear in group.linears.values()])
+        weight = torch.cat([linear.weight.float() for linear in group.linears.values()])
         even = counted(group.inputs)
         try:
             if form.inputs == 8:
@@ -198,7 +158,7 @@ class Layers:
 
     def _smooth(self, weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
         """The weight over inputs whose spread has moved into it, where a layer can take it over."""
-        scale = smoothing(weight, group, even)
+        scale = smoothing.chosen(weight, group, even)
         if group.feed is not None:
             scale = self._fold(group, group.feed, scale)
             for name in group.linears:
@@ -245,19 +205,24 @@ class Layers:
     ) -> tuple[Moments, HeldOut]:
         """Of the evened inputs that are fitted to, and of those that are held out."""
         width, linear = weight.shape[1], next(iter(group.linears.values()))
-        fitted = Moments(width, weight.device)
+        fitted: dict[torch.device, Moments] = {}
         held = descent.held_out(sum(len(by) // HELD for by in even), width, weight.device)
         for given, by in zip(group.inputs, even, strict=True):
-            served = self.seen(linear, given.served).mul(by)
-            parent = self._meant(linear, given.parent).mul(by)
+            served = self.seen(linear, given.served)
+            parent = self._meant(linear, given.parent).mul(by.to(served.dtype))
+            served = served.mul(by.to(served.dtype))
             last = len(served) - len(served) // HELD
-            fitted.add(served[:last], parent[:last])
-            held.add(served[last:], parent[last:])
-        return fitted, held
+            if served.device not in fitted:
+                fitted[served.device] = Moments(width, served.device)
+            fitted[served.device].add(served[:last], parent[:last])
+            held.add(served[last:].to(weight.device), parent[last:].to(weight.device))
+        return descent.merged(list(fitted.values()), weight.device), held
 
     def _meant(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """The parent's inputs in the units of the served ones."""
-        return inputs / self._smoothed[linear] if linear in self._smoothed else inputs
+        if linear not in self._smoothed:
+            return inputs
+        return inputs / self._smoothed[linear].to(inputs.device)
 
     def _leave(self, linears: Mapping[str, nn.Linear]) -> None:
         """Layers that stay in full precision: what follows sees them in the dtype served."""

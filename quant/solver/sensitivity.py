@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quant.errors import SolveError
 from quant.formats import FULL, Format
 from quant.intake.source import Source
-from quant.solver import blocks, descent, gptq, int8, layers, walk
+from quant.solver import blocks, descent, gptq, int8, layers, smoothing, walk
 from quant.solver.blocks import Decoder, Stream
 from quant.solver.gptq import Hessian
 from quant.solver.walk import Group
@@ -61,6 +61,7 @@ def measure(
 
     `told` hears how many of how many steps are done.
     """
+    decoder = replace(decoder, others=())  # a few windows, whose gradients go all the way back
     streams, probe = blocks.embed(decoder, source, rows)
     scout, depth = _Scout(offers), len(decoder.blocks)
     before, units = [], []
@@ -97,12 +98,12 @@ class _Scout:
 
     def visit(self, group: Group) -> None:
         weight = torch.cat([linear.weight for linear in group.linears.values()])
-        smoothing = torch.ones(weight.shape[1], device=weight.device)
+        divisor = torch.ones(weight.shape[1], device=weight.device)
         if self.scales_inputs:
             even = descent.evening([given.parent for given in group.inputs])
-            smoothing = layers.smoothing(weight, group, even)
+            divisor = smoothing.chosen(weight, group, even)
         names = tuple(f"{group.prefix}{name}" for name in group.linears)
-        self._units.append(Unit(names, smoothing))
+        self._units.append(Unit(names, divisor))
 
     def found(self) -> list[Unit]:
         """The units noted since the last call."""

@@ -21,7 +21,7 @@ from torch.nn import functional
 from quant.errors import SolveError, SourceError
 from quant.intake.source import Source
 from quant.solver import blocks, experts, folds, lockstep
-from quant.solver.aside import Holdings, Shelf
+from quant.solver.aside import Holdings, Pair
 from quant.solver.blocks import Decoder, Stream
 from quant.solver.experts import Reading
 from quant.solver.folds import Feed
@@ -54,24 +54,6 @@ class Given(Protocol):
 
     @property
     def routed(self) -> Tensor | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Aside:
-    """Inputs that lie on a shelf while their lanes wait."""
-
-    stream: Stream
-    shelf: Shelf
-    tensors: tuple[Tensor, Tensor]
-    routed: None = None
-
-    @property
-    def served(self) -> Tensor:
-        return self.stream.real(self.shelf.shown(self.tensors[0]))
-
-    @property
-    def parent(self) -> Tensor:
-        return self.stream.real(self.shelf.shown(self.tensors[1]))
 
 
 # The block's output [tokens, width] on a sample of the parent's tokens, were layers to compute so.
@@ -114,7 +96,10 @@ def run(
     everything downstream already sees the chosen weights. `hidden` of each stream moves on.
     """
     block, (through, probe) = decoder.blocks[place], streams
-    with blocks.filled(block, decoder.names(place), source, decoder.device):
+    with ExitStack() as held:
+        for copy in decoder.all():
+            its = copy.blocks[place], copy.names(place), source, copy.device, copy.dtype
+            held.enter_context(blocks.filled(*its))
         samples = [_sample(stream, probe) for stream in through]
         outcome = partial(_outcome, block, samples, place)
         trace = _Trace(block, partial(_forward, block, samples[0], place))
@@ -126,21 +111,41 @@ def run(
             missed = decoder.home(place) + decoder.module(place, min(unreached))
             raise SolveError(f"{missed}: no calibration token reached it")
         dtypes = {name: source.tensors.dtype(its) for name, its in decoder.names(place).items()}
-        forwards = [partial(_forward, block, stream, place) for stream in through]
-        parents = [partial(_forward, block, stream, place, parent=True) for stream in through]
-        with (
-            experts.sampling(block, one_in=_ONE_IN),
-            _stops(block, groups, solver, dtypes),
-            lockstep.lanes([*forwards, *parents]) as lanes,
-        ):
-            pairs = list(zip(lanes, lanes[len(through) :], through, strict=False))
-            for group in groups:
-                inputs = [_given(lane, other, stream) for lane, other, stream in pairs]
-                named = _named(decoder, place, group, feeds.get(group[0]))
-                solver.visit(Group(decoder.home(place), *named, inputs, outcome))
-                del inputs  # before the next ones come
-            for lane, other, stream in pairs:
-                stream.hidden, stream.parent = _ended(lane), _ended(other)
+        for copy in decoder.all():
+            held.enter_context(experts.sampling(copy.blocks[place], one_in=_ONE_IN))
+            held.enter_context(_stops(copy.blocks[place], block, groups, solver, dtypes))
+        pairs = held.enter_context(_lanes(decoder, place, through))
+        for group in groups:
+            inputs = [_given(lane, other, stream) for lane, other, stream in pairs]
+            named = _named(decoder, place, group, feeds.get(group[0]))
+            solver.visit(Group(decoder.home(place), *named, inputs, outcome))
+            del inputs  # before the next ones come
+            _hand_on(decoder, place, group)
+        for lane, other, stream in pairs:
+            stream.hidden, stream.parent = _ended(lane), _ended(other)
+
+
+@contextmanager
+def _lanes(
+    decoder: Decoder, place: int, through: Sequence[Stream]
+) -> Iterator[list[tuple[Lane, Lane, Stream]]]:
+    """For each stream the lane as served and the parent's, in the copy that runs it."""
+    forwards = [
+        partial(_forward, decoder.all()[stream.copy].blocks[place], stream, place, parent=parent)
+        for parent in (False, True)
+        for stream in through
+    ]
+    with lockstep.lanes(forwards) as lanes:
+        yield list(zip(lanes, lanes[len(through) :], through, strict=False))
+
+
+def _hand_on(decoder: Decoder, place: int, names: Sequence[str]) -> None:
+    """The weights that were chosen, to the other copies."""
+    chosen = blocks.linears(decoder.blocks[place])
+    for copy in decoder.others:
+        theirs = blocks.linears(copy.blocks[place])
+        for name in names:
+            theirs[name].weight.copy_(chosen[name].weight)
 
 
 def _named(
@@ -170,7 +175,9 @@ def _forward(block: nn.Module, stream: Stream, place: int, *, parent: bool = Fal
 def _sample(stream: Stream, probe: Stream) -> Stream:
     """The first tokens of a stream's first row, as the parent has them."""
     length = probe.hidden.shape[1]
-    return Stream(stream.parent[:1, :length], stream.mask[:1, :length], probe.calls)
+    parts = (part[:1, :length].to(probe.mask.device) for part in (stream.parent, stream.mask))
+    hidden, mask = parts
+    return Stream(hidden, mask, probe.calls)
 
 
 def _outcome(
@@ -222,31 +229,34 @@ class _Trace:
 @contextmanager
 def _stops(
     block: nn.Module,
+    known: nn.Module,
     groups: Sequence[Sequence[str]],
     solver: Solver,
     dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[None]:
     """The first layer of each group stops its lane. Served lanes compute with the chosen weights
-    and with what a server sees, the parent's with the weights that are there now."""
-    leaders = {group[0] for group in groups}
+    and with what a server sees, the parent's with the weights that are there now. `known` is the
+    copy of the block whose layers the solver knows."""
+    leaders, theirs = {group[0] for group in groups}, blocks.linears(known)
 
-    def meet(inputs: Tensor, *, linear: nn.Linear, leads: bool, own: Tensor) -> Tensor:
+    def meet(inputs: Tensor, *, name: str, linear: nn.Linear, own: Tensor) -> Tensor:
         instead = getattr(_role, "instead", None)
         if instead is not None:
             trial = instead.get(linear)
-            return trial(inputs) if trial else functional.linear(inputs, own.float(), linear.bias)
-        if leads:
+            before = partial(functional.linear, weight=own.to(inputs.dtype), bias=linear.bias)
+            return (trial or before)(inputs)
+        if name in leaders:
             with _role.held.aside() if _role.held else nullcontext():
                 lockstep.stop(experts.reading(inputs))
         if _role.parent:
-            return functional.linear(inputs, own.float(), linear.bias)
-        return functional.linear(solver.seen(linear, inputs), linear.weight, linear.bias)
+            return functional.linear(inputs, own.to(inputs.dtype), linear.bias)
+        return functional.linear(solver.seen(theirs[name], inputs), linear.weight, linear.bias)
 
     with ExitStack() as undo:
         for name, linear in blocks.linears(block).items():
             # As the source has it: no larger than it was, and exactly what it was.
             own = linear.weight.to(_kept(dtypes[f"{name}.weight"]), copy=True)
-            instead = partial(meet, linear=linear, leads=name in leaders, own=own)
+            instead = partial(meet, name=name, linear=linear, own=own)
             linear.forward = instead  # type: ignore[method-assign] # undone right below
             undo.callback(delattr, linear, "forward")
         yield
@@ -262,7 +272,7 @@ def _given(lane: Lane, other: Lane, stream: Stream) -> Given:
     if served.rows is not None:
         return Inputs(*experts.paired(served, parent, stream.mask))
     if stream.shelf is not None:
-        return Aside(stream, stream.shelf, (served.inputs, parent.inputs))
+        return Pair(stream.real, stream.shelf, (served.inputs, parent.inputs))
     return Inputs(stream.real(served.inputs), stream.real(parent.inputs))
 
 
