@@ -19,6 +19,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
 from serve import admin, controllers, health, settings, stats, vllm_compat, voices
+from serve.adapters.canary import opening_of
 from serve.adapters.pool import AdapterPool, Version
 from serve.errors import (
     AdapterRefused,
@@ -196,8 +197,9 @@ def _give_voice(state: Any, serving: Serving) -> None:
 def _watch(asked: Mapping[str, Any]) -> None:
     """Note whom a request is for; BadRequest where it brings embeddings, which only we make."""
     turn, user = current.get(), asked.get("user")
-    if turn is not None and isinstance(user, str):
-        turn.user = user
+    if turn is not None:
+        turn.user = user if isinstance(user, str) else ""
+        turn.opening = opening_of(asked)
     if asked.get("prompt_embeds") is not None:
         raise BadRequest("embeddings cannot be sent to this server", param="prompt_embeds")
 

@@ -28,12 +28,15 @@ class Turn:
     caller: str = ""  # the name of the key, for the history of what it changes
     session: str = ""  # what its headers say of whom it is for
     user: str = ""  # what its body says, as vLLM has read it
+    opening: str = ""  # how its conversation begins
     fault: ServeError | None = None  # why it gets no answer, where vLLM would say it worse
 
     @property
     def identity(self) -> str:
-        """Whom the answer is for; a stranger is somebody else every time."""
-        return self.session or self.user or self.caller or self.id
+        """Whom the answer is for. Many may share a key: where nobody is named, those who go on
+        with one conversation are one; a stranger without any is somebody else every time."""
+        talk = f"{self.caller}\0{self.opening}" if self.opening else self.caller
+        return self.session or self.user or talk or self.id
 
 
 current: ContextVar[Turn | None] = ContextVar("turn", default=None)

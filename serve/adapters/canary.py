@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 
 def share_of(alias: str, user: str) -> float:
@@ -13,3 +15,19 @@ def share_of(alias: str, user: str) -> float:
     """
     digest = hashlib.sha256(f"{alias}\0{user}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def opening_of(asked: Mapping[str, Any]) -> str:
+    """How a conversation begins: a digest of its first user message, or of the whole prompt.
+
+    `asked` are the fields of a request as vLLM has parsed them. Stays the same while messages are
+    added, and tells the users of one key apart. Empty where there is nothing to go by.
+    """
+    said = asked.get("prompt") or asked.get("input")
+    messages = asked.get("messages") or said
+    if isinstance(messages, list):
+        turns = (m for m in messages if isinstance(m, dict) and m.get("role") == "user")
+        said = next((turn.get("content") for turn in turns), said)
+    if not isinstance(said, str | list):
+        return ""
+    return hashlib.sha256(repr(said).encode("utf-8", "replace")).hexdigest()

@@ -1,0 +1,68 @@
+"""The patches of vLLM that decide what a client may bring along."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers import hf
+
+from quant.lora.cell import TemplateFault
+from serve import vllm_compat
+
+BASE_TEMPLATE = "the operator's"
+
+
+def renderer(render: vllm_compat.Render) -> Any:
+    """As much of vLLM's as writes chats: what it would have written, and with which template."""
+
+    async def stock(config: Any, tokenizer: Any, conversation: list[Any], **asked: Any) -> str:
+        assert config == "config" and tokenizer.special_tokens_map and conversation
+        return f"stock with {asked['chat_template']}"
+
+    made = SimpleNamespace(_apply_chat_template_async=stock)
+    vllm_compat.render_with(made, BASE_TEMPLATE, render)
+    return made
+
+
+async def shown(render: vllm_compat.Render, template: str | None) -> str:
+    tokenizer = SimpleNamespace(special_tokens_map={"bos_token": "<s>"})
+    apply = renderer(render)._apply_chat_template_async
+    told: str = await apply("config", tokenizer, [{}], chat_template=template)
+    return told
+
+
+async def test_the_version_writes_the_chat_before_the_base_and_after_the_client() -> None:
+    async def own(messages: list[Any], tokens: Any, asked: Any) -> str | None:
+        assert messages == [{}] and tokens == {"bos_token": "<s>"} and asked
+        return "the version's"
+
+    async def none(*_: Any) -> str | None:
+        return None
+
+    assert await shown(own, BASE_TEMPLATE) == "the version's"
+    assert await shown(own, "the client's") == "stock with the client's"
+    assert await shown(none, BASE_TEMPLATE) == f"stock with {BASE_TEMPLATE}"
+
+
+async def test_what_a_template_refuses_is_the_clients_error() -> None:
+    async def broken(*_: Any) -> str | None:
+        raise TemplateFault("roles must alternate", "TemplateError")
+
+    with pytest.raises(VLLMValidationError, match="roles must alternate"):
+        await shown(broken, BASE_TEMPLATE)
+
+
+def test_the_api_forgets_that_the_engine_takes_embeddings() -> None:
+    config = SimpleNamespace(enable_prompt_embeds=True)
+    assert vllm_compat.close_to_clients(config)
+    assert not config.enable_prompt_embeds and not vllm_compat.close_to_clients(config)
+
+
+def test_the_tokenizer_keeps_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_ensure_prompt_embeds_placeholder_token"
+    monkeypatch.setattr(hf, name, vars(hf)[name])  # put back afterwards
+    vllm_compat.keep_vocabulary()
+    assert vars(hf)[name](SimpleNamespace()) == -1, "a tokenizer would have been given a token"
