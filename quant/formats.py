@@ -7,6 +7,7 @@ this program does not write. Standard library only: a server reads it too.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ _FUSED = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
     "w13": ("w1", "w3"),
 }
+
+
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.[^.]+$")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -82,6 +86,22 @@ def siblings(names: Iterable[str]) -> list[list[str]]:
         fused = next((whole for whole, parts in _FUSED.items() if leaf in parts), leaf)
         found.setdefault((parent, fused), []).append(name)
     return list(found.values())
+
+
+def mixture(name: str) -> str | None:
+    """The module of all experts that the layer `name` is a part of; None of any other layer."""
+    found = _EXPERT.match(name)
+    return found[1] if found else None
+
+
+def shared_widths(shapes: Shapes) -> dict[str, int]:
+    """The inputs of each layer that groups must divide: of all experts' layers at once, for a
+    server loads a mixture as one and has one format for it."""
+    widths: dict[str, int] = {}
+    for name, (_, columns) in shapes.items():
+        home = mixture(name) or name
+        widths[home] = math.gcd(widths.get(home, columns), columns)
+    return {name: widths[mixture(name) or name] for name in shapes}
 
 
 def bits_per_weight(plan: Plan, shapes: Shapes) -> float:
@@ -169,14 +189,17 @@ def _rules(plan: Plan, *, anywhere: bool) -> Iterator[tuple[str, dict[str, int]]
     for name, form in plan.items():
         blocks, place, inside = re.split(r"\.(\d+)\.", name, maxsplit=1)
         parent, _, leaf = f".{inside}".rpartition(".")
-        siblings[blocks, place, f"{parent}.", form].add(leaf)
+        home = mixture(f".{inside}") or f"{parent}."
+        siblings[blocks, place, home, form].add(leaf)
     places: dict[tuple[str, str, str, Format], list[str]] = defaultdict(list)
     for (blocks, place, parent, form), leaves in siblings.items():
         places[blocks, parent, "|".join(sorted(leaves | _fused(leaves))), form].append(place)
     for (blocks, parent, choice, form), found in places.items():
         numbers = "|".join(sorted(found, key=int))
         start = rf"(?:.*\.)?{blocks.rpartition('.')[2]}" if anywhere else re.escape(blocks)
-        pattern = rf"{start}\.(?:{numbers}){re.escape(parent)}(?:{choice})$"
+        # vLLM looks for a mixture as a whole, others for each layer of each expert.
+        inner = rf"(?:{choice})" if parent.endswith(".") else rf"(?:\.\d+\.(?:{choice}))?"
+        pattern = rf"{start}\.(?:{numbers}){re.escape(parent)}{inner}$"
         if form == FULL:
             yield f"-:{pattern}", {}
         else:

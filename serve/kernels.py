@@ -23,12 +23,17 @@ from vllm.model_executor.kernels.linear import (
     MPLinearLayerConfig,
 )
 from vllm.model_executor.layers import utils as vllm_layers
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+from vllm.model_executor.layers.quantization.auto_gptq import (
+    AutoGPTQConfig,
+    AutoGPTQLinearMethod,
+    get_moe_quant_method,
+)
 from vllm.model_executor.layers.quantization.utils.gptq_utils import get_linear_quant_method
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
@@ -37,7 +42,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import CpuArchEnum, PlatformEnum, current_platform
 from vllm.scalar_type import scalar_types
 
-from serve import kernels_ops
+from serve import kernels_experts, kernels_ops
+from serve.kernels_experts import PackedGPTQExperts
 
 GPTQ = "quantserve_gptq"
 Layer = Any  # a vLLM module: its parameters appear at run time
@@ -57,6 +63,7 @@ def register() -> None:
     vllm_linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].insert(0, PackedInt8Kernel)
     register_weight_loader_v2_supported_method(PackedGPTQMethod)
     register_quantization_config(GPTQ)(PackedGPTQConfig)
+    kernels_experts.register()
     vllm_layers.dispatch_cpu_unquantized_gemm = _narrow_head
     UnquantizedEmbeddingMethod.embedding = _embedding
 
@@ -83,6 +90,8 @@ class PackedGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
     def get_quant_method(self, layer: Layer, prefix: str) -> object:
         if isinstance(layer, LinearBase | VocabParallelEmbedding):
             return get_linear_quant_method(self, layer, prefix, PackedGPTQMethod)
+        if isinstance(layer, RoutedExperts):
+            return get_moe_quant_method(self, layer, prefix, PackedGPTQExperts)
         return super().get_quant_method(layer, prefix)
 
 
@@ -116,7 +125,9 @@ class PackedGroupKernel(MPLinearKernel):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Layer) -> None:
         words, scales, zeros = self._get_weight_params(layer)
         # gptq stores words [K / codes per word, N] and scales [G, N]; pack-quantized the transpose
-        codes = _unpack(words.data.t() if words.input_dim == 0 else words.data, self.bits)
+        codes = kernels_ops.unpack(
+            words.data.t() if words.input_dim == 0 else words.data, self.bits
+        )
         rows = scales.data.t() if scales.output_dim == 1 else scales.data
         layer.packed = kernels_ops.pack(codes, rows, self.bits)
         # LoRA asks the packed weight for its device, so it stays; the rest lives in `packed`.
@@ -162,14 +173,6 @@ class PackedInt8Kernel(Int8ScaledMMLinearKernel):  # type: ignore[misc]
     ) -> torch.Tensor:
         out: torch.Tensor = layer.packed(x, bias)
         return out
-
-
-def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 words [N, K * bits / 32], lowest bits first -> signed codes [N, K]."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)  # [N, words, codes per word]
-    signed: torch.Tensor = (codes - 2 ** (bits - 1)).flatten(1)
-    return signed
 
 
 def _replace(layer: Layer, name: str, data: torch.Tensor | None) -> None:

@@ -81,6 +81,14 @@ def pack(codes: Tensor, scales: Tensor, bits: int, *, int8_rows: bool = False) -
     return make(codes.to(torch.int8), scales.float(), bits, int8_rows=int8_rows)
 
 
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 words [N, K * bits / 32], lowest bits first -> signed codes [N, K]."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)  # [N, words, codes per word]
+    signed: Tensor = (codes - 2 ** (bits - 1)).flatten(1)
+    return signed
+
+
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """float32 x [..., K] times bfloat16 or float16 weight [N, K], exactly widened -> [..., N]."""
     rows = x.reshape(-1, x.shape[-1])

@@ -44,7 +44,8 @@ def bound(recipe: Recipe, shapes: Shapes) -> Plan:
     if recipe.bits_per_weight is None:
         group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
         return dict.fromkeys(shapes, formats.of_scheme(recipe.scheme, group))
-    offers = {name: offered(recipe.scheme, columns) for name, (_, columns) in shapes.items()}
+    widths = formats.shared_widths(shapes)
+    offers = {name: offered(recipe.scheme, widths[name]) for name in shapes}
     least = formats.bits_per_weight({name: forms[0] for name, forms in offers.items()}, shapes)
     if recipe.bits_per_weight < least:
         raise RecipeError(
@@ -60,11 +61,6 @@ def bound(recipe: Recipe, shapes: Shapes) -> Plan:
 def within(recipe: Recipe, decoder: Decoder, source: Source, rows: Batches, say: Say) -> Plan:
     """The plan of the least predicted KL within the recipe's bits per weight; says what it is."""
     assert recipe.bits_per_weight is not None, "only a budget has to be measured"
-    if decoder.has_experts():
-        raise RecipeError(
-            f"{source.architecture} has experts, whose formats are not weighed against each other;"
-            " leave bits_per_weight out"
-        )
     of_width, int8_inputs = partial(offered, recipe.scheme), recipe.scheme == "w8a8"
     offers = Offers(of_width, int8_inputs, layers.half(source), recipe.damping)
     count = min(WINDOWS, len(rows.input_ids))

@@ -121,13 +121,17 @@ def reading(inputs: Tensor) -> Reading:
     return Reading(inputs, getattr(_here, "rows", None))
 
 
+def real(reading: Reading, mask: Tensor) -> Tensor:
+    """Where a reading is of real tokens, `mask` [rows, length]: bool, to index it with."""
+    return mask if reading.rows is None else mask.flatten()[reading.rows.tokens]
+
+
 def paired(served: Reading, parent: Reading, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs [tokens, columns] of both models for the tokens that both show an expert, `mask`
     [rows, length] where they are real; and which of them the served model's router chose."""
     assert served.rows is not None and parent.rows is not None, "an expert's layers read rows"
-    real = mask.flatten()
-    ours = real[served.rows.tokens] & torch.isin(served.rows.tokens, parent.rows.tokens)
-    theirs = real[parent.rows.tokens] & torch.isin(parent.rows.tokens, served.rows.tokens)
+    ours = real(served, mask) & torch.isin(served.rows.tokens, parent.rows.tokens)
+    theirs = real(parent, mask) & torch.isin(parent.rows.tokens, served.rows.tokens)
     return served.inputs[ours], parent.inputs[theirs], served.rows.routed[ours]
 
 

@@ -18,10 +18,11 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
+from quant import formats
 from quant.errors import SolveError
 from quant.formats import FULL, Format
 from quant.intake.source import Source
-from quant.solver import blocks, descent, gptq, int8, layers, smoothing, walk
+from quant.solver import blocks, descent, experts, gptq, int8, layers, smoothing, walk
 from quant.solver.blocks import Decoder, Stream
 from quant.solver.gptq import Hessian
 from quant.solver.walk import Group
@@ -64,6 +65,7 @@ def measure(
     decoder = replace(decoder, others=())  # a few windows, whose gradients go all the way back
     streams, probe = blocks.embed(decoder, source, rows)
     scout, depth = _Scout(offers), len(decoder.blocks)
+    widths = formats.shared_widths(decoder.shapes())
     before, units = [], []
     for place in range(depth):
         before.append([stream.hidden for stream in streams])
@@ -75,15 +77,29 @@ def measure(
         block = decoder.blocks[place]
         with blocks.filled(block, decoder.names(place), source, decoder.device):
             passes = [
-                _backward(block, stream.calls[place], hidden, gradient)
+                _backward(block, stream, place, hidden, gradient)
                 for stream, hidden, gradient in zip(streams, before.pop(), gradients, strict=True)
             ]
             gradients = [each.before for each in passes]
+            linears = blocks.linears(block)
+            own = {decoder.home(place) + decoder.module(place, name): name for name in linears}
             for unit in units[place]:
-                inside = [name.removeprefix(decoder.home(place)) for name in unit.names]
-                _weigh(unit, block, inside, list(zip(streams, passes, strict=True)), offers)
+                inside = {own[name]: linears[own[name]] for name in unit.names}
+                _weigh(unit, inside, passes, offers, offers.of_width(widths[unit.names[0]]))
         told(2 * depth - place, 2 * depth)
-    return [unit for found in units for unit in found]
+    return together([unit for found in units for unit in found])
+
+
+def together(units: Sequence[Unit]) -> list[Unit]:
+    """The experts of a mixture, which a server loads in one format, as one unit."""
+    found: dict[str, Unit] = {}
+    for unit in units:
+        home = formats.mixture(unit.names[0]) or unit.names[0]
+        if (known := found.get(home)) is not None:
+            losses = {form: loss + unit.losses[form] for form, loss in known.losses.items()}
+            unit = replace(known, names=known.names + unit.names, losses=losses)
+        found[home] = unit
+    return list(found.values())
 
 
 class _Scout:
@@ -100,7 +116,7 @@ class _Scout:
         weight = torch.cat([linear.weight for linear in group.linears.values()])
         divisor = torch.ones(weight.shape[1], device=weight.device)
         if self.scales_inputs:
-            even = descent.evening([given.parent for given in group.inputs])
+            even = layers.counted(group.inputs)
             divisor = smoothing.chosen(weight, group, even)
         names = tuple(f"{group.prefix}{name}" for name in group.linears)
         self._units.append(Unit(names, divisor))
@@ -156,69 +172,76 @@ def _of_predictions(decoder: Decoder, stream: Stream, draw: torch.Generator) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What each layer read, the gradients of its outputs for each draw, and those of the block's
-    own input."""
+    """What each layer read [rows, columns] and the gradients of its outputs for each draw, of real
+    tokens; the gradients of the block's own input; and the number of tokens."""
 
     read: Mapping[str, Tensor]
     outputs: Mapping[str, Sequence[Tensor]]
     before: list[Tensor]
+    tokens: int
 
 
 def _backward(
-    block: nn.Module, call: blocks.Call, hidden: Tensor, gradients: Sequence[Tensor]
+    block: nn.Module, stream: Stream, place: int, hidden: Tensor, gradients: Sequence[Tensor]
 ) -> _Pass:
-    """One stream through one block, forward and back."""
+    """One stream through one block, forward and back; experts see a sample of others' tokens too,
+    for which their outputs' gradients are zero."""
     read: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
+    real: dict[str, Tensor] = {}
+    args, kwargs = stream.calls[place]
 
     def note(_linear: nn.Module, inputs: tuple[Tensor], output: Tensor, *, name: str) -> None:
-        read[name], made[name] = inputs[0].detach(), output
+        real[name] = experts.real(experts.reading(inputs[0]), stream.mask)
+        read[name], made[name] = inputs[0].detach()[real[name]], output
 
     start = hidden.detach().requires_grad_()
-    with ExitStack() as undo, torch.enable_grad():
+    with ExitStack() as undo, torch.enable_grad(), experts.sampling(block, walk.ONE_IN):
         for name, linear in blocks.linears(block).items():
             undo.callback(linear.register_forward_hook(partial(note, name=name)).remove)
-        out = block(start, *call[0], **call[1])
+        out = block(start, *args, **kwargs)
     end = out[0] if isinstance(out, tuple) else out
     wanted = [start, *made.values()]
     found = [torch.autograd.grad(end, wanted, one, retain_graph=True) for one in gradients]
-    outputs = {name: [each[place] for each in found] for place, name in enumerate(made, 1)}
-    return _Pass(read, outputs, [each[0] for each in found])
+    outputs = {
+        name: [each[place][real[name]] for each in found] for place, name in enumerate(made, 1)
+    }
+    return _Pass(read, outputs, [each[0] for each in found], int(stream.mask.sum()))
 
 
 def _weigh(
     unit: Unit,
-    block: nn.Module,
-    names: Sequence[str],
-    passes: Sequence[tuple[Stream, _Pass]],
+    linears: Mapping[str, nn.Linear],
+    passes: Sequence[_Pass],
     offers: Offers,
+    forms: Sequence[Format],
 ) -> None:
-    """Fills in what each format would cost a unit whose layers are `names` inside the block."""
-    linears = blocks.linears(block)
-    weight = torch.cat([linears[name].weight for name in names])
-    inputs = [stream.real(each.read[names[0]]) for stream, each in passes]
+    """Fills in what each format would cost a unit of these layers, by their names in the block."""
+    weight = torch.cat([linear.weight for linear in linears.values()])
+    first = next(iter(linears))
+    inputs = [each.read[first] for each in passes]
     gradients = [
-        [
-            torch.cat([stream.real(each.outputs[name][draw]) for name in names], dim=1)
-            for draw in range(_DRAWS)
-        ]
-        for stream, each in passes
+        [torch.cat([each.outputs[name][draw] for name in linears], dim=1) for draw in range(_DRAWS)]
+        for each in passes
     ]
     try:
-        unit.losses.update(_losses(weight, unit.smoothing, inputs, gradients, offers))
+        own, moved = _moved(weight, unit.smoothing, (inputs, gradients), offers, forms)
     except SolveError as fault:
         raise SolveError(f"{' and '.join(unit.names)} could not be solved: {fault}") from fault
+    rate = _rate(moved, sum(each.tokens for each in passes))
+    unit.losses.update({form: rate * loss for form, loss in own.items()})
 
 
-def _losses(
+def _moved(
     weight: Tensor,
     smoothing: Tensor,
-    inputs: Sequence[Tensor],
-    gradients: Sequence[Sequence[Tensor]],
+    windows: tuple[Sequence[Tensor], Sequence[Sequence[Tensor]]],
     offers: Offers,
-) -> dict[Format, float]:
-    """Nats a token of each format for stacked layers, from the inputs [tokens, columns] and the
-    outputs' gradients [tokens, rows] of each window."""
+    forms: Sequence[Format],
+) -> tuple[dict[Format, float], list[tuple[float, list[Tensor]]]]:
+    """The loss of each format for stacked layers, and of some of them also g . e [rows] of each
+    window and draw, from the inputs [rows, columns] and the outputs' gradients of each window."""
+    inputs, gradients = windows
     served = inputs
     if offers.rounds_inputs:
         served = [int8.as_served(rows / smoothing) for rows in inputs]
@@ -228,7 +251,7 @@ def _losses(
     matrix, meant = hessian.mean(), [rows @ weight.T for rows in inputs]
     own: dict[Format, float] = {}
     moved: list[tuple[float, list[Tensor]]] = []
-    for form in offers.of_width(weight.shape[1]):
+    for form in forms:
         if form == FULL:
             own[form] = 0.0
             continue
@@ -241,12 +264,11 @@ def _losses(
             pairs = zip(errors, gradients, strict=True)
             each = [(error * one).sum(dim=1) for error, drawn in pairs for one in drawn]
             moved.append((own[form], each))
-    rate = _rate(moved)
-    return {form: rate * loss for form, loss in own.items()}
+    return own, moved
 
 
-def _rate(moved: Sequence[tuple[float, Sequence[Tensor]]]) -> float:
-    """Nats a token for a unit's own loss: from loss and g . e [tokens] of each window and draw.
+def _rate(moved: Sequence[tuple[float, Sequence[Tensor]]], tokens: int) -> float:
+    """Nats a token for a unit's own loss: from loss and g . e [rows] of each window and draw.
 
     The mean of (sum_t g . e)^2 is right but one noisy number a window. Taken for independent, the
     tokens have a number each, but errors that many tokens share and attention sums up are missed:
@@ -257,6 +279,6 @@ def _rate(moved: Sequence[tuple[float, Sequence[Tensor]]]) -> float:
     for loss, windows in moved:
         alone = sum(float(each.square().sum()) for each in windows)
         if alone > 0 and loss > 0:
-            rates.append(alone / loss / sum(map(len, windows)) / 2)
+            rates.append(alone / loss / (tokens * _DRAWS) / 2)
             shared.append(sum(float(each.sum().square()) for each in windows) / alone)
     return fmean(rates) * max(fmean(shared), 1.0) if rates else 0.0

@@ -26,7 +26,7 @@ from quant.solver.blocks import Decoder, Stream
 from quant.solver.experts import Reading
 from quant.solver.folds import Feed
 
-_ONE_IN = 17  # tokens are shown to every expert: a prime, so that all places of a row come up
+ONE_IN = 17  # tokens are shown to every expert: a prime, so that all places of a row come up
 
 Lane = lockstep.Lane[Reading]
 
@@ -112,7 +112,7 @@ def run(
             raise SolveError(f"{missed}: no calibration token reached it")
         dtypes = {name: source.tensors.dtype(its) for name, its in decoder.names(place).items()}
         for copy in decoder.all():
-            held.enter_context(experts.sampling(copy.blocks[place], one_in=_ONE_IN))
+            held.enter_context(experts.sampling(copy.blocks[place], one_in=ONE_IN))
             held.enter_context(_stops(copy.blocks[place], block, groups, solver, dtypes))
         pairs = held.enter_context(_lanes(decoder, place, through))
         for group in groups:
