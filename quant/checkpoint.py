@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,17 @@ def dequantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield f"{module}.bias", tensors["bias"]
 
 
+def weights(folder: Path, modules: Collection[str]) -> dict[str, Tensor]:
+    """The weight that each of these linear layers computes with, float32 [out, in]."""
+    found = {
+        name: tensors["weight"].float() if layer is None else layer.weight()
+        for name, tensors, layer in _layers(folder, modules)
+    }
+    if missing := set(modules) - found.keys():
+        raise ArtifactError(f"{folder} lacks the layer {min(missing)}")
+    return found
+
+
 _COMPANIONS = (
     "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
@@ -137,10 +148,12 @@ def _section(folder: Path) -> Mapping[str, Any]:
     return artifact.quantization_config(folder) or {}
 
 
-def _layers(folder: Path) -> Iterator[tuple[str, dict[str, Tensor], Layer | None]]:
+def _layers(
+    folder: Path, only: Collection[str] | None = None
+) -> Iterator[tuple[str, dict[str, Tensor], Layer | None]]:
     """Module name, its tensors, and the layer they hold where it is a quantized one."""
     section = _section(folder)
-    for module, tensors in _modules(folder):
+    for module, tensors in _modules(folder, only):
         if not _MARKS & tensors.keys():
             yield module, tensors, None
             continue
@@ -150,12 +163,13 @@ def _layers(folder: Path) -> Iterator[tuple[str, dict[str, Tensor], Layer | None
         yield module, tensors, decode(form, tensors)
 
 
-def _modules(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _modules(folder: Path, only: Collection[str] | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Module name -> its own tensors, in name order."""
     modules: dict[str, dict[str, str]] = {}
     for name, header in artifact.headers(folder).items():
         module, _, leaf = name.rpartition(".")
-        modules.setdefault(module, {})[leaf] = header.file
+        if only is None or module in only:
+            modules.setdefault(module, {})[leaf] = header.file
     for module, leaves in modules.items():
         tensors = {}
         for leaf, file in leaves.items():

@@ -37,7 +37,8 @@ LIGHT = (
 )  # fmt: skip
 MATHS = (
     "quant.solver.batched", "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",
-    "quant.solver.gptq", "quant.solver.grid", "quant.solver.int8", "quant.lora.combine",
+    "quant.solver.gptq", "quant.solver.grid", "quant.solver.int8", "quant.solver.lowrank",
+    "quant.lora.combine",
     "quant.lora.nf4", "quant.packing",
 )  # fmt: skip
 MATHS_MAY_IMPORT = {

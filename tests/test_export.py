@@ -35,6 +35,9 @@ class Heard:
     def __init__(self) -> None:
         self.steps: list[tuple[int, int]] = []
 
+    def say(self, line: str) -> None:
+        assert line
+
     def measured(self, name: str, done: int, total: int) -> None:
         assert name
         self.steps.append((done, total))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quant import bar
+from quant import bar, recipe
 from quant.errors import AdapterError, RecipeError
+from quant.lora import obstacles
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +146,29 @@ def export(
             "[START_init in ADAPTER or beside it]"
         ),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--compensate",
+            metavar="RANK",
+            help="make up for ARTIFACT's quantization in so much rank",
+        ),
+    ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(metavar="PARENT", help="what was quantized, as `quantize` takes it"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='JSONL of {"text"} or {"messages"} lines of its domain [self-written]'),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="calibration sequences [48]")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens of each [256]")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the draw [0]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [cpu]")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="converted models [~/.cache/quantserve]")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Make ADAPTER ready for hot serving on one base: plain, scaled, of one rank, bound to it.
@@ -152,14 +176,31 @@ def export(
     Scaling goes into B (lora_alpha is r), ranks are padded to the largest, and a lineage file names
     the base's weights: an adapter trained on the parent fits the artifacts made from it. PiSSA and
     the like become a plain change of doubled rank.
-    """
-    from quant.lora import export as exporting
 
-    order = exporting.Order(adapter, base, out, _dtype(dtype), initial)
+    With --compensate, what the pair computes beside ARTIFACT is brought nearer to PARENT + ADAPTER:
+    in closed form, on texts of the adapter's domain. It then fits that artifact alone.
+    """
+    given = {"samples": samples, "length": length, "seed": seed, "device": device}
+    rows = recipe.build({name: value for name, value in given.items() if value is not None})
+    stray = given | {"parent": parent, "calibration": calibration}
+    if rank is None and (asked := [name for name, value in stray.items() if value is not None]):
+        raise RecipeError(f"--{asked[0]} is for --compensate RANK; give that too, or leave it out")
+    if rank is not None and parent is None:
+        raise RecipeError("--compensate needs --parent: what the artifact was quantized from")
+
+    from quant.lora import export as exporting
+    from quant.lora.compensate import Compensation
+
+    more = (
+        Compensation(rank, parent, rows, calibration, cache)
+        if rank is not None and parent is not None
+        else None
+    )
+    order = exporting.Order(adapter, base, out, _dtype(dtype), initial, more)
     if as_json:
         bar.write(exporting.run(order, bar.Lines()).told())
         return
-    with bar.Bar("modules") as shown:
+    with bar.Bar("modules" if more is None else "blocks") as shown:
         done = exporting.run(order, shown)
     typer.echo(_exported(done))
 
@@ -233,9 +274,10 @@ def _exported(done: "Exported") -> str:
         notes += f"; adds to {', '.join(done.merged)}, merged into the base"
     if done.travels:
         notes += f"; with its {', '.join(done.travels)}"
-    limit = f" --max-lora-rank {done.rank}" if done.rank > 16 else ""
+    limit = obstacles.served_rank(done.rank)
+    flag = f" --max-lora-rank {limit}" if limit is not None and limit > obstacles.RANKS[0] else ""
     return (
         f"{done.folder}: rank {done.rank}, {done.modules} modules, {done.dtype},"
         f" {done.bytes / 1e6:.1f} MB, for weights {done.base[:12]}{notes}\n"
-        f"next: quantserve serve ARTIFACT{limit} --adapter NAME={done.folder}"
+        f"next: quantserve serve ARTIFACT{flag} --adapter NAME={done.folder}"
     )

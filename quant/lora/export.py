@@ -20,14 +20,17 @@ from torch import Tensor
 from quant import staging
 from quant.errors import AdapterError, SpaceError
 from quant.lora import adapter as lora
-from quant.lora import factors, footing, voice
+from quant.lora import compensate, factors, footing, voice
 from quant.lora.adapter import CONFIG, LINEAGE, WEIGHTS, Adapter
+from quant.lora.compensate import Compensation
 from quant.lora.factors import Factors
 from quant.lora.footing import Base
 
 
 class Progress(Protocol):
     """Who is told how far it is."""
+
+    def say(self, line: str) -> None: ...
 
     def measured(self, name: str, done: int, total: int) -> None: ...
 
@@ -44,6 +47,7 @@ class Order:
     target: Path
     dtype: torch.dtype | None = None
     initial: Path | None = None
+    compensation: Compensation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +81,19 @@ def run(order: Order, progress: Progress) -> Exported:
     if order.initial is not None:
         adapter = replace(adapter, initial=order.initial.expanduser().resolve())
     base = footing.base_of(order.base)
-    found = factors.of(adapter, base, progress.measured)
+    if order.compensation is None:
+        found = factors.of(adapter, base, progress.measured)
+    else:
+        found = compensate.run(order.compensation, adapter, base, progress)
     rank = max(len(a) for a, _ in found.values())
     dtype = order.dtype or base.dtype
     tensors = dict(_tensors(found, rank, dtype))
     with staging.staged(target) as folder:
         try:
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-            _write_json(folder / CONFIG, _config(adapter, rank))
-            _write_json(folder / LINEAGE, _lineage(adapter, base))
+            _write_json(folder / CONFIG, _config(adapter, rank, sorted(found)))
+            bound = base.units is not None or order.compensation is not None
+            _write_json(folder / LINEAGE, _lineage(adapter, base, bound=bound))
             for name in (n for n in voice.FILES if (adapter.folder / n).is_file()):
                 shutil.copyfile(adapter.folder / name, folder / name)
         except OSError as fault:
@@ -121,7 +129,7 @@ def _tensors(found: Factors, rank: int, dtype: torch.dtype) -> Iterator[tuple[st
             yield f"base_model.model.{module}.lora_{side}.weight", written
 
 
-def _config(adapter: Adapter, rank: int) -> dict[str, Any]:
+def _config(adapter: Adapter, rank: int, modules: list[str]) -> dict[str, Any]:
     return {
         "base_model_name_or_path": adapter.config.base_model_name_or_path,
         "bias": "none",
@@ -132,17 +140,17 @@ def _config(adapter: Adapter, rank: int) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         # Whole names: a bare tail would put empty pairs on layers that were not trained.
-        "target_modules": sorted(adapter.pairs),
+        "target_modules": modules,
         "task_type": "CAUSAL_LM",
     }
 
 
-def _lineage(adapter: Adapter, base: Base) -> dict[str, Any]:
-    """In the parent's units it fits every artifact of the parent, else this one alone."""
+def _lineage(adapter: Adapter, base: Base, *, bound: bool) -> dict[str, Any]:
+    """A change of the parent itself fits every artifact of it, else this one alone."""
     return {
         "format": 1,
         "base": base.parent.model_dump(),
-        "artifact": base.artifact if base.units else None,
+        "artifact": base.artifact if bound else None,
         "exported_from": {"name": adapter.name, "digest": adapter.digest},
     }
 

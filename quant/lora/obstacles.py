@@ -9,6 +9,21 @@ from typing import Literal, NamedTuple
 from quant.lora.lora_config import LoraConfig
 from quant.lora.lora_parts import Parts
 
+RANKS = (
+    16,
+    32,
+    64,
+    128,
+    256,
+    320,
+    512,
+)  # what vLLM lets a server be started with, from its default
+
+
+def served_rank(rank: int) -> int | None:
+    """The --max-lora-rank that serves such a rank; None where none does."""
+    return next((limit for limit in RANKS if limit >= rank), None)
+
 
 class Obstacle(NamedTuple):
     """`remedy` is the command that makes the adapter usable: `adapter merge`, `adapter export`."""

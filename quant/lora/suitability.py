@@ -18,8 +18,6 @@ from quant.lora import anatomy, fitting, obstacles, soft_prompt, starts, voice
 from quant.lora.adapter import Adapter
 from quant.lora.soft_prompt import SoftPrompt
 
-_SERVED_RANK = 16  # what `serve` allows unless told otherwise
-
 
 class Verdict(BaseModel):
     """Whether a path is open, and under which condition, or why not."""
@@ -179,7 +177,10 @@ def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
         return Verdict(works=False, reason=str(fault))
     doubled = 2 if adapter.config.start is not None else 1
     rank = adapter.rank * doubled
-    needs = f", with --max-lora-rank {rank}" if rank > _SERVED_RANK else ""
+    limit = obstacles.served_rank(rank)
+    if limit is None:
+        return Verdict(works=False, reason=f"rank {rank}: vLLM serves up to {obstacles.RANKS[-1]}")
+    needs = f", with --max-lora-rank {limit}" if limit > obstacles.RANKS[0] else ""
     if found:
         reasons = "; ".join(obstacle.reason for obstacle in found)
         return Verdict(works=True, reason=f"after `quantserve adapter export`{needs}: {reasons}")

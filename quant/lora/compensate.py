@@ -1,0 +1,179 @@
+"""An adapter that also makes up for what quantization did to its base, in its own file.
+
+Closed form, block by block: the change of every linear layer that gives it the outputs it has in
+parent + adapter, on the inputs it will get beside the artifact, cut down to a rank. The blocks in
+front have their corrections already. Refuses bases that are not quantized and ranks no engine
+serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quant import artifact, calibration, checkpoint
+from quant.errors import AdapterError, RecipeError, SolveError
+from quant.intake import source
+from quant.lora import factors, obstacles, units
+from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR, Adapter
+from quant.lora.factors import Factors
+from quant.lora.footing import Base
+from quant.recipe import Recipe
+from quant.solver import blocks, descent, devices, int8, lowrank, walk
+from quant.solver.lowrank import Misses
+from quant.solver.preflight import STREAM_TOKENS
+from quant.solver.walk import Group
+
+_HELD = 8  # one in so many tokens is held out, to judge what the others suggest
+
+
+class Progress(Protocol):
+    """Who is told what happens."""
+
+    def say(self, line: str) -> None: ...
+
+    def measured(self, name: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """How much rank beside the adapter's own, for which parent, on which rows.
+
+    `texts` are lines of the adapter's domain; without them parent + adapter writes some.
+    """
+
+    rank: int
+    parent: str
+    rows: Recipe
+    texts: Path | None = None
+    cache: Path | None = None
+
+
+def run(asked: Compensation, adapter: Adapter, base: Base, progress: Progress) -> Factors:
+    """The factors of every linear layer in the blocks, and of what else the adapter changes.
+
+    In the artifact's units. RecipeError, AdapterError.
+    """
+    _check(asked, adapter, base)
+    device = devices.first(asked.rows.device)
+    own = factors.of(adapter, base, lambda *_: None)
+    progress.say(f"opening {asked.parent}")
+    opened = source.open(
+        asked.parent, adapters=[adapter.folder], cache=asked.cache, say=progress.say
+    )
+    if opened.fingerprint != base.parent:
+        raise AdapterError(f"{asked.parent} is not what {base.folder} was made from")
+    rows = calibration.prepare(opened, asked.rows, asked.texts, progress.say)
+    decoder = blocks.skeleton(opened, device)
+    solver = Compensator(base, own, adapter.rank + asked.rank, asked.rows.damping)
+    together = max(1, STREAM_TOKENS // rows.input_ids.shape[1])
+    batches = zip(
+        *(torch.split(each, together) for each in (rows.input_ids, rows.mask)), strict=True
+    )
+    streams = blocks.embed(decoder, opened, list(batches))
+    for place in range(len(decoder.blocks)):
+        walk.run(decoder, place, opened, streams, solver)
+        progress.measured(f"block {place + 1}", place + 1, len(decoder.blocks))
+    return own | solver.found
+
+
+def _check(asked: Compensation, adapter: Adapter, base: Base) -> None:
+    if base.artifact is None or not base.quantized:
+        raise RecipeError(
+            f"{base.folder} is not quantized, so there is nothing to compensate; leave it out"
+        )
+    if adapter.artifact is not None:
+        raise AdapterError(
+            f"{adapter.folder} was exported for an artifact; give the adapter that was trained"
+        )
+    if asked.rank < 1 or obstacles.served_rank(adapter.rank + asked.rank) is None:
+        raise RecipeError(
+            f"--compensate {asked.rank} beside the adapter's rank {adapter.rank}: together they may"
+            f" be {obstacles.RANKS[-1]}, the most that vLLM serves, and at least 1 has to be added"
+        )
+
+
+class Compensator:
+    """Chooses the change of every linear layer; `found` are its factors, in the artifact's units.
+
+    Inside, inputs x / s are those of the artifact and outputs are the parent's.
+    """
+
+    scales_inputs = False
+
+    def __init__(self, base: Base, own: Factors, rank: int, damping: float) -> None:
+        self.found: Factors = {}
+        self._base, self._own, self._rank, self._damping = base, own, rank, damping
+        self._divisors: Mapping[str, Tensor] = units.read(base.units).divisors
+        self._section = artifact.quantization_config(base.folder) or {}
+        self._reads: dict[nn.Linear, tuple[Tensor | float, bool]] = {}
+
+    def seen(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        """What a served layer computes with. That an adapter reads it before it is rounded is left
+        out of the way on to the next layers: a rounding of a rounding error."""
+        divisor, rounds = self._reads[linear]
+        return int8.as_served(inputs / divisor) if rounds else inputs / divisor
+
+    def visit(self, group: Group) -> None:
+        """Sets the weights of layers that read the same input."""
+        names = {f"{group.prefix}{name}": linear for name, linear in group.linears.items()}
+        device = next(iter(names.values())).weight.device
+        stored = checkpoint.weights(self._base.folder, names)
+        for name, linear in names.items():
+            form = artifact.format_of(self._base.folder, self._section, name)
+            divisor = self._divisors.get(f"{name}.{INPUT_DIVISOR}", torch.ones(1)).to(device)
+            self._reads[linear] = divisor, form.inputs == 8
+        evening = descent.evening(given.parent for given in group.inputs)
+        routed = any(given.routed is not None for given in group.inputs)
+        for name, linear in names.items():
+            put = self._put(name, device)
+            served = stored[name].to(device) * put
+            if not routed:
+                self._correct(name, linear, served, group, evening)
+            elif name in self._own:  # an expert's tokens are too few for more
+                self.found[name] = self._own[name]
+            if name in self.found:
+                a, b = (factor.to(device) for factor in self.found[name])
+                served += (b * put) @ a
+            linear.weight.copy_(served)
+
+    def _correct(
+        self, name: str, linear: nn.Linear, served: Tensor, group: Group, evening: Sequence[Tensor]
+    ) -> None:
+        """Finds the factors of one layer whose weight beside the artifact is `served`."""
+        divisor, _ = self._reads[linear]
+        fitted, held = (Misses(len(served), served.shape[1], served.device) for _ in range(2))
+        for given, by in zip(group.inputs, evening, strict=True):
+            inputs = given.served
+            missing = given.parent @ linear.weight.T - self.seen(linear, inputs) @ served.T
+            inputs, missing = (inputs / divisor).mul_(by), missing.mul_(by)
+            last = len(inputs) - len(inputs) // _HELD
+            fitted.add(inputs[:last], missing[:last])
+            held.add(inputs[last:], missing[last:])
+        try:
+            change = lowrank.wanted(linear.weight * divisor - served, fitted, held, self._damping)
+            choices = self._choices(name, change, fitted.hessian())
+        except SolveError as fault:
+            raise SolveError(f"{name} could not be compensated: {fault}") from fault
+        hessian, cross = held.hessian(), held.cross()
+        a, b = min(choices, key=lambda choice: lowrank.missed(choice, hessian, cross))
+        self.found[name] = a.cpu(), (b / self._put(name, served.device)).cpu()
+
+    def _choices(self, name: str, change: Tensor, hessian: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The whole change fitted anew, and the adapter as it was with a fit of the rest."""
+        anew = lowrank.fitted(change, hessian, self._rank)
+        if name not in self._own:
+            return [anew]
+        a, b = (factor.to(change.device) for factor in self._own[name])
+        b = b * self._put(name, change.device)
+        more_a, more_b = lowrank.fitted(change - b @ a, hessian, self._rank - len(a))
+        return [anew, (torch.cat([a, more_a]), torch.cat([b, more_b], dim=1))]
+
+    def _put(self, name: str, device: torch.device) -> Tensor:
+        """By what the artifact's outputs have to be multiplied, [out, 1] or [1, 1]."""
+        return self._divisors.get(f"{name}.{OUTPUT_DIVISOR}", torch.ones(1)).to(device)[:, None]
