@@ -32,6 +32,7 @@ class Facts:
     on_cpu: bool
     cpu_flags: frozenset[str]
     quantization: str | None  # `quant_method` of its config.json
+    causal: bool = True  # a plain language model, as far as its config.json says
 
 
 def inspect(settings: Settings) -> Facts:
@@ -43,10 +44,12 @@ def inspect(settings: Settings) -> Facts:
             "that `quantserve quantize --out` wrote, or a Hugging Face folder"
         )
     try:
-        method = json.loads(config.read_text()).get("quantization_config", {}).get("quant_method")
+        told = json.loads(config.read_text())
+        method = told.get("quantization_config", {}).get("quant_method")
+        causal = all(name.endswith("ForCausalLM") for name in told.get("architectures") or ())
     except (json.JSONDecodeError, AttributeError) as fault:
         raise SettingsError(f"{config} is not a model configuration: {fault}") from fault
-    facts = Facts(_on_cpu(), _cpu_flags(Path("/proc/cpuinfo")), method)
+    facts = Facts(_on_cpu(), _cpu_flags(Path("/proc/cpuinfo")), method, causal)
     if facts.on_cpu:
         _refuse(facts)
     return facts
@@ -62,7 +65,8 @@ def flags(settings: Settings, facts: Facts) -> list[str]:
     given += ["--generation-config", "auto", "--disable-uvicorn-access-log"]
     if settings.max_adapters:
         given += _lora_flags(settings)
-    if facts.on_cpu if settings.prompt_tuning is None else settings.prompt_tuning:
+    chosen = settings.prompt_tuning
+    if facts.on_cpu and facts.causal if chosen is None else chosen:
         given += ["--enable-prompt-embeds"]  # for us alone: serve.vllm_compat.close_to_clients
     if facts.on_cpu:
         given += ["--enforce-eager", "--dtype", _cpu_dtype(settings, facts)]

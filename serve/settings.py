@@ -60,7 +60,7 @@ class Settings(BaseModel):
     max_adapter_bytes: int = Field(2 << 30, ge=1, description="largest adapter taken in")
     max_lora_rank: int = Field(16, ge=1, description="largest rank an adapter may have")
     prompt_tuning: bool | None = Field(
-        None, description="serve prompt-tuned adapters; none: on CPU, where it costs nothing"
+        None, description="serve prompt-tuned adapters; none: on CPU, beside plain language models"
     )
     kv_cache_bytes: int = Field(512 << 20, ge=1 << 20, description="KV cache size on CPU")
     threads: int = Field(0, ge=0, description="threads of the model on CPU; 0: every core")

@@ -32,8 +32,8 @@ from serve.errors import SettingsError
 
 VERSIONS = ("0.32.", "0.33.")
 
-# messages, the tokenizer's named tokens, the arguments of apply_chat_template -> the chat, or None
-Render = Callable[[list[Any], Mapping[str, Any], Mapping[str, Any]], Awaitable[str | None]]
+# messages, the base's tokenizer, the arguments of its apply_chat_template -> the chat, or None
+Render = Callable[[list[Any], Any, Mapping[str, Any]], Awaitable[str | None]]
 
 run_server_worker = entry.run_server_worker
 
@@ -105,7 +105,7 @@ def render_with(renderer: Any, default: str | None, render: Render) -> None:
     async def apply(config: Any, tokenizer: Any, conversation: list[Any], **asked: Any) -> Any:
         if asked.get("chat_template") == default:
             try:
-                chat = await render(conversation, tokenizer.special_tokens_map, asked)
+                chat = await render(conversation, tokenizer, asked)
             except TemplateFault as fault:
                 raise VLLMValidationError(f"the adapter's chat template: {fault}") from fault
             if chat is not None:

@@ -59,16 +59,16 @@ class Templates:
         self._free: SimpleQueue[Cell] = SimpleQueue()
 
     async def render(
-        self, messages: list[Any], tokens: Mapping[str, Any], asked: Mapping[str, Any]
+        self, messages: list[Any], tokenizer: Any, asked: Mapping[str, Any]
     ) -> str | None:
         """The chat as the version's template has it; None: it has none, the base's will do.
 
-        `tokens` are the base tokenizer's by name, `asked` what vLLM calls it with. TemplateFault
-        says why there is no chat.
+        `tokenizer` is the base's, `asked` what vLLM calls it with. TemplateFault says why there is
+        no chat.
         """
-        own = voice()
+        own, tokens = voice(), tokenizer.special_tokens_map
         template = own.template(tools=bool(asked.get("tools")))
-        if template is None:
+        if template is None or _is_bases(template, own, tokenizer, asked):
             return None
         told = {name: value for name, value in asked.items() if name not in NOT_FOR_TEMPLATES}
         chat = [_as_wanted(message, own, template) for message in messages]
@@ -94,6 +94,12 @@ class Templates:
         self._threads.shutdown(cancel_futures=True)
         while not self._free.empty():
             self._free.get().close()
+
+
+def _is_bases(template: str, own: Voice, tokenizer: Any, asked: Mapping[str, Any]) -> bool:
+    """Whether the base writes the same: trainers save its template with every adapter."""
+    same = (asked.get("chat_template") or tokenizer.chat_template) == template
+    return same and not set(own.tokens.items()) - set(tokenizer.special_tokens_map.items())
 
 
 def _as_wanted(message: Mapping[str, Any], own: Voice, template: str) -> dict[str, Any]:

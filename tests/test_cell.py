@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,7 +119,6 @@ def test_the_cell_sees_neither_environment_nor_files(room: Cell) -> None:
               (seen / "limits").read_text().splitlines()}  # fmt: skip
     assert limits["Max open files"] == "3" and limits["Max file size"] == "0"
     assert int(limits["Max address space"]) == 512 << 20
-    assert os.getpriority(os.PRIO_PROCESS, room._inmate.pid) == 19
 
 
 def test_it_is_found_out_how_content_must_come() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,18 @@ def test_soft_prompts_are_expected_where_they_cost_nothing_or_where_told(
     settings = Settings(artifact=model, prompt_tuning=chosen)
     found = ["--enable-prompt-embeds" in engine_args.flags(settings, f) for f in (AVX2, CUDA)]
     assert found == [cpu, gpu]
+    other = engine_args.flags(settings, replace(AVX2, causal=False))
+    assert ("--enable-prompt-embeds" in other) == bool(chosen)
+
+
+@pytest.mark.parametrize(
+    ("names", "causal"), [(["LlamaForCausalLM"], True), (["T5ForConditionalGeneration"], False)]
+)
+def test_what_is_no_plain_language_model_is_seen(
+    model: Path, names: list[str], *, causal: bool
+) -> None:
+    (model / "config.json").write_text(json.dumps({"architectures": names}))
+    assert engine_args.inspect(Settings(artifact=model)).causal == causal
 
 
 def test_an_instruction_limit_reaches_every_library(model: Path) -> None:

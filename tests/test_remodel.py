@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quant.intake import source
+from quant.intake import remodel, source
 from quant.intake.source import Source
+from quant.lora import adapter as lora
 from tests import tiny, variants
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -61,3 +62,18 @@ def test_a_grown_vocabulary_brings_its_tokenizer(tmp_path: Path) -> None:
     assert config["vocab_size"] == opened.config.vocab_size == 330
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (opened.folder / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_new_tokens_come_along_where_the_embedding_has_rows_for_them(tmp_path: Path) -> None:
+    base = variants.base_folder(tmp_path / "base", layers=1)
+    folder = tiny.adapter_folder(tmp_path / "lora", base)
+    theirs = tiny.tokenizer(folder)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    theirs.save_pretrained(folder)
+    adapters = [lora.read_trained(folder)]
+    for rows, comes in ((321, True), (320, False)):
+        target = tmp_path / str(rows)
+        target.mkdir()
+        remodel.copy_voice(adapters, rows, target)
+        assert (target / "tokenizer.json").is_file() == comes
+        assert (target / "chat_template.jinja").read_text() == tiny.CHAT_TEMPLATE

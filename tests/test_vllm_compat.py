@@ -35,8 +35,8 @@ async def shown(render: vllm_compat.Render, template: str | None) -> str:
 
 
 async def test_the_version_writes_the_chat_before_the_base_and_after_the_client() -> None:
-    async def own(messages: list[Any], tokens: Any, asked: Any) -> str | None:
-        assert messages == [{}] and tokens == {"bos_token": "<s>"} and asked
+    async def own(messages: list[Any], tokenizer: Any, asked: Any) -> str | None:
+        assert messages == [{}] and tokenizer.special_tokens_map and asked
         return "the version's"
 
     async def none(*_: Any) -> str | None:

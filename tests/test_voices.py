@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,12 @@ from serve.adapters.pool import Version
 from serve.adapters.store import Stored
 from serve.turn import Turn, current
 from serve.voices import Defaults, Templates, add_stops
+
+
+def tokenizer(template: str | None = None, **tokens: str) -> Any:
+    """The base's, as far as it is asked."""
+    return SimpleNamespace(chat_template=template, special_tokens_map=tokens)
+
 
 HELLO = [{"role": "user", "content": "hi"}]
 SHOUT = "{% for m in messages %}{{ bos_token }}{{ m.role }}:{{ m.content|upper }};{% endfor %}"
@@ -61,11 +68,11 @@ def test_stops_are_added_where_the_client_has_none() -> None:
 
 
 async def test_each_version_renders_with_its_own_template(templates: Templates) -> None:
-    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    base = tokenizer("the base's", bos_token="<s>", eos_token="</s>")
 
     async def shown(**own: Any) -> str | None:
         speak(**own)
-        return await templates.render(HELLO, tokens, {"tools": None, "tokenize": False})
+        return await templates.render(HELLO, base, {"tools": None, "tokenize": False})
 
     mine = {"default": SHOUT}
     found = await asyncio.gather(
@@ -79,16 +86,16 @@ async def test_each_version_renders_with_its_own_template(templates: Templates) 
 
 async def test_tools_choose_their_template(templates: Templates) -> None:
     speak(templates={"default": "plain", "tool_use": "{{ tools[0].name }}"})
-    assert await templates.render(HELLO, {}, {"tools": [{"name": "look"}]}) == "look"
-    assert await templates.render(HELLO, {}, {"tools": []}) == "plain"
+    assert await templates.render(HELLO, tokenizer(), {"tools": [{"name": "look"}]}) == "look"
+    assert await templates.render(HELLO, tokenizer(), {"tools": []}) == "plain"
 
 
 async def test_content_comes_as_the_template_reads_it(templates: Templates) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     speak(templates={"default": "{{ messages[0].content }}"})
-    assert await templates.render([{"role": "user", "content": parts}], {}, {}) == "a\nb"
+    assert await templates.render([{"role": "user", "content": parts}], tokenizer(), {}) == "a\nb"
     speak(templates={"default": "{{ messages[0].content[0].text }}"}, lists=True)
-    assert await templates.render(HELLO, {}, {}) == "hi"
+    assert await templates.render(HELLO, tokenizer(), {}) == "hi"
 
 
 async def test_developers_speak_as_the_system_where_a_template_knows_none(
@@ -96,12 +103,34 @@ async def test_developers_speak_as_the_system_where_a_template_knows_none(
 ) -> None:
     chat = [{"role": "developer", "content": "x"}]
     speak(templates={"default": "{{ messages[0].role }}"})
-    assert await templates.render(chat, {}, {}) == "system"
+    assert await templates.render(chat, tokenizer(), {}) == "system"
     speak(templates={"default": "{{ messages[0].role }}{# developer #}"})
-    assert await templates.render(chat, {}, {}) == "developer"
+    assert await templates.render(chat, tokenizer(), {}) == "developer"
 
 
 async def test_a_refusal_is_the_templates_own_words(templates: Templates) -> None:
     speak(templates={"default": "{{ raise_exception('roles must alternate') }}"})
     with pytest.raises(TemplateFault, match="roles must alternate"):
-        await templates.render(HELLO, {}, {})
+        await templates.render(HELLO, tokenizer(), {})
+
+
+async def test_the_bases_own_template_stays_with_the_base(templates: Templates) -> None:
+    base = tokenizer(SHOUT, bos_token="<s>", pad_token="</s>")
+    speak(templates={"default": SHOUT}, tokens={"bos_token": "<s>"})
+    assert await templates.render(HELLO, base, {"chat_template": None}) is None
+    assert await templates.render(HELLO, base, {"chat_template": "the operator's"}) is not None
+    speak(templates={"default": SHOUT}, tokens={"bos_token": "<!>"})
+    assert await templates.render(HELLO, base, {"chat_template": None}) == "<!>user:HI;"
+
+
+async def test_nobody_waits_for_a_template_that_spins(templates: Templates) -> None:
+    spin = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    speak(templates={"default": "quick"})
+    await asyncio.gather(*(templates.render(HELLO, tokenizer(), {}) for _ in range(2)))  # started
+    speak(templates={"default": spin})
+    spinning = asyncio.create_task(templates.render(HELLO, tokenizer(), {}))
+    speak(templates={"default": "quick"})
+    assert await templates.render(HELLO, tokenizer(), {}) == "quick"
+    assert not spinning.done(), "it held up the loop, or the other chat"
+    with pytest.raises(TemplateFault, match="more than 2 s"):
+        await spinning

@@ -7,7 +7,6 @@ with, so a template means the same here and there.
 """
 
 import json
-import os
 import resource
 import sys
 from datetime import datetime
@@ -100,8 +99,7 @@ def mark(messages: list[dict[str, Any]]) -> str:
 
 
 def give_up_rights() -> None:
-    """No files, no processes, little memory, and the processor when nobody else wants it."""
-    os.nice(19)
+    """No files, no processes, little memory."""
     for what, most in (
         (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 3),
         (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_CORE, 0),
