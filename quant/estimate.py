@@ -77,6 +77,10 @@ class Run:
         width = self.opened.config.get_text_config().hidden_size
         return Calibration(self.recipe.samples, self.recipe.length, width)
 
+    def units(self) -> preflight.Blocks:
+        chosen = self.opened.config.get_text_config().to_dict().get("num_experts_per_tok", 0)
+        return preflight.units(self.decoder.shapes(), chosen)
+
 
 def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
     """The estimate of a run that fits into `free` bytes of memory and on the disk of `target`,
@@ -84,7 +88,7 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
 
     RoomError names the phase for which the memory does not reach, SpaceError the disk.
     """
-    blocks = preflight.units(run.decoder.shapes())
+    blocks = run.units()
     most = max(phases(run, blocks), key=lambda phase: phase.bytes)
     needed, disk = most.bytes + BESIDE, max(_disk(run) - there, 0)
     disk_free = staging.check_space(target.parent, disk)
@@ -154,7 +158,7 @@ def _sensitivity(run: Run, depth: int) -> int:
 def _disk(run: Run) -> int:
     """The checkpoint; and beside it states of two blocks, later parts until they are joined."""
     joined = min(run.bytes_after, shards.SHARD_BYTES)
-    blocks = preflight.units(run.decoder.shapes())
+    blocks = run.units()
     held = preflight.waiting(blocks, run.given)
     waiting = held if held > IN_MEMORY and not run.decoder.has_experts() else 0
     return run.bytes_after + _MARGIN + max(4 * run.given.states + waiting, joined)

@@ -39,7 +39,7 @@ from quant.lora.adapter import UNITS
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe
-from quant.solver import allotment, blocks, devices, lockstep, preflight, walk
+from quant.solver import allotment, blocks, devices, heap, preflight, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, half
 from quant.solver.layers import Progress as Watching
@@ -75,7 +75,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     QuantError leaves neither a target nor a partial one behind; Ctrl-C, a full disk and a crash
     leave what the next run goes on from, once a block is done, and say so in a note.
     """
-    lockstep.share_memory()
+    heap.share()
     on = devices.named(recipe.device)
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=order.force)

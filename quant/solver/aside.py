@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quant.errors import SpaceError
+from quant.solver import heap
 
 _LEAST = 1 << 18  # bytes that are worth it
 
@@ -179,6 +180,8 @@ class Holdings(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's, o
         large = [storage for storage in held if storage.nbytes() >= _LEAST]
         for storage in large:
             self._shelf.put(storage)
+        if large:
+            heap.give_back()
         yield
         for storage in large:
             self._shelf.take(storage)

@@ -8,11 +8,10 @@ what the stopped forwards hold is kept. Refuses batches that do not stop at the 
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 _here = threading.local()
-_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 class _Abandoned(Exception):
@@ -97,14 +95,3 @@ def lanes(forwards: Sequence[Callable[[], Tensor]]) -> Iterator[list[Lane[Any]]]
         finally:
             for lane in started:
                 lane.close()
-
-
-def share_memory() -> None:
-    """One heap for all threads, where the C library is glibc.
-
-    It keeps several, and what a lane frees in one no lane of another gets: the 135M model's blocks
-    took 4.2 GB instead of 1.9. Call it before anything starts threads. One lane runs at a time, so
-    nobody waits.
-    """
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

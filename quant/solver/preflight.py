@@ -18,7 +18,8 @@ from quant.formats import Shapes
 
 FLOAT = 4  # bytes
 _STRIP = 384  # columns beside the diagonal that a Hessian's update computes twice
-_PRODUCTS = 12.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
+_PRODUCTS = 8.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
+_CHECKS = 4  # of them with what is held out
 STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
 IN_MEMORY = 1 << 29  # bytes of what forwards hold while they wait; more lies on disk
 PART = 1 << 24  # numbers of a weight that are solved together
@@ -27,6 +28,7 @@ _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone: beside them stand norms, attention's softmax, loops over
 # columns, and files. Measured, see DECISIONS.md.
 _OVERHEAD = 1.5
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _PROBE, _PROBES = 768, 4
 
 
@@ -50,10 +52,12 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Layers of a block that read the same input: `rows` of all of them, `columns` of each."""
+    """Layers of a block that read the same input: `rows` of all of them, `columns` of each, and the
+    `share` of tokens that reach them."""
 
     rows: int
     columns: int
+    share: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -76,13 +80,16 @@ class Operations:
         return self.forwards + self.moments + self.solving
 
 
-def units(shapes: Shapes) -> list[list[Unit]]:
-    """The units of each block. Siblings that a server loads as one are taken to read one input."""
+def units(shapes: Shapes, experts_per_token: int = 0) -> list[list[Unit]]:
+    """The units of each block. Siblings that a server loads as one are taken to read one input;
+    of a mixture's experts so many read a token."""
     blocks: dict[str, list[Unit]] = {}
+    experts = {found[1] for name in shapes if (found := _EXPERT.search(name))}
     for names in formats.siblings(shapes):
         place = re.split(r"\.(\d+)\.", names[0], maxsplit=1)[1]
         rows = sum(shapes[name][0] for name in names)
-        blocks.setdefault(place, []).append(Unit(rows, shapes[names[0]][1]))
+        share = experts_per_token / len(experts) if _EXPERT.search(names[0]) else 1.0
+        blocks.setdefault(place, []).append(Unit(rows, shapes[names[0]][1], share))
     return list(blocks.values())
 
 
@@ -90,14 +97,19 @@ def operations(blocks: Blocks, given: Calibration) -> Operations:
     """Of a whole run. Attention is taken to be as wide as the states, each half of it causal."""
     layers = [unit for block in blocks for unit in block]
     attention = len(blocks) * given.length * given.width
-    forwards = 2 * given.tokens * (sum(unit.weights for unit in layers) + attention)
-    moments = given.tokens * sum(
-        unit.columns * (unit.columns + _STRIP) // 2 + unit.columns**2 for unit in layers
+    through = sum(unit.share * unit.weights for unit in layers) + attention
+    products = sum(
+        unit.share * (unit.columns * (unit.columns + _STRIP) // 2 + unit.columns**2)
+        for unit in layers
     )
-    solving = sum(
-        int(_PRODUCTS * unit.rows * unit.columns**2) + unit.columns**3 // 3 for unit in layers
-    )
-    return Operations(forwards, moments, solving)
+    solving = sum(_solved(unit, given) for unit in layers)
+    return Operations(int(2 * given.tokens * through), int(given.tokens * products), solving)
+
+
+def _solved(unit: Unit, given: Calibration) -> int:
+    held = min(int(unit.share * given.tokens) // HELD, unit.columns)
+    products = int(_PRODUCTS * unit.columns) + _CHECKS * held
+    return unit.weights * products + unit.columns**3 // 3
 
 
 def memory(blocks: Blocks, given: Calibration) -> int:

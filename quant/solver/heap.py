@@ -1,0 +1,28 @@
+"""The C library's heap, where it is glibc's: what is freed goes to other threads and the system.
+
+Elsewhere nothing happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def share() -> None:
+    """One heap for all threads.
+
+    It keeps several, and what a lane frees in one no lane of another gets: the 135M model's blocks
+    took 4.2 GB instead of 1.9. Call it before anything starts threads. One lane runs at a time, so
+    nobody waits.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def give_back() -> None:
+    """The holes between what is still held, which come to more than all that is."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
