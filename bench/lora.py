@@ -1,8 +1,7 @@
-"""What LoRA costs on the CPU: per layer against vLLM's own code, or with a whole engine.
+"""What LoRA costs on the CPU, per layer, against vLLM's own code.
 
-Per layer (default): one fused q,k,v projection; every figure is a ratio to the same layer without
-LoRA, measured alternately in one process. With `--engine MODEL`: output tokens per second of a
-whole offline engine, each configuration in a process of its own, relative to no LoRA.
+One fused q,k,v projection; every figure is a ratio to the same layer without LoRA, measured
+alternately in one process.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,10 +25,10 @@ from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR, Adapter
 from quant.lora.factors import Factors
 from quant.lora.footing import Base
 from quant.recipe import Recipe
-from quant.solver import blocks, descent, devices, int8, lowrank, walk
+from quant.solver import blocks, descent, devices, gptq, int8, lowrank, walk
 from quant.solver.lowrank import Misses
 from quant.solver.preflight import STREAM_TOKENS
-from quant.solver.walk import Group
+from quant.solver.walk import Given, Group
 
 _HELD = 8  # one in so many tokens is held out, to judge what the others suggest
 
@@ -122,47 +123,71 @@ class Compensator:
     def visit(self, group: Group) -> None:
         """Sets the weights of layers that read the same input."""
         names = {f"{group.prefix}{name}": linear for name, linear in group.linears.items()}
-        device = next(iter(names.values())).weight.device
-        stored = checkpoint.weights(self._base.folder, names)
+        served = checkpoint.weights(self._base.folder, names)
         for name, linear in names.items():
+            device = linear.weight.device
             form = artifact.format_of(self._base.folder, self._section, name)
             divisor = self._divisors.get(f"{name}.{INPUT_DIVISOR}", torch.ones(1)).to(device)
             self._reads[linear] = divisor, form.inputs == 8
-        evening = descent.evening(given.parent for given in group.inputs)
-        routed = any(given.routed is not None for given in group.inputs)
+            served[name] = served[name].to(device) * self._put(name, device)
+        if all(given.routed is None for given in group.inputs):
+            self._correct(names, served, group.inputs)
+        else:  # an expert's own tokens are too few for more than the adapter itself
+            self.found |= {name: self._own[name] for name in names if name in self._own}
         for name, linear in names.items():
-            put = self._put(name, device)
-            served = stored[name].to(device) * put
-            if not routed:
-                self._correct(name, linear, served, group, evening)
-            elif name in self._own:  # an expert's tokens are too few for more
-                self.found[name] = self._own[name]
+            weight = served[name]
             if name in self.found:
-                a, b = (factor.to(device) for factor in self.found[name])
-                served += (b * put) @ a
-            linear.weight.copy_(served)
+                a, b = (factor.to(weight) for factor in self.found[name])
+                weight += (b * self._put(name, weight.device)) @ a
+            linear.weight.copy_(weight)
 
     def _correct(
-        self, name: str, linear: nn.Linear, served: Tensor, group: Group, evening: Sequence[Tensor]
+        self,
+        names: Mapping[str, nn.Linear],
+        served: Mapping[str, Tensor],
+        inputs: Sequence[Given],
     ) -> None:
-        """Finds the factors of one layer whose weight beside the artifact is `served`."""
-        divisor, _ = self._reads[linear]
-        fitted, held = (Misses(len(served), served.shape[1], served.device) for _ in range(2))
-        for given, by in zip(group.inputs, evening, strict=True):
-            inputs = given.served
-            missing = given.parent @ linear.weight.T - self.seen(linear, inputs) @ served.T
-            inputs, missing = (inputs / divisor).mul_(by), missing.mul_(by)
-            last = len(inputs) - len(inputs) // _HELD
-            fitted.add(inputs[:last], missing[:last])
-            held.add(inputs[last:], missing[last:])
+        """Finds the factors of layers whose weights beside the artifact are `served`."""
+        fitted, held = self._missing(names, served, inputs)
+        divisor, _ = self._reads[next(iter(names.values()))]
         try:
-            change = lowrank.wanted(linear.weight * divisor - served, fitted, held, self._damping)
-            choices = self._choices(name, change, fitted.hessian())
+            hessian, check = fitted.hessian(), held.hessian()
+            factor = gptq.factorize(hessian, self._damping, -1)
         except SolveError as fault:
-            raise SolveError(f"{name} could not be compensated: {fault}") from fault
-        hessian, cross = held.hessian(), held.cross()
-        a, b = min(choices, key=lambda choice: lowrank.missed(choice, hessian, cross))
-        self.found[name] = a.cpu(), (b / self._put(name, served.device)).cpu()
+            raise SolveError(f"{min(names)} could not be compensated: {fault}") from fault
+        start = 0
+        for name, linear in names.items():
+            rows = slice(start, start + linear.out_features)
+            known = check, held.cross()[rows]
+            plain = linear.weight * divisor - served[name]
+            way = factor.solved(fitted.cross()[rows]) - plain
+            choices = self._choices(name, lowrank.wanted(plain, way, known), hessian)
+            a, b = min(choices, key=partial(lowrank.missed, held=known))
+            self.found[name] = a.cpu(), (b / self._put(name, b.device)).cpu()
+            start = rows.stop
+
+    def _missing(
+        self,
+        names: Mapping[str, nn.Linear],
+        served: Mapping[str, Tensor],
+        inputs: Sequence[Given],
+    ) -> tuple[Misses, Misses]:
+        """What the layers' outputs, side by side, are missing on most tokens, and on those held
+        out."""
+        meant = torch.cat([linear.weight for linear in names.values()])
+        stacked = torch.cat([served[name] for name in names])
+        linear = next(iter(names.values()))
+        divisor, _ = self._reads[linear]
+        fitted, held = (Misses(len(meant), meant.shape[1], meant.device) for _ in range(2))
+        evening = descent.evening(given.parent for given in inputs)
+        for given, by in zip(inputs, evening, strict=True):
+            read = given.served
+            missing = given.parent @ meant.T - self.seen(linear, read) @ stacked.T
+            read, missing = (read / divisor).mul_(by), missing.mul_(by)
+            last = len(read) - len(read) // _HELD
+            fitted.add(read[:last], missing[:last])
+            held.add(read[last:], missing[last:])
+        return fitted, held
 
     def _choices(self, name: str, change: Tensor, hessian: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The whole change fitted anew, and the adapter as it was with a fit of the rest."""

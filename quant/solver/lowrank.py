@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.solver import gptq
 from quant.solver.gptq import Hessian
 
 _SPARE, _ROUNDS = 16, 8  # of a subspace iteration: columns beside those wanted, and its length
@@ -36,14 +35,15 @@ class Misses:
         return self._cross / max(self._hessian.tokens, 1)
 
 
-def wanted(start: Tensor, fitted: Misses, held: Misses, damping: float) -> Tensor:
+def wanted(start: Tensor, way: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
     """The change L [rows, columns] for which L x is nearest to what is missing.
 
-    C H^-1, but only as far from `start` as is best on held-out tokens: the rest is noise.
+    `start` with as much of `way`, from it to C H^-1, as is best on held-out tokens, whose H and C
+    are `held`: the rest is noise.
     """
-    way = gptq.factorize(fitted.hessian(), damping, -1).solved(fitted.cross()) - start
-    along = way @ held.hessian()
-    gained = float((held.cross() * way).sum() - (along * start).sum())
+    hessian, cross = held
+    along = way @ hessian
+    gained = float((cross * way).sum() - (along * start).sum())
     spent = float((along * way).sum())
     strength = min(max(gained / spent, 0.0), 1.0) if spent > 0 else 0.0
     return start + strength * way
@@ -55,9 +55,9 @@ def fitted(change: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return basis.T @ change, basis
 
 
-def missed(change: tuple[Tensor, Tensor], hessian: Tensor, cross: Tensor) -> float:
-    """Mean |e - B A x|^2, up to what no change can do anything about."""
-    a, b = change
+def missed(change: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> float:
+    """Mean |e - B A x|^2 of tokens of this H and C, up to what no change can do anything about."""
+    (a, b), (hessian, cross) = change, held
     return float(((a @ hessian @ a.T) * (b.T @ b)).sum() - 2 * ((b.T @ cross) * a).sum())
 
 
