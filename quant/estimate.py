@@ -18,7 +18,7 @@ from quant.intake.source import Source
 from quant.recipe import Recipe
 from quant.solver import allotment, preflight
 from quant.solver.blocks import Decoder
-from quant.solver.preflight import FLOAT, IN_MEMORY, Calibration
+from quant.solver.preflight import FLOAT, Calibration
 
 BESIDE = 200 << 20  # bytes that compiled loops, libraries and the allocator come to take
 _MARGIN = 32 << 20  # bytes of disk beside the tensors: tokenizer, configuration, headers
@@ -156,11 +156,11 @@ def _sensitivity(run: Run, depth: int) -> int:
 
 
 def _disk(run: Run) -> int:
-    """The checkpoint; and beside it states of two blocks, later parts until they are joined."""
-    joined = min(run.bytes_after, shards.SHARD_BYTES)
-    blocks = run.units()
-    held = preflight.waiting(blocks, run.given)
-    waiting = held if held > IN_MEMORY and not run.decoder.has_experts() else 0
+    """The checkpoint; and beside it what waits and states of two blocks, later parts until they
+    are joined."""
+    blocks, joined = run.units(), min(run.bytes_after, shards.SHARD_BYTES)
+    on_disk = preflight.waits_on_disk(blocks, run.given)
+    waiting = preflight.waiting(blocks, run.given) if on_disk else 0
     return run.bytes_after + _MARGIN + max(4 * run.given.states + waiting, joined)
 
 

@@ -175,14 +175,12 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
 
 
 def _waits_on_disk(decoder: Decoder, rows: Batches) -> bool:
-    """Whether activations are too many for memory. A mixture's forwards stop too often for that."""
-    if decoder.has_experts():
-        return False
-    width = decoder.model.config.get_text_config().hidden_size
+    """Whether activations are too many for memory."""
     samples, length = rows.input_ids.shape
+    width = decoder.model.config.get_text_config().hidden_size
     given = preflight.Calibration(samples, length, width)
     allowed = IN_MEMORY if decoder.device.type == "cpu" else room.left(decoder.device) // 4
-    return preflight.waiting(preflight.units(decoder.shapes()), given) > allowed
+    return preflight.waits_on_disk(preflight.units(decoder.shapes()), given, allowed)
 
 
 def _finished(

@@ -87,6 +87,15 @@ def test_memory_grows_with_the_calibration_until_activations_wait_on_disk() -> N
     assert preflight.memory(units(), many) == preflight.memory(units(), most)
 
 
+def test_a_mixtures_activations_wait_in_memory() -> None:
+    many = replace(GIVEN, samples=256)
+    (dense,) = units(blocks=1)
+    mixture = [replace(unit, share=0.25) for unit in dense]
+    assert preflight.waits_on_disk([dense], many) and not preflight.waits_on_disk([mixture], many)
+    held = preflight.memory([mixture], many) - preflight.memory([dense], many)
+    assert held == preflight.waiting([dense], many)
+
+
 def test_speed_is_that_of_products_done() -> None:
     found = preflight.speed(torch.device("cpu"))
     assert 1e6 < found < 1e16  # a broken count of operations or of seconds is further off

@@ -144,18 +144,20 @@ def waiting(blocks: Blocks, given: Calibration) -> int:
     return 2 * given.tokens * (4 * given.width + widest) * FLOAT
 
 
+def waits_on_disk(blocks: Blocks, given: Calibration, allowed: int = IN_MEMORY) -> bool:
+    """Whether that is more than is allowed. A mixture's forwards stop at every expert, which is too
+    often to write and read all they hold."""
+    mixture = any(unit.share < 1 for block in blocks for unit in block)
+    return not mixture and waiting(blocks, given) > allowed
+
+
 def _of_block(block: Sequence[Unit], given: Calibration) -> int:
     weights = (FLOAT + FLOAT // 2) * sum(unit.weights for unit in block)
     widest = max(unit.columns for unit in block)
-    held = waiting([block], given)
+    held = 0 if waits_on_disk([block], given) else waiting([block], given)
     together = min(max(STREAM_TOKENS, given.length), given.tokens)
     batch = together * (8 * given.width + 4 * widest) * FLOAT
-    return (
-        weights
-        + (held if held <= IN_MEMORY else 0)
-        + batch
-        + max(_solving(unit, given) for unit in block)
-    )
+    return weights + held + batch + max(_solving(unit, given) for unit in block)
 
 
 def _solving(unit: Unit, given: Calibration) -> int:
