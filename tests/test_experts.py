@@ -253,6 +253,18 @@ def test_what_experts_are_foreseen_to_cost_is_what_they_do(tmp_path: Path) -> No
         assert unit.losses[Format(8, 64)] < 0.1 * unit.losses[Format(4, 64)]
 
 
+def test_experts_in_one_tensor_of_the_file_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    folder = tiny.model_folder(tmp_path / "parent", "qwen2_moe")
+    fused = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    held = {name: tensor.contiguous() for name, tensor in fused.items()}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    reason = (
+        r"lacks .*experts\.0\.down_proj\.weight; .*experts\.down_proj has all .*save_pretrained"
+    )
+    with pytest.raises(SourceError, match=reason):
+        blocks.skeleton(source.open(str(folder), cache=tmp_path), CPU)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"), [("llama4_text", "not taken apart"), ("gpt_oss", "does not support")]
 )

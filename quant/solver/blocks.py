@@ -180,7 +180,7 @@ def skeleton(source: Source, device: torch.device, dtype: torch.dtype = torch.fl
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and id(module) in within:
             decoder = Decoder(model, text, f"{name}.", list(module), device, stored, dtype)
-            _check(decoder, source.architecture)
+            _check(decoder, source)
             return decoder
     raise SourceError(f"{source.architecture} has no list of {depth} decoder blocks")
 
@@ -209,7 +209,8 @@ def embed(
     return [streams[place] for place in range(len(rows))], probe
 
 
-def _check(decoder: Decoder, architecture: str) -> None:
+def _check(decoder: Decoder, source: Source) -> None:
+    architecture = source.architecture
     for place, block in enumerate(decoder.blocks):
         if not linears(block):
             raise SourceError(f"{architecture}: {decoder.prefix}{place} holds no nn.Linear")
@@ -219,6 +220,11 @@ def _check(decoder: Decoder, architecture: str) -> None:
                     f"{architecture}: {decoder.prefix}{place}.{name} has {weight.ndim} dimensions;"
                     " only nn.Linear layers can be quantized, and no convolutions"
                 )
+        lacking = sorted(set(decoder.names(place).values()) - set(source.tensors.names()))
+        if lacking:
+            fused = [name for name in source.tensors.names() if name.endswith("experts.down_proj")]
+            hint = f"; {fused[0]} has all experts in one: save it with save_pretrained"
+            raise SourceError(f"{source.folder} lacks {lacking[0]}{hint if fused else ''}")
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
