@@ -5,6 +5,7 @@ is one line and 2, which says where the same command will go on. torch and trans
 imported when a command runs, not before.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -138,6 +139,9 @@ def quantize(
              "samples": samples, "length": length, "seed": seed, "device": device}  # fmt: skip
     recipe = build({name: value for name, value in given.items() if value is not None})
     check_limit(max_kl)
+    # Every batch's thread has OpenMP workers of its own; those that spin take the cores from the
+    # next one's. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     from quant import pipeline
 

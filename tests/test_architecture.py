@@ -188,7 +188,8 @@ def test_environment_has_one_reader() -> None:
     names = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
     wrong = []
     for source in sources(*PRODUCT):
-        if source.name == "serve.settings":
+        # The command tells torch's OpenMP how to wait, before it is loaded.
+        if source.name in ("serve.settings", "quant.cli"):
             continue
         wrong += [source.at(i.line) for i in imports(source) if i.module in names]
         wrong += [

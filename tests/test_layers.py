@@ -183,7 +183,8 @@ def test_a_layer_makes_up_for_what_those_before_it_lost(tmp_path: Path) -> None:
         )
         nearer.append(ours / theirs)
     assert nearer[:3] == [1.0, 1.0, 1.0]  # the first layers' inputs are the parent's
-    assert max(nearer[3:]) < 1.0
+    # Where held-out tokens deny it, a layer is solved for its own weight.
+    assert max(nearer[3:]) <= 1.0 and sum(ratio < 0.95 for ratio in nearer[3:]) > 8
 
 
 @pytest.mark.parametrize("smoothed", [{"smooth": True}, {"smooth": False}], ids=str)

@@ -18,8 +18,8 @@ from quant.formats import Shapes
 
 FLOAT = 4  # bytes
 _STRIP = 384  # columns beside the diagonal that a Hessian's update computes twice
-_PRODUCTS = 8.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
-_CHECKS = 4  # of them with what is held out
+_PRODUCTS = 6.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
+_CHECKS = 2  # of them with what is held out
 STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
 IN_MEMORY = 1 << 29  # bytes of what forwards hold while they wait; more lies on disk
 PART = 1 << 22  # numbers of a weight that are solved together
