@@ -31,6 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import aiohttp
+import psutil
 
 from quant.intake import source
 
@@ -76,7 +77,7 @@ def main() -> None:
     rows: dict[str, tuple[float, dict[int, Load]]] = {}
     for server in _servers(args):
         print(f"{server.name}: starting", file=sys.stderr, flush=True)
-        with _running(server) as (port, ready_s):
+        with running(server) as (port, ready_s, _):
             loads = asyncio.run(_measure(port, args.concurrency, args.tokens))
         rows[server.name] = (ready_s, loads)
         _line(server.name, rows, args.concurrency)
@@ -142,7 +143,8 @@ def _servers(args: argparse.Namespace) -> list[Server]:
 
 
 @contextlib.contextmanager
-def _running(server: Server) -> Iterator[tuple[int, float]]:
+def running(server: Server) -> Iterator[tuple[int, float, psutil.Process]]:
+    """Start it on a free port and stop it: port, seconds until it was ready, its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -159,7 +161,7 @@ def _running(server: Server) -> Iterator[tuple[int, float]]:
         )
     try:
         ready_s = asyncio.run(_until_ready(port, process, log)) - started
-        yield port, ready_s
+        yield port, ready_s, psutil.Process(process.pid)
         log.unlink()
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -168,6 +170,13 @@ def _running(server: Server) -> Iterator[tuple[int, float]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def cpu_s(server: psutil.Process) -> float:
+    """What a server's processes have used of the processor: busy neighbours hardly change it."""
+    everyone = [server, *server.children(recursive=True)]
+    times = [each.cpu_times() for each in everyone]
+    return float(sum(each.user + each.system for each in times))
 
 
 async def _until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> float:
@@ -195,17 +204,24 @@ async def _measure(port: int, levels: list[int], tokens: int) -> dict[int, Load]
         async with session.get("/v1/models") as answer:
             model = (await answer.json())["data"][0]["id"]
         words = random.Random(0)
-        await asyncio.gather(*(_stream(session, model, words, 16) for _ in range(2)))
-        return {level: await _loop(session, model, level, tokens) for level in levels}
+        await asyncio.gather(*(stream(session, model, words, 16) for _ in range(2)))
+        return {
+            level: await loop(
+                session, model, random.Random(level), (level, 4 if level == 1 else 2, tokens)
+            )
+            for level in levels
+        }
 
 
-async def _loop(session: aiohttp.ClientSession, model: str, level: int, tokens: int) -> Load:
-    """`level` streams, each asking again as soon as it is answered."""
-    rounds = 4 if level == 1 else 2
-    words = random.Random(level)
+async def loop(
+    session: aiohttp.ClientSession, model: str, words: random.Random, work: tuple[int, int, int]
+) -> Load:
+    """Streams that ask again as soon as they are answered; `work`: streams, requests of each,
+    tokens of each request."""
+    level, rounds, tokens = work
 
     async def one_client() -> list[list[float]]:
-        return [await _stream(session, model, words, tokens) for _ in range(rounds)]
+        return [await stream(session, model, words, tokens) for _ in range(rounds)]
 
     started = time.monotonic()
     answers = [
@@ -220,7 +236,7 @@ async def _loop(session: aiohttp.ClientSession, model: str, level: int, tokens: 
     return Load(produced / elapsed, first, statistics.median(gaps))
 
 
-async def _stream(
+async def stream(
     session: aiohttp.ClientSession, model: str, words: random.Random, tokens: int
 ) -> list[float]:
     """The send time, then the arrival time of every chunk that carries text."""
