@@ -84,14 +84,14 @@ def serving(
 ) -> Iterator[Server]:
     """`quantserve serve ARTIFACT` with keys, by default as on an AVX2-only machine.
 
-    `settings` go into the environment, as QUANTSERVE_*.
+    `settings` go into the environment, as QUANTSERVE_*; without a port, any that is free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "keys").write_text(KEYS)
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+        port = settings.setdefault("port", probe.getsockname()[1])
     log = folder / "server.log"
-    command = [QUANTSERVE, "serve", str(artifact), "--port", str(port), "--max-cpu-isa", isa]
+    command = [QUANTSERVE, "serve", str(artifact), "--max-cpu-isa", isa]
     command += ["--api-key-file", str(folder / "keys"), *flags]
     env = {**os.environ, **{f"QUANTSERVE_{name.upper()}": str(settings[name]) for name in settings}}
     with log.open("wb") as sink:
