@@ -117,7 +117,10 @@ def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
     numel, depth = _parameters(opened), len(blocks)
     if _written(run):
         dtype = scribe.loaded_as(opened, run.decoder.device)
-        cached = 2 * depth * given.tokens * given.width * dtype.itemsize
+        told = opened.config.get_text_config().to_dict()
+        heads = told.get("num_attention_heads") or 1
+        shared = (told.get("num_key_value_heads") or heads) / heads  # of keys' and values' width
+        cached = int(2 * depth * given.tokens * given.width * shared) * dtype.itemsize
         yield Phase(
             "the model that writes its own calibration text",
             numel * dtype.itemsize + cached,

@@ -27,7 +27,7 @@ HELD = 8  # one in so many calibration tokens is held out, to judge what the oth
 _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone: beside them stand norms, attention's softmax, loops over
 # columns, and files. Measured, see DECISIONS.md.
-_OVERHEAD = 1.5
+_OVERHEAD = 1.3
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _PROBE, _PROBES = 768, 4
 
