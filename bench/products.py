@@ -28,7 +28,7 @@ from bench.serve import AVX2
 from quant import calibration
 from quant.intake import source
 from quant.recipe import Recipe
-from quant.solver import allotment, blocks, heap, preflight, walk
+from quant.solver import allotment, blocks, devices, heap, preflight, walk
 from quant.solver.layers import Layers, half
 from quant.solver.preflight import Calibration, Unit
 
@@ -78,6 +78,8 @@ def _arguments() -> argparse.Namespace:
     add("--length", type=int, default=512, help="tokens of each")
     add("--blocks", type=int, default=6, help="that are timed, after one that warms up")
     add("--threads", type=int, default=torch.get_num_threads())
+    add("--rounded", action="store_true",
+        help="factors of products in bfloat16, as it is without --exact")  # fmt: skip
     add("--isa", choices=["auto", "avx2"], default="auto")
     return parser.parse_args()
 
@@ -103,7 +105,8 @@ def _blocks(
     for place in range(args.blocks + 1):
         before = preflight.speed(HOST)
         began = time.process_time()
-        walk.run(decoder, place, opened, streams, layers)
+        with devices.products(rounded=args.rounded):
+            walk.run(decoder, place, opened, streams, layers)
         seconds = (time.process_time() - began) / args.threads
         if place:  # the first compiles its loops
             yield Timed(seconds, max(before, preflight.speed(HOST)))

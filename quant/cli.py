@@ -111,6 +111,13 @@ def quantize(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:N, or several: cuda:0,cuda:1 [cpu]")
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            help="float32 throughout, where the hardware multiplies 16 bits faster "
+            "[w8a8 and --bits-per-weight always are]"
+        ),
+    ] = False,
     cache: Annotated[
         Path | None,
         typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
@@ -136,7 +143,8 @@ def quantize(
     as they are. The folder appears when everything in it has been read back and found right.
     """
     given = {"scheme": scheme, "group_size": group_size, "bits_per_weight": bits_per_weight,
-             "samples": samples, "length": length, "seed": seed, "device": device}  # fmt: skip
+             "samples": samples, "length": length, "seed": seed, "device": device,
+             "exact": exact or None}  # fmt: skip
     recipe = build({name: value for name, value in given.items() if value is not None})
     check_limit(max_kl)
     # Every batch's thread has OpenMP workers of its own; those that spin take the cores from the

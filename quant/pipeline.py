@@ -113,9 +113,9 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
 
 
 def _decoder(recipe: Recipe, opened: Source, on: Sequence[torch.device]) -> Decoder:
-    """On all devices; finding what feeds a layer, and gradients, want more than 16 bits."""
-    exact = recipe.scheme == "w8a8" or recipe.bits_per_weight is not None
-    return blocks.spread(opened, on, devices.forward_dtype(on[0], exact=exact))
+    """On all devices."""
+    dtype = devices.forward_dtype(on[0], exact=not recipe.rounds_products)
+    return blocks.spread(opened, on, dtype)
 
 
 def _gate(recipe: Recipe, order: Order, opened: Source, progress: Progress) -> Gate | None:
@@ -165,7 +165,10 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
     batches = zip(
         torch.split(rows.input_ids, per_stream), torch.split(rows.mask, per_stream), strict=True
     )
-    with kept.shelf(wanted=_waits_on_disk(decoder, rows)) as shelf:
+    with (
+        devices.products(rounded=layers.rounds_products),
+        kept.shelf(wanted=_waits_on_disk(decoder, rows)) as shelf,
+    ):
         streams = blocks.embed(decoder, opened, list(batches), shelf)
         kept.resume(layers, streams[0])
         for place in range(kept.entry.done, len(decoder.blocks)):

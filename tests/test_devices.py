@@ -36,3 +36,14 @@ def test_sixteen_bits_are_for_devices_made_for_them_and_runs_that_allow_it() -> 
     assert devices.forward_dtype(cuda, exact=False) == torch.bfloat16
     for device, exact in ((cuda, True), (CPU, True), (CPU, False)):
         assert devices.forward_dtype(device, exact=exact) == torch.float32
+
+
+def test_rounded_products_are_near_the_exact_ones_until_their_block_ends() -> None:
+    left, right = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    exact = left @ right
+    with devices.products(rounded=True):
+        near = left @ right
+        with devices.products(rounded=False):
+            assert torch.equal(left @ right, exact)
+    assert float((near - exact).norm()) <= 2**-7 * float(exact.norm())
+    assert torch.equal(left @ right, exact)

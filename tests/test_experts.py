@@ -249,7 +249,7 @@ def test_what_experts_are_foreseen_to_cost_is_what_they_do(tmp_path: Path) -> No
         after = [model(input_ids=each).logits.log_softmax(-1) for each in ids]
         lost = [(b.exp() * (b - a)).sum(-1).mean() for b, a in zip(before, after, strict=True)]
         # Solved on other text: noise is solved for as well, but not for this noise.
-        assert 0.3 < float(torch.stack(lost).mean()) / unit.losses[Format(4, 64)] < 5
+        assert 0.3 < float(torch.stack(lost).mean()) / unit.losses[Format(4, 64)] < 8
         assert unit.losses[Format(8, 64)] < 0.1 * unit.losses[Format(4, 64)]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from quant.errors import RecipeError
@@ -27,6 +30,18 @@ def forward_dtype(device: torch.device, *, exact: bool) -> torch.dtype:
     """What blocks compute in: 16 bits where a device is made for them, unless the run needs to
     tell small differences; sums are float32 everywhere."""
     return torch.float32 if exact or device.type == "cpu" else torch.bfloat16
+
+
+@contextmanager
+def products(*, rounded: bool) -> Iterator[None]:
+    """Float32 products with factors rounded to bfloat16 (TF32 on CUDA) and sums in float32, where
+    the hardware has instructions for it, or in float32 throughout."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if rounded else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _named(name: str) -> torch.device:

@@ -21,7 +21,7 @@ from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
 from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
 from quant.recipe import Recipe
-from quant.solver import descent, gptq, int8, smoothing
+from quant.solver import descent, devices, gptq, int8, smoothing
 from quant.solver.descent import HeldOut, Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
@@ -93,6 +93,7 @@ class Layers:
         self.digests: dict[str, str] = {}
         self.units: dict[str, Tensor] = {}  # what smoothing divides by, of blocks not yet kept
         self._damping, self._shapes, self._progress = recipe.damping, shapes, progress
+        self.rounds_products = recipe.rounds_products
         self.scales_inputs = any(form.inputs == 8 for form in plan.values())
         self._solved: dict[str, Layer] = {}
         self._smoothed: dict[nn.Linear, Tensor] = {}  # what a layer's inputs are divided by
@@ -185,20 +186,24 @@ class Layers:
     def _solve(
         self, weight: Tensor, group: Group, even: Sequence[Tensor], form: Format
     ) -> tuple[Solution, Tensor, Factor]:
-        """The solution for stacked rows, the mean square of each row's output, the factor."""
+        """The solution for stacked rows, the mean square of each row's output, the factor.
+
+        In float32 whatever the forwards are computed in: a loss is a small difference.
+        """
         fitted, held = self._moments(weight, group, even)
-        pulled = fitted.pull(weight)
-        matrix = fitted.hessian.mean()
-        del fitted  # the drift's moment, before as much is needed to factorize
-        grid = levels(form, self.dtype)
-        factor = gptq.factorize(matrix, self._damping, form.group)
-        found, energy = [], []
-        for part, its in zip(*(_few_rows(rows) for rows in (weight, pulled)), strict=True):
-            target = descent.shifted(part, its, held, factor)
-            start = gptq.solve(target, matrix, factor, form.group, grid)
-            found.append(descent.improved(target, start, (matrix, held), grid))
-            energy.append((part @ matrix).mul_(part).sum(dim=1))
-        return gptq.stacked(found), torch.cat(energy), factor
+        with devices.products(rounded=False):
+            pulled = fitted.pull(weight)
+            matrix = fitted.hessian.mean()
+            del fitted  # the drift's moment, before as much is needed to factorize
+            grid = levels(form, self.dtype)
+            factor = gptq.factorize(matrix, self._damping, form.group)
+            found, energy = [], []
+            for part, its in zip(*(_few_rows(rows) for rows in (weight, pulled)), strict=True):
+                target = descent.shifted(part, its, held, factor)
+                start = gptq.solve(target, matrix, factor, form.group, grid)
+                found.append(descent.improved(target, start, (matrix, held), grid))
+                energy.append((part @ matrix).mul_(part).sum(dim=1))
+            return gptq.stacked(found), torch.cat(energy), factor
 
     def _moments(
         self, weight: Tensor, group: Group, even: Sequence[Tensor]
