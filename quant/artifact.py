@@ -55,6 +55,7 @@ class LayerReport(_Frozen):
     """Loss of the solved codes, and of plain rounding on the same Hessian in the same units.
 
     `bits` of a weight, 16 for a layer left in full precision; None where the manifest has them.
+    `routed` calibration tokens were given to the expert that the layer is of; None of other layers.
     """
 
     name: str
@@ -63,6 +64,7 @@ class LayerReport(_Frozen):
     damping: float
     bits: Literal[4, 8, 16] | None = None
     group: int = -1
+    routed: int | None = None
 
 
 class CalibrationReport(_Frozen):

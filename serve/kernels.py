@@ -88,6 +88,10 @@ class PackedGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
         return GPTQ if ours else None
 
     def get_quant_method(self, layer: Layer, prefix: str) -> object:
+        home, _, leaf = prefix.rpartition(".")
+        # vLLM's Qwen3-MoE says what its dense blocks fuse only after it has passed this on.
+        if leaf == "gate_up_proj" and f"{home}.gate_proj" in self.modules_in_block_to_quantize:
+            self.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]
         if isinstance(layer, LinearBase | VocabParallelEmbedding):
             return get_linear_quant_method(self, layer, prefix, PackedGPTQMethod)
         if isinstance(layer, RoutedExperts):

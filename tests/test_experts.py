@@ -17,7 +17,7 @@ from quant import artifact, checkpoint, formats
 from quant.errors import SourceError
 from quant.formats import FULL, Format
 from quant.intake import source
-from quant.proof import compare, replica
+from quant.proof import card, compare, replica
 from quant.recipe import Draw
 from quant.solver import allotment, blocks, experts, sensitivity
 from quant.solver.experts import Reading, Rows
@@ -153,6 +153,15 @@ def test_an_expert_that_is_never_chosen_is_solved_for_the_others_tokens(
         for leaf in ("gate_proj", "down_proj")
     }
     losses = {layer.name: layer for layer in made.manifest.layers}
+    assert {name for name, layer in losses.items() if layer.routed == 0} == {
+        f"model.layers.1.mlp.experts.{expert}.{leaf}_proj"
+        for expert in (4, 5)
+        for leaf in ("gate", "up", "down")
+    }
+    assert "6 layers of experts that no calibration token" in (made.folder / card.NAME).read_text()
+    of_others = [losses[f"model.layers.1.mlp.experts.{n}.gate_proj"].routed or 0 for n in range(4)]
+    assert sum(of_others) > 1.9 * made.manifest.calibration.tokens  # less those routed apart
+    assert losses["model.layers.1.self_attn.q_proj"].routed is None
     for name in neglected:
         assert 0 < losses[name].loss < 0.7 * losses[name].rounding_loss
 

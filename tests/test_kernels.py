@@ -194,6 +194,23 @@ def test_a_pack_quantized_layer_is_ours_and_right(bits: int) -> None:
     assert distance(layer(x)[0], x @ part.weight().t()) <= LOSS[torch.float32]
 
 
+def test_a_fused_layer_is_known_by_its_parts_though_the_model_tells_of_them_too_late() -> None:
+    """As vLLM's Qwen3-MoE does of the dense blocks among its mixtures."""
+    config = config_of("w4a16")
+    config.packed_modules_mapping = {}
+    name = "model.layers.0.mlp.{}_proj".format
+    config.modules_in_block_to_quantize = [name("gate"), name("up")]
+    layer: Any = MergedColumnParallelLinear(
+        INPUTS, [64, 64], bias=False, quant_config=config, prefix=name("gate_up")
+    )
+    assert isinstance(layer.quant_method, kernels.PackedGPTQMethod)
+    config.modules_in_block_to_quantize = [name("down")]
+    other: Any = MergedColumnParallelLinear(
+        INPUTS, [64, 64], bias=False, quant_config=config, prefix=name("gate_up")
+    )
+    assert isinstance(other.quant_method, UnquantizedLinearMethod)
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
 def test_a_packed_layer_keeps_its_codes_only_and_a_weight_to_ask(scheme: Any) -> None:
     """LoRA asks qweight or weight for its device; scales and zero points are not kept twice."""

@@ -103,6 +103,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, ...]]:
         "calibration",
         f"{used.samples} rows ({used.origin}), {used.tokens:,} tokens, `{used.digest}`",
     )
+    if neglected := sum(layer.routed == 0 for layer in manifest.layers):
+        yield "neglected", f"{neglected} layers of experts that no calibration token was given to"
     if manifest.layers:
         worst = max(manifest.layers, key=lambda layer: layer.loss)
         yield (

@@ -125,21 +125,26 @@ class Layers:
                 f"{names[0]}: {factor.dead} of {weight.shape[1]} inputs"
                 " are zero on every calibration token"
             )
-        self._tell_of_neglect(names[0], group)
+        routed = self._routed(names[0], group)
         start = 0
         for name, linear in zip(names, group.linears.values(), strict=True):
             rows = slice(start, start + linear.out_features)
             part = solution.rows(rows)
             self._keep(name, linear, part)
-            self._report(name, part, energy[rows], factor.damping)
+            self._report(name, part, energy[rows], factor.damping, routed)
             start = rows.stop
 
-    def _tell_of_neglect(self, name: str, group: Group) -> None:
+    def _routed(self, name: str, group: Group) -> int | None:
+        """Tokens that the router gave an expert, whose neglect is told; None of other layers."""
         routed = [given.routed for given in group.inputs if given.routed is not None]
-        if routed and not any(bool(each.any()) for each in routed):
+        if not routed:
+            return None
+        count = sum(int(each.sum()) for each in routed)
+        if not count:
             self._progress.say(
                 f"{name}: no calibration token is routed to it; solved for other experts' tokens"
             )
+        return count
 
     def encoded(self, source: Source, name: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a checkpoint that stand for the parent's tensor `name`."""
@@ -243,7 +248,9 @@ class Layers:
         self._solved[name] = layer
         self.digests[name] = layer.digest()
 
-    def _report(self, name: str, solution: Solution, energy: Tensor, damping: float) -> None:
+    def _report(
+        self, name: str, solution: Solution, energy: Tensor, damping: float, routed: int | None
+    ) -> None:
         scale = max(float(energy.sum()), torch.finfo(torch.float32).tiny)
         report = LayerReport(
             name=name,
@@ -252,6 +259,7 @@ class Layers:
             damping=damping,
             bits=self.plan[name].bits,
             group=self.plan[name].group,
+            routed=routed,
         )
         self._told(report)
 
