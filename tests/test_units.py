@@ -23,7 +23,7 @@ from quant.lora import blend, export, merge, mixture, suitability, units
 from quant.lora.adapter import LINEAGE, UNITS, WEIGHTS
 from quant.proof import replica
 from serve.adapters.sources import Sources
-from serve.adapters.store import Store, base_of
+from serve.adapters.store import Store, base_of, check
 from serve.errors import AdapterRefused
 from tests import tiny, variants
 from tests.test_export import Heard
@@ -155,6 +155,8 @@ def test_an_artifact_that_does_not_tell_its_units_takes_no_adapter(
     with pytest.raises(AdapterRefused, match="quantize its parent again"):
         store.take_in(str(home.lora))
     assert not list(store.root.iterdir())
+    with pytest.raises(AdapterRefused, match="quantize its parent again"):
+        check(home.lora, store.base)  # what `quantserve serve --adapter` asks first
     verdict = suitability.judge(home.lora, old).swap
     assert not verdict.works and "quantize its parent again" in verdict.reason
 

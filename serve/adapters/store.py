@@ -69,6 +69,10 @@ class Base:
     def artifact(self) -> str | None:
         return adapter.identity(self.manifest) if self.manifest else None
 
+    def scales(self) -> Path | None:
+        """The file by which a smoothed artifact's adapters are rewritten; AdapterError."""
+        return adapter.units(self.folder, self.manifest) if self.folder else None
+
 
 def base_of(folder: Path, max_rank: int) -> Base:
     """The base that a served folder is; only an artifact of ours knows its fingerprint."""
@@ -180,7 +184,7 @@ class Store:
         adapter's own: replicas of other artifacts may share the store."""
         if isinstance(found, SoftPrompt):  # it enters where nothing is smoothed yet
             return found.folder
-        scales = self._scales(source)
+        scales = self.base.scales()
         if scales is None or found.artifact is not None:
             return found.folder
         folder = found.folder / f"for-{self.base.artifact}"
@@ -199,13 +203,6 @@ class Store:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return folder
-
-    def _scales(self, source: str) -> Path | None:
-        base = self.base
-        try:
-            return adapter.units(base.folder, base.manifest) if base.folder else None
-        except AdapterError as fault:
-            raise _refused(fault, self.root, source) from fault
 
 
 def check(folder: Path, base: Base) -> None:
@@ -236,6 +233,7 @@ def _fit(found: Taken, base: Base, source: str) -> Voice:
                 base_weights_fingerprint=base.weights,
                 base_artifact=base.artifact,
             )
+            base.scales()  # an old artifact does not tell them
         return fitting.fitted(found.voice, base.tokens, found.folder)
     except AdapterError as fault:
         raise _refused(fault, found.folder, source) from fault
