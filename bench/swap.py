@@ -48,10 +48,7 @@ TOKENS, PROBE_TOKENS = 32, 4
 LEAST_THROUGHPUT = 0.95
 FLAT_MIB = 16.0  # growth per 1,000 swaps that passes for none, of some 1,300 MiB
 SAMPLE_EVERY = 12  # swaps between looks at the memory: every time the same versions are there
-SUBJECTS = (
-    "river", "old bridge", "winter", "engine", "market", "garden", "letter", "song",
-    "harbour", "lantern", "forest", "teacher", "kitchen", "mountain", "train", "doctor",
-)  # fmt: skip
+SUBJECTS = ("river", "old bridge", "winter", "engine", "market", "garden", "letter", "song")
 PROMPTS = tuple(f"What everybody should know about the {subject}:" for subject in SUBJECTS)
 
 
@@ -148,18 +145,21 @@ class Client:
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }  # fmt: skip
         times: list[float] = []
-        sent, text, fault = time.monotonic(), "", "no [DONE]"
-        async with self.session.post("/v1/completions", json=body) as answer:
-            version = answer.headers.get("x-quantserve-adapter", "")
-            if answer.status != 200:
-                fault = f"{answer.status}: {await answer.text()}"
-            async for line in answer.content:
-                if line.startswith(b"data: [DONE]"):
-                    fault = "" if len(times) == tokens else f"{len(times)} of {tokens} tokens"
-                elif line.startswith(b"data: {") and (told := json.loads(line[6:])).get("choices"):
-                    fresh = told["usage"]["completion_tokens"] - len(times)
-                    times += [time.monotonic()] * fresh
-                    text += told["choices"][0]["text"]
+        sent, text, version, fault = time.monotonic(), "", "", "no [DONE]"
+        try:
+            async with self.session.post("/v1/completions", json=body) as answer:
+                version = answer.headers.get("x-quantserve-adapter", "")
+                if answer.status != 200:
+                    fault = f"{answer.status}: {await answer.text()}"
+                async for line in answer.content:
+                    if line.startswith(b"data: [DONE]"):
+                        fault = "" if len(times) == tokens else f"{len(times)} of {tokens} tokens"
+                    elif line.startswith(b"data: {") and (told := json.loads(line[6:]))["choices"]:
+                        fresh = told["usage"]["completion_tokens"] - len(times)
+                        times += [time.monotonic()] * fresh
+                        text += told["choices"][0]["text"]
+        except aiohttp.ClientError as broken:
+            fault = str(broken) or type(broken).__name__
         return Answer(model, prompt, sent, version, text, tuple(times), fault)
 
 
@@ -223,7 +223,9 @@ def _server(args: argparse.Namespace) -> Server:
 async def _measure(
     url: str, server: psutil.Process, loras: dict[str, list[Path]], args: argparse.Namespace
 ) -> tuple[Log, Solo]:
-    connections = aiohttp.TCPConnector(limit=0)
+    # A connection per request: the server closes those that were idle for five seconds, perhaps
+    # just as one is taken up again.
+    connections = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(url, connector=connections, timeout=timeout) as session:
         client = Client(session, loras)

@@ -46,6 +46,7 @@ def session(server: Server) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         server.url,
         headers={"authorization": f"Bearer {KEY}"},
+        connector=aiohttp.TCPConnector(force_close=True),
         timeout=aiohttp.ClientTimeout(total=START_TIMEOUT_S),
     )
 
@@ -104,10 +105,7 @@ async def stream(client: Client, model: str, solo: Solo, seen: Seen) -> None:
     """Ask again and again, until the server is gone."""
     while True:
         for prompt in solo.prompts:
-            try:
-                answer = await client.ask(model, prompt)
-            except aiohttp.ClientError:
-                return
+            answer = await client.ask(model, prompt)
             if answer.fault:
                 return
             seen.answers.append(answer)
