@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from bench import dequantized, yardstick
+from bench.serve import AVX2
 from bench.yardstick import Row, Yardstick
 from quant import calibration, formats
 from quant.checkpoint import Layer
@@ -122,6 +123,9 @@ RIVALS: Mapping[str, Rival] = {
 
 def main() -> None:
     args = _arguments()
+    if args.isa == "avx2" and not AVX2.items() <= os.environ.items():
+        command = [sys.executable, "-m", "bench.rivals", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **AVX2})
     if not args.table:
         if args.cpus:
             os.sched_setaffinity(0, cpus(args.cpus))
@@ -179,6 +183,7 @@ def _arguments() -> argparse.Namespace:
     add("--only", nargs="+", choices=[OURS, ROUNDING, *RIVALS], help="these, in this order [all]")
     add("--threads", type=int, default=os.cpu_count() or 1, help="of everybody")
     add("--cpus", default="", help="pin everybody to these, as taskset takes them: 0,2-3")
+    add("--isa", choices=["auto", "avx2"], default="auto", help="everybody as on an AVX2 machine")
     add("--limit", type=float, default=4 * 3600.0, help="seconds that one run may take")
     add("--again", action="store_true", help="make anew what an earlier run has made")
     add("--cache", type=Path, default=Path("~/.cache/quantserve/rivals"),
