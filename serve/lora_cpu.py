@@ -143,7 +143,9 @@ class GroupedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is u
         slot_b = [stack[index, 0] for stack in self.lora_b_stacked]
         if any(len(a) != b.shape[1] for a, b in zip(slot_a, slot_b, strict=True)):
             return  # A is split by rank: such a layer goes through the wrapper's operations
-        delta = Delta.read(slot_a, slot_b)
+        given = lora_a if isinstance(lora_a, list | tuple) else [lora_a]
+        rank = max((len(a) for a in given if a is not None), default=0)  # the rest is padding
+        delta = Delta.read([a[:rank] for a in slot_a], [b[:, :rank] for b in slot_b])
         if delta is not None:
             self._deltas[index] = delta
 

@@ -68,13 +68,12 @@ class Delta:
     @classmethod
     def read(cls, lora_a: Iterable[Tensor], lora_b: Iterable[Tensor]) -> "Delta | None":
         """From one slot's A [rank, inputs] and B [outputs, rank] per slice; None if all zero."""
-        pairs = [(a, b, a.any(1) & b.any(0)) for a, b in zip(lora_a, lora_b, strict=True)]
-        ups = tuple(b[:, used].float().t().contiguous() for _, b, used in pairs)
-        ranks = tuple(len(up) for up in ups)
+        pairs = [_used(a, b) for a, b in zip(lora_a, lora_b, strict=True)]
+        downs, ups = tuple(down for down, _ in pairs), tuple(up for _, up in pairs)
+        ranks = tuple(map(len, ups))
         if not any(ranks):
             return None
-        down = torch.cat([a[used] for a, _, used in pairs]).float().contiguous()
-        return cls(down, ups, ranks, tuple(up.shape[1] for up in ups))
+        return cls(torch.cat(downs), ups, ranks, tuple(up.shape[1] for up in ups))
 
     def add(self, output: Tensor, inputs: Tensor, rows: Rows) -> None:
         """output [tokens, sum of widths] += inputs [tokens, inputs] @ A @ B, on those rows."""
@@ -88,6 +87,13 @@ class Delta:
             for part, of_slice, up in zip(outputs, hiddens, self.ups, strict=True):
                 part.addmm_(of_slice, up)
         _scatter(output, rows, wide)
+
+
+def _used(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [rank, inputs] and B [rank, outputs] in float32, of the ranks that put anything out."""
+    down, up = lora_a.float(), lora_b.t().contiguous().float()
+    used = (down.abs().amax(1) != 0) & (up.abs().amax(1) != 0)
+    return (down, up) if bool(used.all()) else (down[used], up[used])
 
 
 def add_slots(output: Tensor, inputs: Tensor, groups: Iterable[Group], *stacks: Tensor) -> None:
