@@ -154,7 +154,12 @@ class Client:
                 async for line in answer.content:
                     if line.startswith(b"data: [DONE]"):
                         fault = "" if len(times) == tokens else f"{len(times)} of {tokens} tokens"
-                    elif line.startswith(b"data: {") and (told := json.loads(line[6:]))["choices"]:
+                        break
+                    told = json.loads(line[6:]) if line.startswith(b"data: {") else {}
+                    if "error" in told:
+                        fault = str(told["error"])
+                        break
+                    if told.get("choices"):
                         fresh = told["usage"]["completion_tokens"] - len(times)
                         times += [time.monotonic()] * fresh
                         text += told["choices"][0]["text"]
