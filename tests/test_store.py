@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,20 @@ def test_what_is_kept_is_found_and_what_has_rotted_is_not(lora: Path, store: Sto
     (stored.folder / "adapter_model.safetensors").write_bytes(b"short")
     assert store.find(stored.digest) is None
     assert kept(store) == []
+
+
+def test_what_was_found_is_not_read_again_until_a_file_changes(lora: Path, store: Store) -> None:
+    stored = store.take_in(str(lora))
+    assert store.find(stored.digest) == stored
+    weights = stored.folder / "adapter_model.safetensors"
+    before = weights.stat()
+    with weights.open("r+b") as file:  # in place, which nobody but a test hides
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert store.find(stored.digest) == stored
+    os.utime(weights)
+    assert store.find(stored.digest) is None
 
 
 def test_many_intakes_of_one_adapter_are_one_folder(lora: Path, store: Store) -> None:

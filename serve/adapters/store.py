@@ -34,6 +34,9 @@ STATED = ("r", "lora_alpha", "target_modules")
 UNNEEDED_S = 3600.0  # so long a folder stays after it was last taken in, needed or not
 
 
+Stamp = tuple[tuple[str, int, int, int], ...]  # name, inode, bytes and time of every file
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """An adapter in the store; `folder` is what the engine reads, `voice` is ready to be used.
@@ -104,6 +107,7 @@ class Store:
     base: Base
     sources: Sources
     _moving: Lock = field(default_factory=Lock)
+    _found: dict[str, tuple[Stamp, Stored]] = field(default_factory=dict)  # read whole, and right
 
     def take_in(self, source: str, expected: str | None = None) -> Stored:
         """Fetch `source`, validate it and keep it under its digest.
@@ -132,13 +136,18 @@ class Store:
             shutil.rmtree(staging, ignore_errors=True)
 
     def find(self, digest: str) -> Stored | None:
-        """What is kept under a digest, read and held against the base again.
+        """What is kept under a digest, read and held against the base again if a file has changed.
 
         None when it is not there, or its bytes are no longer those of its digest.
         """
         folder = self.root / digest
         if not folder.is_dir():
             return None
+        stamp = _stamp(folder)
+        known = self._found.get(digest)
+        if known is not None and known[0] == stamp:
+            os.utime(folder)
+            return known[1]
         try:
             found = _read(folder, digest[:12])
         except AdapterRefused:
@@ -148,7 +157,8 @@ class Store:
             return None
         own = _fit(found, self.base, digest[:12])
         os.utime(folder)
-        return self._stored(found, own, digest[:12])
+        self._found[digest] = stamp, self._stored(found, own, digest[:12])
+        return self._found[digest][1]
 
     def sweep(self, needed: Collection[str]) -> list[str]:
         """Remove what is not needed, and what a crash left behind; returns what went."""
@@ -158,6 +168,7 @@ class Store:
                 old = time.time() - folder.stat().st_mtime > UNNEEDED_S
                 if old and folder.is_dir() and folder.name not in needed:
                     shutil.rmtree(folder, ignore_errors=True)
+                    self._found.pop(folder.name, None)
                     gone.append(folder.name)
         return gone
 
@@ -203,6 +214,12 @@ class Store:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return folder
+
+
+def _stamp(folder: Path) -> Stamp:
+    """What changes with any of its files."""
+    files = ((file, file.stat()) for file in folder.rglob("*") if file.is_file())
+    return tuple(sorted((str(f), s.st_ino, s.st_size, s.st_mtime_ns) for f, s in files))
 
 
 def check(folder: Path, base: Base) -> None:
