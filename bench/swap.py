@@ -1,7 +1,7 @@
 """What 200 adapter swaps under load cost, and whether any answer was lost, mixed or late.
 
 A real server, 16 streams that ask again as soon as they are answered (4 of the base, 4 of each of
-three aliases), and windows in which an alias is given its other version twice a second, in turn
+three aliases), and windows in which an alias gets its other version every other second, in turn
 with windows in which nothing is swapped. Afterwards swaps without a pause, for the memory. Exit
 status 1 when a claim does not hold:
 
@@ -212,7 +212,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--isa", choices=["auto", "avx2"], default="auto")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of windows")
     parser.add_argument("--swaps", type=int, default=20, help="in a window")
-    parser.add_argument("--every", type=float, default=0.5, help="seconds between two swaps")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two swaps")
     parser.add_argument("--total", type=int, default=1000, help="swaps until memory is judged")
     return parser.parse_args()
 
