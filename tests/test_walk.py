@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -92,6 +93,28 @@ class Scaling(Watching):
 
 class SolverFailed(Exception):
     pass
+
+
+class Trying(Scrambling):
+    """Asks before each group what the block would put out: as it is, and with the group silent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exact: list[Tensor] = []
+        self.silenced: list[Tensor] = []
+
+    def visit(self, group: Group) -> None:
+        silent = {
+            linear: partial(_nothing, width=linear.out_features)
+            for linear in group.linears.values()
+        }
+        self.exact.append(group.outcome({}))
+        self.silenced.append(group.outcome(silent))
+        super().visit(group)
+
+
+def _nothing(inputs: Tensor, width: int) -> Tensor:
+    return inputs.new_zeros(*inputs.shape[:-1], width)
 
 
 class Failing(Watching):
@@ -304,3 +327,16 @@ def test_a_solver_that_fails_leaves_the_block_empty_and_as_it_was(tmp_path: Path
     assert {parameter.device.type for parameter in decoder.model.parameters()} == {"meta"}
     modules = decoder.model.modules()
     assert not [m for m in modules if m._forward_pre_hooks or "forward" in vars(m)]
+
+
+def test_an_outcome_is_the_parents_block_whatever_was_chosen_and_feels_what_stands_in(
+    tmp_path: Path,
+) -> None:
+    solver = Trying()
+    _, _, parents = walked(opened(tmp_path), rows(), solver)
+    groups = len(solver.exact) // 2
+    for place in range(2):
+        meant = torch.cat([stream[place + 1][0] for stream in parents])
+        for group in range(place * groups, (place + 1) * groups):
+            torch.testing.assert_close(solver.exact[group], meant)
+            assert not torch.allclose(solver.silenced[group], meant, atol=1e-3)
