@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _CHUNK = 1 << 22
 
+TrainingBase = Literal["stored", "nf4", "nf4-double", "residual"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -49,6 +50,7 @@ class MergedAdapter(_Frozen):
     digest: Sha256
     rank: int
     modules: int
+    initial: Sha256 | None = None  # of the saved start that was undone, as PiSSA's
 
 
 class LayerReport(_Frozen):
@@ -91,6 +93,7 @@ class Manifest(_Frozen):
     source: str
     parent: Fingerprint
     adapters: tuple[MergedAdapter, ...] = ()
+    training_base: TrainingBase = "stored"
     recipe: dict[str, JsonValue]
     scheme: Literal["w4a16", "w8a16", "w8a8"]
     bits: int
@@ -282,12 +285,9 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _digest(path: Path) -> FileDigest:
-    digest = hashlib.sha256()
-    size = path.stat().st_size
     with path.open("rb") as file:
-        for chunk in _chunks(file, size):
-            digest.update(chunk)
-    return FileDigest(sha256=digest.hexdigest(), bytes=size)
+        digest = hashlib.file_digest(file, "sha256")
+        return FileDigest(sha256=digest.hexdigest(), bytes=file.tell())
 
 
 def _chunks(file: Any, size: int) -> Iterator[bytes]:

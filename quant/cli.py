@@ -18,9 +18,10 @@ from rich.table import Table
 
 from quant import artifact, bar
 from quant.artifact import Manifest
-from quant.errors import ArtifactError, QuantError
+from quant.errors import ArtifactError, QuantError, RecipeError
 from quant.formats import FULL
 from quant.lora import adapter_cli
+from quant.lora.adapter_cli import Initial, TrainingBase
 from quant.proof import card, compare_cli, ways_cli
 from quant.recipe import build, check_limit
 
@@ -98,6 +99,8 @@ def quantize(
         list[Path] | None,
         typer.Option(help="merge this PEFT LoRA folder in float32 first; repeatable"),
     ] = None,
+    training_base: TrainingBase = "stored",
+    initial: Initial = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -147,16 +150,22 @@ def quantize(
              "exact": exact or None}  # fmt: skip
     recipe = build({name: value for name, value in given.items() if value is not None})
     check_limit(max_kl)
+    if not adapter and (training_base != "stored" or initial is not None):
+        raise RecipeError(
+            "--training-base and --initial say how an adapter was trained; give it with --adapter"
+        )
     # Every batch's thread has OpenMP workers of its own; those that spin take the cores from the
     # next one's. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     from quant import pipeline
+    from quant.lora.training import Training
 
     order = pipeline.Order(
         spec=source,
         target=out,
         adapters=tuple(adapter or ()),
+        training=Training(training_base, initial),
         calibration_file=calibration,
         cache=cache,
         force=force,

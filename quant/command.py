@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from quant.intake.source import Source
+from quant.lora import starts
 from quant.recipe import Recipe
 
 Facts = Mapping[str, str]
@@ -31,6 +32,8 @@ def facts(recipe: Recipe, opened: Source, texts: Path | None, *, gated: bool) ->
         "tokenizer": opened.fingerprint.tokenizer,
         "config.json": _digest(opened.folder / "config.json"),
         "adapters": " ".join(adapter.digest for adapter in opened.adapters) or "none",
+        "training base": opened.training.base,
+        "initial adapters": " ".join(filter(None, map(starts.identity, opened.adapters))) or "none",
         "calibration": _digest(texts) if texts else "self-written",
         "max-kl": "held out" if gated else "none",
         "quantserve": f"{version('quantserve')} {_code()}",

@@ -35,7 +35,9 @@ from quant.formats import FULL, Plan
 from quant.intake import architecture, source
 from quant.intake.source import Source
 from quant.journal import Journal
+from quant.lora import starts
 from quant.lora.adapter import UNITS
+from quant.lora.training import AS_STORED, Training
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe
@@ -54,6 +56,7 @@ class Order:
     spec: str
     target: Path
     adapters: tuple[Path, ...] = ()
+    training: Training = AS_STORED  # the adapters'
     calibration_file: Path | None = None
     cache: Path | None = None
     force: bool = False
@@ -80,7 +83,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=order.force)
     progress.say(f"opening {order.spec}")
-    opened = source.open(order.spec, adapters=order.adapters, cache=order.cache, say=progress.say)
+    opened = _opened(order, progress)
     decoder = _decoder(recipe, opened, on)
     plan = allotment.bound(recipe, decoder.shapes())
     layers = _layers(recipe, plan, opened, decoder, progress)
@@ -110,6 +113,16 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         facts = facts.model_copy(update=found)
         sealed = _finished(stage.folder, target.name, layers, asked, facts)
         return barrier.admit(opened, stage.folder, sealed) if barrier else sealed
+
+
+def _opened(order: Order, progress: Progress) -> Source:
+    return source.open(
+        order.spec,
+        adapters=order.adapters,
+        training=order.training,
+        cache=order.cache,
+        say=progress.say,
+    )
 
 
 def _decoder(recipe: Recipe, opened: Source, on: Sequence[torch.device]) -> Decoder:
@@ -216,6 +229,7 @@ def _facts(recipe: Recipe, order: Order, opened: Source, rows: Batches) -> Manif
             digest=adapter.digest,
             rank=max(pair.rank for pair in adapter.pairs.values()),
             modules=len(adapter.pairs),
+            initial=starts.identity(adapter),
         )
         for adapter in opened.adapters
     )
@@ -226,6 +240,7 @@ def _facts(recipe: Recipe, order: Order, opened: Source, rows: Batches) -> Manif
         source=order.spec,
         parent=opened.fingerprint,
         adapters=tuple(merged),
+        training_base=opened.training.base,
         recipe=recipe.model_dump(mode="json"),
         scheme=recipe.scheme,
         bits=recipe.bits,

@@ -34,6 +34,7 @@ from quant import tokens
 from quant.errors import CalibrationError, SourceError
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
+from quant.lora import starts
 from quant.recipe import Recipe
 from quant.solver import devices
 
@@ -96,7 +97,8 @@ def _key(source: Source, recipe: Recipe) -> str:
     facts = [
         _METHOD,
         source.fingerprint.model_dump(),
-        [adapter.digest for adapter in source.adapters],
+        source.training.base,
+        [(adapter.digest, starts.identity(adapter)) for adapter in source.adapters],
         [recipe.samples, recipe.length, recipe.seed, recipe.device],
         [
             hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -122,7 +124,7 @@ def _load(source: Source, device: torch.device) -> PreTrainedModel:
         if bars:
             chatter.enable_progress_bar()
     for name, own in spelling.own_names(model, source.tensors.names()).items():
-        if source.tensors.is_merged(name):
+        if source.tensors.is_changed(name):
             model.get_parameter(own).data.copy_(source.tensors.get(name))
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded

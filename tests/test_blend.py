@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from quant.artifact import TrainingBase
 from quant.errors import AdapterError, QuantError, RecipeError, TargetExists
 from quant.lora import adapter as lora
 from quant.lora import blend, combine, merge, nf4
 from quant.lora.adapter import LINEAGE, WEIGHTS
 from quant.lora.blend import Blended, Order
 from quant.lora.mixture import Mixture
+from quant.lora.training import Training
 from tests import tiny, variants
 from tests.lora import write_lora
 
@@ -196,8 +198,8 @@ def test_a_qlora_merges_into_the_base_that_it_saw(
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.weight.data = nf4.round_trip(module.weight.data, double=double)
     theirs = variants.logits(PeftModel.from_pretrained(model, folder))
-    seen = "nf4-double" if double else "nf4"
-    merged(base, tmp_path / "out", folder, training_base=seen)
+    seen: TrainingBase = "nf4-double" if double else "nf4"
+    merged(base, tmp_path / "out", folder, training=Training(seen))
     ours = variants.loaded(tmp_path / "out")
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert (ours - variants.with_adapter(base, folder)).abs().max() > 0.01
@@ -210,7 +212,7 @@ def test_a_shifted_start_merges_into_what_training_left(
     folder, theirs = variants.trained(tmp_path / "lora", base)
     tiny.edit_json(folder / "adapter_config.json", init_lora_weights=start)
     assert "--training-base residual" in refused(base, tmp_path / "out", folder)
-    merged(base, tmp_path / "out", folder, training_base="residual")
+    merged(base, tmp_path / "out", folder, training=Training("residual"))
     torch.testing.assert_close(variants.loaded(tmp_path / "out"), theirs, **CLOSE)
 
 

@@ -51,7 +51,7 @@ def assert_merges_as_peft(base: Path, *adapters: Path) -> None:
     for name in opened.tensors.names():
         ours = opened.tensors.get(name)
         torch.testing.assert_close(ours.float(), theirs[name], **TOLERANCE)
-        if opened.tensors.is_merged(name):
+        if opened.tensors.is_changed(name):
             assert ours.dtype == torch.float32
             moved += not torch.equal(ours, plain.tensors.get(name).float())
     assert moved == len({module for a in opened.adapters for module in a.pairs})
@@ -107,7 +107,7 @@ def test_what_is_more_than_a_pair_merges_as_peft_does(
     folder, _ = variants.trained(tmp_path / "lora", base, **settings)
     theirs = merged_by_peft(base, [folder])
     opened = source.open(str(base), adapters=[folder])
-    moved = {name for name in opened.tensors.names() if opened.tensors.is_merged(name)}
+    moved = {name for name in opened.tensors.names() if opened.tensors.is_changed(name)}
     assert moved == opened.adapters[0].parts.tensors()
     for name in moved:
         torch.testing.assert_close(opened.tensors.get(name), theirs[name], rtol=1e-4, atol=1e-5)

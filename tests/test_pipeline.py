@@ -95,7 +95,8 @@ def quantize(parent: Path, target: Path, told: Told | None = None, **asked: Any)
     """`asked`: fields of the recipe, or of the order."""
     if "texts" in asked:
         asked["calibration_file"] = asked.pop("texts")
-    of_order = {k: asked.pop(k) for k in ("adapters", "calibration_file", "force") if k in asked}
+    known = ("adapters", "training", "calibration_file", "force")
+    of_order = {k: asked.pop(k) for k in known if k in asked}
     order = Order(str(parent), target, cache=target.parent / "cache", **of_order)
     told = told or Told()
     plan = recipe.build({"samples": 24, "length": 64, **asked})

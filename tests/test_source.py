@@ -59,7 +59,7 @@ def test_a_folder_is_read_as_it_is(made: Path) -> None:
         assert torch.equal(opened.tensors.get(name), tensor)
         assert opened.tensors.shape(name) == tuple(tensor.shape)
         assert opened.tensors.dtype(name) == tensor.dtype == torch.bfloat16
-        assert name in opened.tensors and not opened.tensors.is_merged(name)
+        assert name in opened.tensors and not opened.tensors.is_changed(name)
     assert (opened.folder, opened.spec, opened.adapters) == (made.resolve(), str(made), ())
     assert opened.architecture == "LlamaForCausalLM"
     assert opened.bytes == sum(tensor.nbytes for tensor in stored.values())
@@ -268,7 +268,7 @@ def test_an_adapter_changes_its_modules_and_not_the_fingerprint(made: Path, tmp_
     plain = source.open(str(made))
     merged = source.open(str(made), adapters=[write_lora(tmp_path / "lora", {DOWN: (64, 128)})])
     assert merged.fingerprint == plain.fingerprint
-    assert [name for name in merged.tensors.names() if merged.tensors.is_merged(name)] == [
+    assert [name for name in merged.tensors.names() if merged.tensors.is_changed(name)] == [
         f"{DOWN}.weight"
     ]
     assert merged.tensors.dtype(f"{DOWN}.weight") == torch.float32

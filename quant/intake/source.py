@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from quant.errors import AdapterError, ArtifactError, SourceError
 from quant.headers import TensorHeader
 from quant.intake import architecture, gguf, remodel, trainer, vocabulary
 from quant.lora import adapter as lora
-from quant.lora import merge, starts
+from quant.lora import anatomy, merge
 from quant.lora.adapter import Adapter
+from quant.lora.training import AS_STORED, Training
 
 DEMO = "demo"
 CACHE = Path("~/.cache/quantserve")
@@ -40,32 +41,44 @@ Say = Callable[[str], None]  # one line about what is happening now
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """The parent's tensors, read when asked for; every call reads anew and keeps nothing."""
+    """The parent's tensors, read when asked for; every call reads anew and keeps nothing.
+
+    `rounded` are those that training saw in NF4, and whether they are stored [in, out].
+    """
 
     folder: Path
     headers: Mapping[str, TensorHeader]
     adapters: tuple[Adapter, ...] = ()
+    training: Training = AS_STORED
+    rounded: Mapping[str, bool] = field(default_factory=dict)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.headers)
 
     def get(self, name: str) -> Tensor:
-        """In the stored dtype, or in float32 where an adapter is merged into it."""
+        """In the stored dtype, or in float32 where it is not what is stored."""
         header = self._header(name)
         with safe_open(self.folder / header.file, framework="pt") as file:
-            stored: Tensor = file.get_tensor(name)
-        return merge.merged(stored, self.adapters, name) if self.is_merged(name) else stored
+            tensor: Tensor = file.get_tensor(name)
+        if name in self.rounded:
+            tensor = self.training.seen(tensor, turned=self.rounded[name])
+        return merge.merged(tensor, self.adapters, name) if self._is_merged(name) else tensor
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that `get` returns."""
-        if self.is_merged(name):
-            return torch.float32
+        return torch.float32 if self.is_changed(name) else self.stored_dtype(name)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
         return _dtype(self.folder, name, self._header(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._header(name).shape
 
-    def is_merged(self, name: str) -> bool:
+    def is_changed(self, name: str) -> bool:
+        """Whether `get` returns something else than is stored."""
+        return name in self.rounded or self._is_merged(name)
+
+    def _is_merged(self, name: str) -> bool:
         return any(merge.touches(adapter, name) for adapter in self.adapters)
 
     def __contains__(self, name: object) -> bool:
@@ -89,6 +102,7 @@ class Source:
     adapters: tuple[Adapter, ...]
     tensors: Tensors
     cache: Path
+    training: Training = AS_STORED
 
     @property
     def architecture(self) -> str:
@@ -105,12 +119,18 @@ def quiet(_line: str) -> None:
 
 
 def open(
-    spec: str, *, adapters: Sequence[Path] = (), cache: Path | None = None, say: Say = quiet
+    spec: str,
+    *,
+    adapters: Sequence[Path] = (),
+    training: Training = AS_STORED,
+    cache: Path | None = None,
+    say: Say = quiet,
 ) -> Source:
     """The model behind `spec`, checked whole, with `adapters` merged as its tensors are read.
 
-    Reads every byte of the weights once, for the fingerprint. `cache` keeps converted GGUF files
-    and checkpoints. SourceError or AdapterError name what is missing, damaged or does not fit.
+    Reads every byte of the weights once, for the fingerprint. `training` is how the adapters were
+    trained. `cache` keeps converted GGUF files and checkpoints. SourceError or AdapterError name
+    what is missing, damaged or does not fit.
     """
     cache = (cache or CACHE).expanduser().absolute()
     given = _folder(spec, cache, say)
@@ -124,7 +144,9 @@ def open(
         )
     except ArtifactError as fault:
         raise SourceError(str(fault)) from fault
-    opened = _adapters(adapters, fingerprint)
+    opened = training.adapters(adapters)
+    for adapter in opened:
+        lora.check_lineage(adapter, fingerprint.weights)
     if opened and architecture.sees(config):
         raise AdapterError(
             f"{folder} has a vision tower: adapters are merged into plain language models only;"
@@ -137,8 +159,9 @@ def open(
         folder, config = made_over, architecture.config(made_over)
         headers = artifact.headers(folder)
     dtype = _served_dtype(folder, config, headers)
-    tensors = Tensors(folder, headers, opened)
-    return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache)
+    rounded = anatomy.of(config).linears if training.rounds else {}
+    tensors = Tensors(folder, headers, opened, training, rounded)
+    return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache, training)
 
 
 def _folder(spec: str, cache: Path, say: Say) -> Path:
@@ -159,16 +182,6 @@ def _folder(spec: str, cache: Path, say: Say) -> Path:
     except (OSError, HTTPError, HFValidationError) as fault:
         reason = str(fault).partition("\n")[0]
         raise SourceError(f"{spec} is no folder here, and the hub said: {reason}") from fault
-
-
-def _adapters(folders: Sequence[Path], parent: Fingerprint) -> tuple[Adapter, ...]:
-    opened = tuple(lora.read_trained(folder) for folder in folders)
-    for place, adapter in enumerate(opened):
-        lora.check_lineage(adapter, parent.weights)
-        starts.check(adapter)
-        if adapter.digest in {other.digest for other in opened[:place]}:
-            raise AdapterError(f"adapter {adapter.folder} is given twice", field="adapter")
-    return opened
 
 
 def _served_dtype(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quant import bar, recipe
+from quant import artifact, bar, recipe
 from quant.errors import AdapterError, RecipeError
 from quant.lora import obstacles
 
@@ -25,6 +25,22 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+TrainingBase = Annotated[
+    artifact.TrainingBase,
+    typer.Option(
+        help="what training saw of the full-precision model: its weights as stored; as QLoRA "
+        "rounds them to NF4, without or with double quantization; or the model is what PiSSA, "
+        "LoftQ and the like left"
+    ),
+]
+Initial = Annotated[
+    Path | None,
+    typer.Option(
+        help="the adapter that PiSSA, OLoRA or CorDA training started from "
+        "[START_init in ADAPTER or beside it]"
+    ),
+]
 
 _Dtype = Literal["bfloat16", "float16", "float32"]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, the result last")]
@@ -85,13 +101,8 @@ def merge(
         typer.Option(help="the part of each change that ties or dare keeps [0.2, 0.5]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of what dare drops")] = 0,
-    training_base: Annotated[
-        Literal["stored", "nf4", "nf4-double", "residual"],
-        typer.Option(
-            help="what training saw of BASE: its weights as stored; as QLoRA rounds them to NF4, "
-            "without or with double quantization; or BASE is what PiSSA, LoftQ and the like left"
-        ),
-    ] = "stored",
+    training_base: TrainingBase = "stored",
+    initial: Initial = None,
     dtype: Annotated[
         _Dtype | None, typer.Option(help="of every tensor written [each as in BASE]")
     ] = None,
@@ -107,6 +118,7 @@ def merge(
     tokenizer along.
     """
     from quant.lora import blend, mixture
+    from quant.lora.training import Training
 
     named = [_weighted(text) for text in adapter]
     order = blend.Order(
@@ -114,7 +126,7 @@ def merge(
         target=out,
         adapters=tuple(folder for folder, _ in named),
         mixture=mixture.Mixture(tuple(weight for _, weight in named), method, density, seed),
-        training_base=training_base,
+        training=Training(training_base, initial),
         dtype=_dtype(dtype),
         cache=cache,
     )
@@ -139,13 +151,7 @@ def export(
     dtype: Annotated[
         _Dtype | None, typer.Option(help="of the factors [the base's 16 bits]")
     ] = None,
-    initial: Annotated[
-        Path | None,
-        typer.Option(
-            help="the adapter that PiSSA, OLoRA or CorDA training started from "
-            "[START_init in ADAPTER or beside it]"
-        ),
-    ] = None,
+    initial: Initial = None,
     rank: Annotated[
         int | None,
         typer.Option(

@@ -6,9 +6,9 @@ is written. Keeps one tensor and its changes in memory.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from quant.errors import AdapterError, RecipeError, SpaceError
 from quant.intake import remodel, source
 from quant.intake.source import Source
 from quant.lora import adapter as lora
-from quant.lora import anatomy, mixture, nf4, starts
+from quant.lora import anatomy, mixture
 from quant.lora.adapter import Adapter
 from quant.lora.anatomy import Anatomy, Plan
 from quant.lora.mixture import Mixer, Mixture
+from quant.lora.training import AS_STORED, Training
 from quant.shards import Writer
 
-TrainingBase = Literal["stored", "nf4", "nf4-double", "residual"]
 _MARGIN = 32 << 20  # bytes beside the tensors: tokenizer, configuration, headers
 
 
@@ -44,7 +44,7 @@ class Order:
     target: Path
     adapters: tuple[Path, ...]
     mixture: Mixture
-    training_base: TrainingBase = "stored"
+    training: Training = AS_STORED
     dtype: torch.dtype | None = None
     cache: Path | None = None
 
@@ -88,21 +88,15 @@ class _Job:
 
     def stored(self, name: str) -> Tensor:
         """The tensor that training started from."""
-        kept = self.anatomy.embedding if self._is_tied_head(name) else name
-        tensor = self.opened.tensors.get(kept)
-        if self.order.training_base.startswith("nf4") and name in self.anatomy.linears:
-            double = self.order.training_base == "nf4-double"
-            turned = self.anatomy.linears[name]
-            upright = nf4.round_trip(tensor.T if turned else tensor, double=double)
-            return upright.T.contiguous() if turned else upright
-        return tensor
+        return self.opened.tensors.get(self._kept(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        kept = self.anatomy.embedding if self._is_tied_head(name) else name
-        return self.order.dtype or self.opened.tensors.dtype(kept)
+        return self.order.dtype or self.opened.tensors.stored_dtype(self._kept(name))
 
-    def _is_tied_head(self, name: str) -> bool:
-        return self.anatomy.tied and name == self.anatomy.head
+    def _kept(self, name: str) -> str:
+        """Where the base keeps it: a tied head is its embedding."""
+        tied = self.anatomy.tied and name == self.anatomy.head
+        return self.anatomy.embedding if tied else name
 
 
 def run(order: Order, progress: Progress) -> Blended:
@@ -114,7 +108,7 @@ def run(order: Order, progress: Progress) -> Blended:
     staging.check_target(target, force=False)
     adapters = _opened(order)
     progress.say(f"opening {order.base}")
-    opened = source.open(order.base, cache=order.cache, say=progress.say)
+    opened = source.open(order.base, training=order.training, cache=order.cache, say=progress.say)
     job = _job(order, opened, adapters, progress)
     width = (order.dtype or opened.dtype).itemsize
     staging.check_space(target.parent, opened.bytes * width // opened.dtype.itemsize + _MARGIN)
@@ -150,16 +144,7 @@ def run(order: Order, progress: Progress) -> Blended:
 def _opened(order: Order) -> tuple[Adapter, ...]:
     if not order.adapters:
         raise RecipeError("--adapter: at least one is needed")
-    adapters = tuple(lora.read_trained(folder) for folder in order.adapters)
-    if order.training_base == "residual":
-        # The base that training left is given: nothing has to be taken out of it again.
-        plain = {"init_lora_weights": True}
-        adapters = tuple(replace(a, config=a.config.model_copy(update=plain)) for a in adapters)
-    for place, adapter in enumerate(adapters):
-        if adapter.digest in {other.digest for other in adapters[:place]}:
-            raise AdapterError(f"adapter {adapter.folder} is given twice", field="adapter")
-        starts.check(adapter)
-    return adapters
+    return order.training.adapters(order.adapters)
 
 
 def _job(order: Order, opened: Source, adapters: tuple[Adapter, ...], progress: Progress) -> _Job:

@@ -24,6 +24,7 @@ from quant.lora import factors, obstacles, units
 from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR, Adapter
 from quant.lora.factors import Factors
 from quant.lora.footing import Base
+from quant.lora.training import Training
 from quant.recipe import Recipe
 from quant.solver import blocks, descent, devices, gptq, int8, lowrank, walk
 from quant.solver.lowrank import Misses
@@ -65,7 +66,11 @@ def run(asked: Compensation, adapter: Adapter, base: Base, progress: Progress) -
     own = factors.of(adapter, base, lambda *_: None)
     progress.say(f"opening {asked.parent}")
     opened = source.open(
-        asked.parent, adapters=[adapter.folder], cache=asked.cache, say=progress.say
+        asked.parent,
+        adapters=[adapter.folder],
+        training=Training(initial=adapter.initial),
+        cache=asked.cache,
+        say=progress.say,
     )
     if opened.fingerprint != base.parent:
         raise AdapterError(f"{asked.parent} is not what {base.folder} was made from")

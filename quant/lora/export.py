@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from quant import staging
 from quant.errors import AdapterError, SpaceError
 from quant.lora import adapter as lora
-from quant.lora import compensate, factors, footing, voice
+from quant.lora import compensate, factors, footing, training, voice
 from quant.lora.adapter import CONFIG, LINEAGE, WEIGHTS, Adapter
 from quant.lora.compensate import Compensation
 from quant.lora.factors import Factors
@@ -79,7 +79,7 @@ def run(order: Order, progress: Progress) -> Exported:
     staging.check_target(target, force=False)
     adapter = lora.read_trained(order.adapter)
     if order.initial is not None:
-        adapter = replace(adapter, initial=order.initial.expanduser().resolve())
+        adapter = training.started(adapter, order.initial)
     base = footing.base_of(order.base)
     if order.compensation is None:
         found = factors.of(adapter, base, progress.measured)

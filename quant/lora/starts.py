@@ -44,6 +44,22 @@ def check(adapter: Adapter) -> None:
         )
 
 
+def begun(adapter: Adapter) -> Adapter | None:
+    """The saved start that is undone; None where none is. AdapterError where it is another's."""
+    if adapter.config.start is None or adapter.initial is None:
+        return None
+    first = read_trained(adapter.initial)
+    for module in adapter.pairs:
+        _check_alike(first, adapter, module)
+    return first
+
+
+def identity(adapter: Adapter) -> str | None:
+    """The digest of the saved start that is undone; None where none is."""
+    first = begun(adapter)
+    return None if first is None else first.digest
+
+
 def factors(adapter: Adapter, module: str, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """A0 [rank, in] and B0 [out, rank] in float32 of one module; `weight` is float32 [out, in].
 
@@ -61,8 +77,15 @@ def factors(adapter: Adapter, module: str, weight: Tensor | None) -> tuple[Tenso
 
 def _saved(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     assert adapter.initial is not None
-    first, pair = read_trained(adapter.initial), adapter.pairs[module]
-    if module not in first.pairs or first.pairs[module][2:] != pair[2:]:
+    first = read_trained(adapter.initial)
+    _check_alike(first, adapter, module)
+    pair = first.pairs[module]
+    with safe_open(first.weights, framework="pt") as file:
+        return file.get_tensor(pair.a_key).float(), file.get_tensor(pair.b_key).float()
+
+
+def _check_alike(first: Adapter, adapter: Adapter, module: str) -> None:
+    if module not in first.pairs or first.pairs[module][2:] != adapter.pairs[module][2:]:
         raise AdapterError(
             f"{first.folder} is not what {adapter.folder} started from: {module} differs",
             field=module,
@@ -73,9 +96,6 @@ def _saved(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
             f" {adapter.folder} by {scaling(adapter.config, module):g}",
             field="lora_alpha",
         )
-    begun = first.pairs[module]
-    with safe_open(first.weights, framework="pt") as file:
-        return file.get_tensor(begun.a_key).float(), file.get_tensor(begun.b_key).float()
 
 
 def _of_base(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

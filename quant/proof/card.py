@@ -22,6 +22,11 @@ _WEIGHTS = {
     "w8a16": "int8 weights, 16-bit activations (GPTQ)",
     "w8a8": "int8 weights, int8 activations with a scale per token",
 }
+_TRAINED_ON = {
+    "nf4": "the parent in NF4, as QLoRA, dequantized here",
+    "nf4-double": "the parent in NF4 with double quantization, as QLoRA, dequantized here",
+    "residual": "the parent, which is what the adapter's start left",
+}
 _FORMAT = {"w4a16": "gptq", "w8a16": "gptq", "w8a8": "compressed-tensors"}
 
 
@@ -96,6 +101,10 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, ...]]:
     yield "", f"tokenizer `{manifest.parent.tokenizer}`"
     for adapter in manifest.adapters:
         yield "merged", f"{adapter.name}, rank {adapter.rank}, `{adapter.digest}`"
+        if adapter.initial:
+            yield "", f"less what it started from, `{adapter.initial}`"
+    if manifest.training_base != "stored":
+        yield "trained on", _TRAINED_ON[manifest.training_base]
     yield "scheme", scheme(manifest)
     yield "recipe", ", ".join(f"{key} {value}" for key, value in manifest.recipe.items())
     used = manifest.calibration

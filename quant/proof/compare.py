@@ -7,7 +7,7 @@ card, then its manifest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from quant.artifact import Manifest
 from quant.errors import ArtifactError, CompareError, SpaceError, TooLossy
 from quant.intake import source
 from quant.intake.source import Source
+from quant.lora import starts
+from quant.lora.training import AS_STORED, Training
 from quant.proof import card, choices, fidelity, held_out, replica
 from quant.proof.evidence import ChoiceFidelity, Fidelity, TextFidelity
 from quant.proof.fidelity import Pair, Quiz, Sample, Trace
@@ -38,6 +40,7 @@ class Order:
     parent: str
     artifact: Path
     adapters: tuple[Path, ...] = ()
+    training: Training = AS_STORED  # the adapters'
     text: Path | None = None
     calibration: Path | None = None
     choices: tuple[Path, ...] = ()
@@ -62,7 +65,8 @@ def run(draw: Draw, order: Order, progress: Progress) -> Found:
     folder = order.artifact.expanduser().resolve()
     manifest = intact(folder)
     progress.say(f"opening {order.parent}")
-    opened = source.open(order.parent, adapters=order.adapters, cache=order.cache, say=progress.say)
+    order = replace(order, training=replace(order.training, base=manifest.training_base))
+    opened = opened_as(order, progress)
     check_parent(opened, manifest, folder)
     questions = quizzes(opened, order.choices)
     windows = sample(opened, manifest, draw, order, progress)
@@ -76,6 +80,17 @@ def run(draw: Draw, order: Order, progress: Progress) -> Found:
     answers = [on_choices(pair, quiz, draw.seed, progress) for quiz in questions]
     now = fidelity.now(text, answers)
     return Found(store(folder, manifest, now, folder.name), now, trace)
+
+
+def opened_as(order: Order, progress: Progress) -> Source:
+    """The parent with its adapters merged."""
+    return source.open(
+        order.parent,
+        adapters=order.adapters,
+        training=order.training,
+        cache=order.cache,
+        say=progress.say,
+    )
 
 
 def on_text(
@@ -124,6 +139,17 @@ def check_parent(opened: Source, manifest: Manifest, folder: Path) -> None:
             f"{folder} has {_brief(merged)} merged, --adapter gives {_brief(given)}; give the"
             " adapters of `quantize`, in its order"
         )
+    if merged and manifest.training_base != opened.training.base:
+        raise CompareError(
+            f"{folder} has them merged with --training-base {manifest.training_base}, here it is"
+            f" {opened.training.base}; give that of `quantize`"
+        )
+    for was, now in zip(manifest.adapters, opened.adapters, strict=True):
+        if was.initial not in (None, starts.identity(now)):
+            raise CompareError(
+                f"{folder} has {was.name} merged less what it started from, {was.initial[:12]}, and"
+                " that is not what lies beside it here; give that with --initial"
+            )
 
 
 def check_limit(found: TextFidelity | None, limit: float | None, hint: str) -> None:

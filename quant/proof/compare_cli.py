@@ -14,6 +14,7 @@ from rich.table import Table
 
 from quant import bar, recipe
 from quant.errors import RecipeError
+from quant.lora.adapter_cli import Initial
 from quant.proof.evidence import Fidelity, Row, choice_rows, choice_title, text_rows, text_title
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def compare(
         list[Path] | None,
         typer.Option(help="a LoRA folder that was merged into the artifact; repeatable"),
     ] = None,
+    initial: Initial = None,
     windows: Windows = None,
     length: Length = None,
     seed: Seed = None,
@@ -83,12 +85,14 @@ def compare(
     draw = recipe.draw({name: value for name, value in given.items() if value is not None})
     _check(max_kl, plot, text, calibration, choices)
 
+    from quant.lora.training import Training
     from quant.proof import compare
 
     order = compare.Order(
         parent=parent,
         artifact=artifact_folder,
         adapters=tuple(adapter or ()),
+        training=Training(initial=initial),
         text=text,
         calibration=calibration,
         choices=tuple(choices or ()),

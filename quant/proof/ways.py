@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from quant import pipeline, recipe
 from quant.artifact import Manifest
-from quant.intake import source
 from quant.intake.source import Source
 from quant.lora import adapter as lora
 from quant.lora import factors, footing
@@ -110,9 +109,9 @@ def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
     folder = asked.artifact.expanduser().resolve()
     manifest = compare.intact(folder)
     progress.say(f"opening {asked.parent}")
-    opened = source.open(asked.parent, adapters=asked.adapters, cache=asked.cache, say=progress.say)
+    opened = compare.opened_as(asked, progress)
     compare.check_parent(replace(opened, adapters=()), manifest, folder)
-    beside = _beside(order, folder, progress)
+    beside = _beside(opened, order.ready, folder, progress)
     merged = _merged(order, opened, manifest, progress)
     questions = compare.quizzes(opened, asked.choices)
     windows = compare.sample(opened, manifest, draw, asked, progress)
@@ -132,13 +131,16 @@ def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
     return found
 
 
-def _beside(order: Order, folder: Path, progress: Progress) -> dict[str, Factors]:
+def _beside(
+    opened: Source, ready: Sequence[Path], folder: Path, progress: Progress
+) -> dict[str, Factors]:
     """What the engine adds beside the artifact, by the way's name: the adapter, and as exported."""
     base = footing.base_of(folder)
-    given = {"beside": order.asked.adapters[0]} | {str(ready): ready for ready in order.ready}
+    given = {"beside": opened.adapters[0]}
+    given |= {str(place): lora.read_trained(place) for place in ready}
     found: dict[str, Factors] = {}
-    for name, place in given.items():
-        exact = factors.of(lora.read_trained(place), base, progress.measured)
+    for name, adapter in given.items():
+        exact = factors.of(adapter, base, progress.measured)
         # An engine holds them in the type it computes in.
         found[name] = {
             module: (a.to(base.dtype).float(), b.to(base.dtype).float())
@@ -158,7 +160,7 @@ def _merged(
     if order.merged is None:
         if manifest.calibration.origin == "file":
             progress.say("merging: the model writes its own calibration text, for lack of the file")
-        job = pipeline.Order(asked.parent, place, asked.adapters, cache=asked.cache)
+        job = pipeline.Order(asked.parent, place, asked.adapters, asked.training, cache=asked.cache)
         return place, pipeline.run(recipe.build(manifest.recipe), job, progress)
     found = compare.intact(place)
     compare.check_parent(opened, found, place)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from quant import bar, recipe
 from quant.errors import RecipeError
+from quant.lora.adapter_cli import Initial, TrainingBase
 from quant.proof.compare_cli import (
     Cache,
     Choices,
@@ -49,6 +50,8 @@ def compare(
     merge: Annotated[
         Path | None, typer.Option(help="or make one here first, by the recipe of ARTIFACT")
     ] = None,
+    training_base: TrainingBase = "stored",
+    initial: Initial = None,
     text: Text = None,
     calibration: Lines = None,
     choices: Choices = None,
@@ -71,9 +74,13 @@ def compare(
     if merged is not None and merge is not None:
         raise RecipeError("--merged names an artifact and --merge makes one; give one of them")
 
+    from quant.lora.training import Training
     from quant.proof import compare, ways
 
-    asked = compare.Order(parent, base, (adapter,), text, calibration, tuple(choices or ()), cache)
+    training = Training(training_base, initial)
+    asked = compare.Order(
+        parent, base, (adapter,), training, text, calibration, tuple(choices or ()), cache
+    )
     order = ways.Order(asked, tuple(ready or ()), merged, merge)
     if as_json:
         found = ways.run(draw, order, bar.Lines())
