@@ -22,9 +22,9 @@ setup-dev: .venv/dev.stamp
 	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-.venv/dev.stamp: .venv/cpu.stamp requirements/dev.txt
-	@echo "quantserve: adding the test tools to .venv"
-	@$(BIN)/pip install -q --no-deps -r requirements/dev.txt
+.venv/dev.stamp: .venv/cpu.stamp requirements/stores.txt requirements/dev.txt
+	@echo "quantserve: adding the object stores' drivers and the test tools to .venv"
+	@$(BIN)/pip install -q --no-deps -r requirements/stores.txt -r requirements/dev.txt
 	@touch $@
 
 ## demo    train a small LoRA, quantize, serve, ask, swap the adapter in, show metrics
@@ -39,6 +39,7 @@ serve: setup
 ## test    everything: lint, types, unit tests, and the real server under real clients
 test: lint
 	@tests/setup-prometheus.sh
+	@tests/setup-azurite.sh
 	@$(BIN)/python -m pytest
 
 ## check   what to run before a commit: lint, types, unit tests

@@ -1,17 +1,15 @@
-"""Where adapters may come from: folders, file URLs, a real S3 server, and what is kept out."""
+"""Where adapters may come from: folders, file URLs, hub ids; and what is kept out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import ClassVar
 
-import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry as fsspec_registry
-from moto.server import ThreadedMotoServer
 
 from serve.adapters.sources import Sources
 from serve.errors import AdapterRefused, SourceUnavailable
@@ -136,7 +134,11 @@ def test_a_scheme_can_be_taken_from_the_list(root: Path, into: Path) -> None:
         Sources(root, schemes=("s3",)).fetch("team/legal", into)
 
 
-def test_a_store_whose_driver_is_missing_says_what_to_install(into: Path) -> None:
+def test_a_store_whose_driver_is_missing_says_what_to_install(
+    into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(fsspec_registry, "gs", raising=False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as Python notes what cannot be imported
     with pytest.raises(AdapterRefused, match=r"quantserve\[gcs\]"):
         Sources().fetch("gs://bucket/legal", into)
 
@@ -181,51 +183,3 @@ def test_a_folder_under_the_root_is_meant_before_a_hub_id(root: Path, into: Path
 def test_what_is_no_hub_id_is_refused(into: Path, source: str) -> None:
     with pytest.raises(AdapterRefused, match="not a hub id"):
         Sources(hub=True).fetch(source, into)
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-class TestS3:
-    """moto's S3 server, through s3fs over HTTP."""
-
-    @pytest.fixture
-    def bucket(self, endpoint: str, monkeypatch: pytest.MonkeyPatch, root: Path) -> Iterator[str]:
-        told = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x",
-                "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
-        for name, value in told.items():
-            monkeypatch.setenv(name, value)
-        files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.mkdir("adapters")
-        files.put(str(root / "team" / "legal"), "adapters/legal", recursive=True)
-        yield "s3://adapters"
-        files.rm("adapters", recursive=True)
-
-    def test_an_adapter_comes_whole(self, bucket: str, into: Path, root: Path) -> None:
-        assert fetched(Sources(), f"{bucket}/legal", into) == FILES
-        for name in FILES:
-            assert (into / name).read_bytes() == (root / "team/legal" / name).read_bytes()
-
-    def test_what_is_not_there_is_missing(self, bucket: str, into: Path) -> None:
-        with pytest.raises(AdapterRefused, match=r"adapter_config.json is missing"):
-            Sources().fetch(f"{bucket}/ghost", into)
-
-    def test_a_pickle_is_named(self, bucket: str, into: Path) -> None:
-        files = fsspec.filesystem("s3")
-        files.mv("adapters/legal/adapter_model.safetensors", "adapters/legal/adapter_model.bin")
-        with pytest.raises(AdapterRefused, match="pickle"):
-            Sources().fetch(f"{bucket}/legal", into)
-
-    def test_the_size_is_bounded(self, bucket: str, into: Path) -> None:
-        with pytest.raises(AdapterRefused, match="larger than 100 bytes"):
-            Sources(max_bytes=100).fetch(f"{bucket}/legal", into)
-
-    def test_a_bucket_that_is_not_there(self, bucket: str, into: Path) -> None:
-        with pytest.raises((AdapterRefused, SourceUnavailable)):
-            Sources().fetch(f"{bucket}-of-nobody/legal", into)
