@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from quant import artifact, recipe
 from quant.cli import app
 from quant.errors import AdapterError, CompareError
+from quant.lora import adapter as lora
 from quant.lora import export
 from quant.proof import compare, ways
 from quant.proof.ways import Order, Way
@@ -105,7 +106,7 @@ def test_both_ways_are_measured_against_parent_and_adapter(home: Home) -> None:
     base = artifact.read(home.folder / "w4a16")
     assert base is not None and beside.bytes == base.bytes_after + beside.bytes_more
     assert beside.bytes_more < merged.bytes_more
-    assert beside.forward_ms is not None and beside.forward_ms > 0
+    assert beside.latency is None
 
 
 def test_beside_a_smoothed_artifact_the_adapter_is_in_its_units(home: Home) -> None:
@@ -153,12 +154,14 @@ def words(home: Home, *more: object) -> list[str]:
 
 
 def test_the_table_has_a_column_for_each_way(home: Home) -> None:
-    ran = CliRunner().invoke(app, words(home, "--merged", home.folder / "merged"))
+    plot = home.folder / "ways.png"
+    ran = CliRunner().invoke(app, words(home, "--merged", home.folder / "merged", "--plot", plot))
     assert ran.exit_code == 0, ran.output
     head, *lines = ran.stdout.splitlines()
     assert head.split() == ["beside", "merged"] and lines[0].split() == ["w4a16", "merged"]
-    for name in ("mean KL", "same likeliest token", "of each further one, MB", "forward"):
+    for name in ("mean KL", "same likeliest token", "of each further one, MB"):
         assert any(line.startswith(name) for line in lines), ran.stdout
+    assert "served" not in ran.stdout and plot.stat().st_size > 10_000
 
 
 def test_json_holds_every_figure_and_its_interval(home: Home) -> None:
@@ -171,10 +174,34 @@ def test_json_holds_every_figure_and_its_interval(home: Home) -> None:
 
 @pytest.mark.parametrize(
     ("extra", "told"),
-    [(("--merged", "a", "--merge", "b"), "give one of them"), (("--calibration", "c"), "give one")],
+    [
+        (("--merged", "a", "--merge", "b"), "give one of them"),
+        (("--calibration", "c"), "give one"),
+        (("--plot", "nowhere/ways.png"), "its folder does not exist"),
+    ],
 )
 def test_two_answers_to_one_question_are_refused(
     home: Home, extra: tuple[str, ...], told: str
 ) -> None:
     ran = CliRunner().invoke(app, words(home, *extra))
     assert ran.exit_code != 0 and told in str(ran.exception)
+
+
+@pytest.mark.parametrize("option", [("--latency",), ("--plot", "ways.png")])
+def test_what_needs_a_text_is_refused_without_one(home: Home, option: tuple[str, ...]) -> None:
+    fixed = [str(word) for word in words(home) if word not in ("--text",)]
+    fixed.remove(str(home.folder / "book.txt"))
+    ran = CliRunner().invoke(app, [*fixed, "--choices", str(home.folder / "quiz.jsonl"), *option])
+    assert ran.exit_code != 0 and f"{option[0]} needs a text" in str(ran.exception)
+
+
+def test_what_a_server_gets_is_the_adapter_or_its_export(home: Home, tmp_path: Path) -> None:
+    """With the rank that a server has to be started with."""
+    plain = lora.read_trained(home.lora)
+    base = home.folder / "w4a16"
+    assert ways.to_serve(plain, base, tmp_path / "no", Told()) == (plain.folder, 16)
+    assert not (tmp_path / "no").exists()
+    parent = home.folder / "parent"
+    shifted, _ = variants.trained(tmp_path / "shifted", parent, init_lora_weights="pissa", r=12)
+    place, rank = ways.to_serve(lora.read_trained(shifted), base, tmp_path / "ready", Told())
+    assert (place, rank) == (tmp_path / "ready", 32) and lora.read(place).rank == 24

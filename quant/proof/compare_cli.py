@@ -4,7 +4,7 @@ Exit status 3 with one line when the gate of --max-kl is shut; the result is sto
 torch, transformers and matplotlib are imported when the command runs, not before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,7 +83,9 @@ def compare(
     """
     given = {"windows": windows, "length": length, "seed": seed, "device": device}
     draw = recipe.draw({name: value for name, value in given.items() if value is not None})
-    _check(max_kl, plot, text, calibration, choices)
+    recipe.check_limit(max_kl)
+    check_text({"--max-kl": max_kl, "--plot": plot}, text, calibration, choices)
+    check_place(plot)
 
     from quant.lora.training import Training
     from quant.proof import compare
@@ -109,24 +111,27 @@ def compare(
     compare.check_limit(found.fidelity.text, max_kl, f"the result is in {artifact_folder}")
 
 
-def _check(
-    max_kl: float | None,
-    plot: Path | None,
+def check_text(
+    wanting: Mapping[str, object],
     text: Path | None,
     calibration: Path | None,
     choices: list[Path] | None,
 ) -> None:
-    """Refuse before the models are loaded what would be refused after."""
-    recipe.check_limit(max_kl)
+    """RecipeError where what was given leaves no text for options that need one, or two.
+
+    Before any model is loaded. `wanting` are such options and their values.
+    """
     if text is not None and calibration is not None:
         raise RecipeError("--text and --calibration both name the text to measure on; give one")
     if choices and text is None and calibration is None:
-        for option, value in (("--max-kl", max_kl), ("--plot", plot)):
-            if value is not None:
-                raise RecipeError(
-                    f"{option} needs per-token KL, which --choices does not give; add --text or"
-                    " --calibration"
-                )
+        for option in (name for name, value in wanting.items() if value not in (None, False)):
+            raise RecipeError(
+                f"{option} needs a text, which --choices does not give; add --text or --calibration"
+            )
+
+
+def check_place(plot: Path | None) -> None:
+    """RecipeError where the picture could not be written."""
     if plot is not None and not plot.expanduser().absolute().parent.is_dir():
         raise RecipeError(f"--plot {plot}: its folder does not exist; make it first")
 

@@ -22,9 +22,9 @@ from quant.artifact import LayerReport
 from quant.errors import SpaceError
 from quant.proof.evidence import TextFidelity
 
-_INK, _MUTED, _FAINT = "#1f2430", "#6b7280", "#d9dce3"
+INK, MUTED, FAINT = "#1f2430", "#6b7280", "#d9dce3"
 # Okabe and Ito's colours, told apart with any kind of colour blindness.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7f6a00", "#000000")
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7f6a00", "#000000")
 _MARKS = "osD^vPX*"
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # no grid line through a label
 _FLOOR = 1e-8  # nats; predictions that moved less are drawn here
@@ -43,18 +43,33 @@ class Findings:
 
 def save(found: Findings, path: Path) -> None:
     """Two panels of 150 dots per inch. SpaceError where the file cannot be written."""
-    figure = Figure(figsize=(12.5, 5.2), dpi=150, facecolor="white")
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.04))
-    FigureCanvasAgg(figure)
+    drawn = figure(12.5, 5.2)
     agreement = found.text.top1_agreement.value
     title = (
         f"{found.name} against {found.parent}: mean KL {found.text.mean_kl.value:.3g} nats,"
         f" same likeliest token {agreement:.1%}"
     )
-    figure.suptitle(title, x=0.012, ha="left", size=13.5, weight="bold", color=_INK)
-    losses, distances = figure.subplots(1, 2)
+    headed(drawn, title)
+    losses, distances = drawn.subplots(1, 2)
     _losses(losses, found.layers)
     _distances(distances, found)
+    write(drawn, path)
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty sheet, sizes in inches, that needs no display."""
+    made = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    made.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.04))
+    FigureCanvasAgg(made)
+    return made
+
+
+def headed(figure: Figure, title: str) -> None:
+    figure.suptitle(title, x=0.012, ha="left", size=13.5, weight="bold", color=INK)
+
+
+def write(figure: Figure, path: Path) -> None:
+    """SpaceError where the file cannot be written."""
     try:
         figure.savefig(path, format="png")
     except OSError as fault:
@@ -63,26 +78,26 @@ def save(found: Findings, path: Path) -> None:
 
 def _losses(axes: Axes, layers: Sequence[LayerReport]) -> None:
     """A line for each kind of layer over the depth of the model."""
-    _titled(axes, "Loss of each layer", "squared error of its outputs, as a share of their energy")
+    titled(axes, "Loss of each layer", "squared error of its outputs, as a share of their energy")
     axes.set_yscale("log")
     axes.set_xlabel("block", labelpad=8)
     for place, (kind, found) in enumerate(_by_kind(layers).items()):
         depth, loss = zip(*found, strict=True)
-        style = place % len(_COLOURS)
+        style = place % len(COLOURS)
         axes.plot(
-            depth, loss, color=_COLOURS[style], marker=_MARKS[style], markersize=3.6,
+            depth, loss, color=COLOURS[style], marker=_MARKS[style], markersize=3.6,
             linewidth=1.3, label=kind,
         )  # fmt: skip
     axes.minorticks_off()
     axes.legend(
         frameon=False, fontsize=8.5, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16),
-        labelcolor=_INK, handlelength=1.6, columnspacing=1.2,
+        labelcolor=INK, handlelength=1.6, columnspacing=1.2,
     )  # fmt: skip
 
 
 def _distances(axes: Axes, found: Findings) -> None:
     """How many predictions moved how far, on a logarithmic axis."""
-    _titled(
+    titled(
         axes,
         "KL of each prediction",
         f"share of {found.text.predictions:,} predictions, {found.text.name}",
@@ -94,7 +109,7 @@ def _distances(axes: Axes, found: Findings) -> None:
     edges = list(np.geomspace(low, high, 56))
     axes.hist(
         np.clip(kl, low, None), bins=edges, weights=np.full(len(kl), 1 / len(kl)),
-        color=_COLOURS[5], edgecolor="white", linewidth=0.5,
+        color=COLOURS[5], edgecolor="white", linewidth=0.5,
     )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlim(low, high)
@@ -108,20 +123,20 @@ def _distances(axes: Axes, found: Findings) -> None:
 
 
 def _line(axes: Axes, value: float, text: str, side: Literal["left", "right"], at: float) -> None:
-    axes.axvline(value, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(text, (value, at), ha=side, va="center", size=9, color=_INK, bbox=_PAPER)
+    axes.axvline(value, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(text, (value, at), ha=side, va="center", size=9, color=INK, bbox=_PAPER)
 
 
-def _titled(axes: Axes, title: str, beneath: str) -> None:
-    axes.set_title(title, loc="left", size=11.5, weight="bold", color=_INK, pad=22)
-    axes.text(0, 1.025, beneath, transform=axes.transAxes, size=9, color=_MUTED)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.7)
+def titled(axes: Axes, title: str, beneath: str) -> None:
+    axes.set_title(title, loc="left", size=11.5, weight="bold", color=INK, pad=22)
+    axes.text(0, 1.025, beneath, transform=axes.transAxes, size=9, color=MUTED)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelsize=9, length=0)
-    axes.xaxis.label.set_color(_MUTED)
+    axes.tick_params(colors=MUTED, labelsize=9, length=0)
+    axes.xaxis.label.set_color(MUTED)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_FAINT)
+        spine.set_color(FAINT)
 
 
 def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[tuple[int, float]]]:

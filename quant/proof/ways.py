@@ -1,36 +1,33 @@
 """The ways to serve an adapter held against each other: beside an artifact, or merged into one.
 
 All are measured against the parent with the adapter merged in float32. Nothing is written but what
-`merge_into` asks for.
+`merge_into` asks for. Servers are timed before any model is loaded here.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from quant import pipeline, recipe
 from quant.artifact import Manifest
 from quant.intake.source import Source
 from quant.lora import adapter as lora
-from quant.lora import factors, footing
+from quant.lora import export, factors, footing, obstacles
+from quant.lora.adapter import Adapter
 from quant.lora.factors import Factors
-from quant.proof import compare, replica
+from quant.proof import compare, replica, served
 from quant.proof.evidence import ChoiceFidelity, TextFidelity
 from quant.proof.fidelity import Pair, Quiz, Sample
+from quant.proof.served import Latency, Served
 from quant.recipe import Draw
 from quant.solver import devices
-
-_TIMED = 8  # windows whose forwards are timed, each after it was computed before
 
 
 class Progress(compare.Progress, pipeline.Progress, Protocol):
@@ -42,21 +39,20 @@ class Order:
     """`asked` names the parent, the artifact, the one adapter and the files to measure on.
 
     `ready` are exported folders of the same adapter; `merged` an artifact that it was merged into,
-    `merge_into` where to make one by the artifact's recipe.
+    `merge_into` where to make one by the artifact's recipe. `latency`: time a server of each.
     """
 
     asked: compare.Order
     ready: tuple[Path, ...] = ()
     merged: Path | None = None
     merge_into: Path | None = None
+    latency: bool = False
 
 
 class Way(BaseModel):
     """One way, its distance from parent + adapter, and what it costs.
 
-    `bytes` serve one adapter, `bytes_more` each further one. `forward_ms` is the median of float32
-    forwards of the reference model over a window on this machine: it tells what the adapter's own
-    matrices add, not how fast a server is.
+    `bytes` serve one adapter, `bytes_more` each further one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,9 +61,20 @@ class Way(BaseModel):
     artifact: str
     bytes: int
     bytes_more: int
-    forward_ms: float | None
+    latency: Latency | None
     text: TextFidelity | None
     choices: tuple[ChoiceFidelity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """An adapter, and what an engine adds of it."""
+
+    adapter: Adapter
+    held: Factors
+
+    def bytes(self) -> int:
+        return sum(2 * (a.numel() + b.numel()) for a, b in self.held.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class _Measure:
     reference: PreTrainedModel
     windows: Sample | None
     questions: Sequence[Quiz]
+    latencies: Mapping[str, Latency]
     seed: int
     progress: Progress
 
@@ -91,7 +99,7 @@ class _Measure:
             artifact=folder.name,
             bytes=sizes[0],
             bytes_more=sizes[1],
-            forward_ms=forward_ms(model, self.windows.windows[:_TIMED]) if self.windows else None,
+            latency=self.latencies.get(name),
             text=text,
             choices=tuple(
                 compare.on_choices(pair, quiz, self.seed, told) for quiz in self.questions
@@ -103,8 +111,10 @@ def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
     """Each way's figures: beside the artifact, as exported, merged, as far as they were asked for.
 
     CompareError where parent, artifact and adapter do not belong together; AdapterError where the
-    adapter cannot be served beside a base.
+    adapter cannot be served beside a base, or a server does not start.
     """
+    if order.latency:
+        served.check()
     device, asked = devices.first(draw.device), order.asked
     folder = asked.artifact.expanduser().resolve()
     manifest = compare.intact(folder)
@@ -115,14 +125,17 @@ def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
     merged = _merged(order, opened, manifest, progress)
     questions = compare.quizzes(opened, asked.choices)
     windows = compare.sample(opened, manifest, draw, asked, progress)
+    latencies: dict[str, Latency] = {}
+    if order.latency and windows is not None:
+        latencies = _latencies(folder, beside, merged, windows, progress)
     progress.say("loading parent and adapter in float32")
     reference = replica.of_parent(opened, device)
-    measured = _Measure(reference, windows, questions, draw.seed, progress)
+    measured = _Measure(reference, windows, questions, latencies, draw.seed, progress)
     found = []
-    for name, held in beside.items():
+    for name, pair in beside.items():
         model = replica.of_artifact(opened, folder, manifest, device)
-        replica.beside(model, held)
-        more = sum(2 * (a.numel() + b.numel()) for a, b in held.values())
+        replica.beside(model, pair.held)
+        more = pair.bytes()
         found.append(measured(name, folder, model, (manifest.bytes_after + more, more)))
     if merged is not None:
         place, whole = merged
@@ -133,19 +146,20 @@ def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
 
 def _beside(
     opened: Source, ready: Sequence[Path], folder: Path, progress: Progress
-) -> dict[str, Factors]:
+) -> dict[str, _Beside]:
     """What the engine adds beside the artifact, by the way's name: the adapter, and as exported."""
     base = footing.base_of(folder)
     given = {"beside": opened.adapters[0]}
     given |= {str(place): lora.read_trained(place) for place in ready}
-    found: dict[str, Factors] = {}
+    found: dict[str, _Beside] = {}
     for name, adapter in given.items():
         exact = factors.of(adapter, base, progress.measured)
         # An engine holds them in the type it computes in.
-        found[name] = {
+        held = {
             module: (a.to(base.dtype).float(), b.to(base.dtype).float())
             for module, (a, b) in exact.items()
         }
+        found[name] = _Beside(adapter, held)
     return found
 
 
@@ -167,15 +181,33 @@ def _merged(
     return place, found
 
 
-def forward_ms(model: PreTrainedModel, windows: Sequence[Tensor]) -> float:
-    """Median milliseconds of a forward over one of the windows."""
-    taken = []
-    with torch.inference_mode():
-        for window in windows:
-            began = time.perf_counter()
-            float(model(input_ids=window[None].to(model.device), use_cache=False).logits[0, 0, 0])
-            taken.append(1000 * (time.perf_counter() - began))
-    return statistics.median(taken)
+def _latencies(
+    folder: Path,
+    beside: Mapping[str, _Beside],
+    merged: tuple[Path, Manifest] | None,
+    windows: Sample,
+    progress: Progress,
+) -> dict[str, Latency]:
+    """A server of each way after the other."""
+    found = {}
+    for name, pair in beside.items():
+        with tempfile.TemporaryDirectory(prefix="quantserve-") as place:
+            ready, rank = to_serve(pair.adapter, folder, Path(place) / "ready", progress)
+            progress.say(f"serving: {name}")
+            found[name] = served.measured(Served(folder, ready, rank), windows.windows)
+    if merged is not None:
+        progress.say("serving: merged")
+        found["merged"] = served.measured(Served(merged[0]), windows.windows)
+    return found
+
+
+def to_serve(adapter: Adapter, folder: Path, target: Path, progress: Progress) -> tuple[Path, int]:
+    """What a server of the artifact takes, and the rank that it has to be started with."""
+    place = adapter.folder
+    if adapter.config.start is not None:
+        export.run(export.Order(place, folder, target, initial=adapter.initial), progress)
+        place = target
+    return place, obstacles.served_rank(lora.read(place).rank) or 0
 
 
 Column = tuple[str, list[str]]
@@ -200,5 +232,8 @@ def table(ways: Sequence[Way]) -> Iterator[Column]:
         yield f"{quiz.name}: accuracy", [f"{w.choices[place].accuracy.value:.1%}" for w in ways]
     yield "weights of one adapter, MB", [f"{way.bytes / 1e6:.1f}" for way in ways]
     yield "of each further one, MB", [f"{way.bytes_more / 1e6:.1f}" for way in ways]
-    if texts:
-        yield "forward of a window, float32, ms", [f"{way.forward_ms:.0f}" for way in ways]
+    timed = [way.latency for way in ways if way.latency]
+    if timed:
+        yield "served: first token, ms", [f"{each.first_token_ms:.0f}" for each in timed]
+        yield "  each further token, ms", [f"{each.next_token_ms:.1f}" for each in timed]
+        yield "  tokens/s of one stream", [f"{each.tokens_per_s:.1f}" for each in timed]

@@ -23,6 +23,8 @@ from quant.proof.compare_cli import (
     Seed,
     Text,
     Windows,
+    check_place,
+    check_text,
 )
 
 if TYPE_CHECKING:
@@ -60,17 +62,27 @@ def compare(
     seed: Seed = None,
     device: Device = None,
     cache: Cache = None,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency",
+            help="start `quantserve serve` for each way and time streamed answers to that text",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw KL, sizes and latency of each way into this PNG")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what ADAPTER is worth beside ARTIFACT, and merged: quality, size, time of a forward.
+    """Measure what ADAPTER is worth beside ARTIFACT, and merged: quality, size, latency.
 
     Everything is held against PARENT with ADAPTER in float32. Give a text of the adapter's own
     domain; without one the model writes a text with the adapter in it.
     """
     given = {"windows": windows, "length": length, "seed": seed, "device": device}
     draw = recipe.draw({name: value for name, value in given.items() if value is not None})
-    if text is not None and calibration is not None:
-        raise RecipeError("--text and --calibration both name the text to measure on; give one")
+    check_text({"--latency": latency, "--plot": plot}, text, calibration, choices)
+    check_place(plot)
     if merged is not None and merge is not None:
         raise RecipeError("--merged names an artifact and --merge makes one; give one of them")
 
@@ -81,14 +93,18 @@ def compare(
     asked = compare.Order(
         parent, base, (adapter,), training, text, calibration, tuple(choices or ()), cache
     )
-    order = ways.Order(asked, tuple(ready or ()), merged, merge)
+    order = ways.Order(asked, tuple(ready or ()), merged, merge, latency)
     if as_json:
         found = ways.run(draw, order, bar.Lines())
         bar.write({"ways": [way.model_dump(mode="json") for way in found]})
-        return
-    with bar.Bar("windows") as shown:
-        found = ways.run(draw, order, shown)
-    _print(found)
+    else:
+        with bar.Bar("windows") as shown:
+            found = ways.run(draw, order, shown)
+        _print(found)
+    if plot is not None:
+        from quant.proof import ways_plot
+
+        ways_plot.save(found, adapter.name, parent, plot.expanduser())
 
 
 def _print(found: "list[Way]") -> None:
