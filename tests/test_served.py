@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -111,6 +112,16 @@ def test_the_server_is_stopped_when_the_measuring_is(log: Path, fault: type[Base
     with pytest.raises(fault), served.running(SLEEPER, log) as process:
         raise fault
     assert process.returncode == -signal.SIGTERM
+
+
+def test_a_server_that_will_not_end_is_killed(log: Path) -> None:
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    command = [*SLEEPER[:2], deaf + SLEEPER[2]]
+    with served.running(command, log, grace_s=0.2) as process:
+        while "up" not in log.read_text():
+            assert process.poll() is None
+            time.sleep(0.02)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_the_server_is_stopped_when_we_are_killed(log: Path) -> None:

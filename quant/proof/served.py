@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,6 @@ TOKENS = 64  # of an answer
 _REQUESTS = 8
 _PROMPT = 256  # tokens at most
 _START_S = 900.0  # a hang; on a machine that is busy a start may take minutes
-_STOP_S = 30.0
 _TAIL = 25  # lines of a server's log
 _COMMAND = Path(sys.executable).with_name("quantserve")
 _BASE, _ADAPTER = "base", "adapter"
@@ -107,8 +106,10 @@ def measured(served: Served, windows: Sequence[Tensor]) -> Latency:
 
 
 @contextmanager
-def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The process of a command, in a session of its own, ended when the block is left anyhow."""
+def running(
+    command: Sequence[str], log: Path, grace_s: float = 60
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of a command, in a session of its own, ended however the block is left."""
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-c", _TIED, *command],
@@ -122,7 +123,8 @@ def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(_STOP_S)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(grace_s)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -110,8 +110,8 @@ class _Measure:
 def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
     """Each way's figures: beside the artifact, as exported, merged, as far as they were asked for.
 
-    CompareError where parent, artifact and adapter do not belong together; AdapterError where the
-    adapter cannot be served beside a base, or a server does not start.
+    CompareError where parent, artifact and adapter do not belong together, or a server does not
+    start; AdapterError where the adapter cannot be served beside a base.
     """
     if order.latency:
         served.check()
