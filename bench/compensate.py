@@ -1,8 +1,9 @@
-"""What `adapter export --compensate` gains: a LoRA trained on GSM8K, beside an artifact.
+"""Swap or merge, and what `adapter export --compensate` gains: a LoRA trained on GSM8K.
 
 Trains the adapter (minutes on two cores), quantizes the model where there is no artifact yet, and
-holds both exports, plain and compensated, against the 16-bit pair on questions that neither
-trained nor calibrated anything. GSM8K is a file of {"question", "answer"} lines that you give;
+holds the adapter beside it, plain and compensated, and with --merged an artifact that it was merged
+into, against the 16-bit pair on questions that neither trained nor calibrated anything. --latency
+times a server of each. GSM8K is a file of {"question", "answer"} lines that you give;
 its first lines train, the next calibrate, the last measure.
 
     python -m bench.rotated demo --out rotated
@@ -42,11 +43,10 @@ def main(words: Sequence[str] | None = None) -> None:
     adapter, artifact = args.out / "adapter", args.artifact or args.out / "artifact"
     if not adapter.is_dir():
         train(parent, lines, args.steps, adapter)
-    if not artifact.is_dir():
-        recipe = Recipe(scheme=args.scheme, group_size=args.group_size, samples=32, length=512)
-        order = pipeline.Order(args.model, artifact, calibration_file=args.calibration)
-        with bar.Bar("layers") as shown:
-            pipeline.run(recipe, order, shown)
+    _quantized(args, artifact)
+    merged = args.out / "merged" if args.merged else None
+    if merged is not None:
+        _quantized(args, merged, adapter)
     rest = lines[args.steps * BATCH :]
     texts = _chats(args.out / "domain.jsonl", rest[: len(rest) // 2])
     exam = _chats(args.out / "exam.jsonl", rest[len(rest) // 2 :])
@@ -63,7 +63,8 @@ def main(words: Sequence[str] | None = None) -> None:
     asked = compare.Order(args.model, artifact, (adapter,), calibration=exam)
     draw = Draw(windows=args.windows, length=256)
     with bar.Bar("windows") as shown:
-        found = ways.run(draw, ways.Order(asked, tuple(ready)), shown)
+        order = ways.Order(asked, tuple(ready), merged, latency=args.latency)
+        found = ways.run(draw, order, shown)
     _table(found)
 
 
@@ -81,7 +82,19 @@ def _asked(words: Sequence[str] | None) -> argparse.Namespace:
     add("--ranks", type=int, nargs="+", default=[8], help="of the compensation")
     add("--samples", type=int, default=48, help="rows of 256 tokens that calibrate it")
     add("--windows", type=int, default=16, help="of 256 tokens that measure")
+    add("--merged", action="store_true", help="an artifact with the adapter merged, too")
+    add("--latency", action="store_true", help="time a server of each way")
     return parser.parse_args(words)
+
+
+def _quantized(args: argparse.Namespace, target: Path, *adapters: Path) -> None:
+    """The model with these merged, unless it is there already."""
+    if target.is_dir():
+        return
+    recipe = Recipe(scheme=args.scheme, group_size=args.group_size, samples=32, length=512)
+    order = pipeline.Order(args.model, target, adapters, calibration_file=args.calibration)
+    with bar.Bar("layers") as shown:
+        pipeline.run(recipe, order, shown)
 
 
 def train(parent: Path, lines: Sequence[dict[str, str]], steps: int, target: Path) -> None:
@@ -136,21 +149,34 @@ def _chats(path: Path, lines: Sequence[dict[str, str]]) -> Path:
 
 
 def _table(found: Sequence[Way]) -> None:
-    print(
-        "| beside the artifact | MB | mean KL, nats | of the plain one's | same likeliest token |"
-    )
-    print("|---|---|---|---|---|")
+    head = ["way", "MB, one adapter", "each further", "mean KL, nats", "of the plain one's",
+            "same likeliest token"]  # fmt: skip
+    if found[0].latency:
+        head += ["first token, ms", "each further, ms", "tokens/s"]
+    print(f"| {' | '.join(head)} |")
+    print(f"|{'---|' * len(head)}")
     plain = found[0].text
     assert plain is not None
     for way in found:
-        text = way.text
-        assert text is not None
-        kl = text.mean_kl
-        print(
-            f"| {Path(way.name).name} | {way.bytes_more / 1e6:.1f} | {kl.value:.4f}"
-            f" ({kl.low:.4f} .. {kl.high:.4f}) | {kl.value / plain.mean_kl.value:.2f} |"
-            f" {text.top1_agreement.value:.1%} |"
-        )
+        print(f"| {' | '.join(_row(way, plain.mean_kl.value))} |")
+
+
+def _row(way: Way, plain: float) -> list[str]:
+    text, timed = way.text, way.latency
+    assert text is not None
+    kl = text.mean_kl
+    row = [
+        Path(way.name).name,
+        f"{way.bytes / 1e6:.1f}",
+        f"{way.bytes_more / 1e6:.1f}",
+        f"{kl.value:.4f} ({kl.low:.4f} .. {kl.high:.4f})",
+        f"{kl.value / plain:.2f}",
+        f"{text.top1_agreement.value:.1%}",
+    ]
+    if timed:
+        row += [f"{timed.first_token_ms:.0f}", f"{timed.next_token_ms:.1f}"]
+        row.append(f"{timed.tokens_per_s:.1f}")
+    return row
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ def test_it_trains_compensates_and_measures(
     out = tmp_path / "out"
     words = ["--model", parent, "--gsm8k", exam, "--out", out, "--steps", 2, "--samples", 4]
     with variants.one_thread():
-        compensate.main([*map(str, words), "--windows", "2", "--ranks", "8", "--calibration",
-                         str(texts(tmp_path))])  # fmt: skip
+        compensate.main([*map(str, words), "--windows", "2", "--ranks", "8", "--merged",
+                         "--calibration", str(texts(tmp_path))])  # fmt: skip
     shown = capsys.readouterr().out
-    assert "step 2/2" in shown and "| of the plain one's |" in shown
-    beside, plus = (line.split(" | ") for line in shown.splitlines()[-2:])
-    assert beside[0] == "| beside" and plus[0] == "| plus-8" and float(plus[3]) < 1
+    assert "step 2/2" in shown and "| of the plain one's |" in shown and "first token" not in shown
+    beside, plus, merged = (line.split(" | ") for line in shown.splitlines()[-3:])
+    assert beside[0] == "| beside" and plus[0] == "| plus-8" and float(plus[4]) < 1
+    assert merged[0] == "| merged" and merged[1] == merged[2] and float(merged[3][:6]) > 0
     trained, more = lora.read(out / "adapter"), lora.read(out / "plus-8")
     assert (trained.rank, more.rank) == (8, 16)
     # What calibrates and what measures are other questions than what trained.
