@@ -133,6 +133,10 @@ def test_the_merged_artifact_is_made_on_the_way(home: Home, tmp_path: Path) -> N
     assert was is not None and made.recipe == was.recipe
     assert merged.artifact == "made" and kl(merged) < 1
     assert any("its own calibration text" in line for line in told.lines)
+    texts = home.folder / "texts.jsonl"
+    home.ways("w4a16", merge_into=tmp_path / "alike", merge_texts=texts)
+    alike = artifact.read(tmp_path / "alike")
+    assert alike is not None and alike.calibration == was.calibration
 
 
 def test_what_does_not_belong_together_is_refused(home: Home, tmp_path: Path) -> None:
@@ -177,6 +181,7 @@ def test_json_holds_every_figure_and_its_interval(home: Home) -> None:
     [
         (("--merged", "a", "--merge", "b"), "give one of them"),
         (("--calibration", "c"), "give one"),
+        (("--merge-calibration", "c"), "is for --merge"),
         (("--plot", "nowhere/ways.png"), "its folder does not exist"),
     ],
 )

@@ -39,13 +39,15 @@ class Order:
     """`asked` names the parent, the artifact, the one adapter and the files to measure on.
 
     `ready` are exported folders of the same adapter; `merged` an artifact that it was merged into,
-    `merge_into` where to make one by the artifact's recipe. `latency`: time a server of each.
+    `merge_into` where to make one by the artifact's recipe, calibrated on the lines of
+    `merge_texts`. `latency`: time a server of each.
     """
 
     asked: compare.Order
     ready: tuple[Path, ...] = ()
     merged: Path | None = None
     merge_into: Path | None = None
+    merge_texts: Path | None = None
     latency: bool = False
 
 
@@ -172,9 +174,19 @@ def _merged(
         return None
     place = place.expanduser().resolve()
     if order.merged is None:
-        if manifest.calibration.origin == "file":
-            progress.say("merging: the model writes its own calibration text, for lack of the file")
-        job = pipeline.Order(asked.parent, place, asked.adapters, asked.training, cache=asked.cache)
+        if manifest.calibration.origin == "file" and order.merge_texts is None:
+            progress.say(
+                "merging: the model writes its own calibration text; --merge-calibration names the"
+                " file that calibrated the other"
+            )
+        job = pipeline.Order(
+            asked.parent,
+            place,
+            asked.adapters,
+            asked.training,
+            calibration_file=order.merge_texts,
+            cache=asked.cache,
+        )
         return place, pipeline.run(recipe.build(manifest.recipe), job, progress)
     found = compare.intact(place)
     compare.check_parent(opened, found, place)

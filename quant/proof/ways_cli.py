@@ -52,6 +52,10 @@ def compare(
     merge: Annotated[
         Path | None, typer.Option(help="or make one here first, by the recipe of ARTIFACT")
     ] = None,
+    merge_calibration: Annotated[
+        Path | None,
+        typer.Option(help="for --merge: the file that calibrated ARTIFACT [self-written]"),
+    ] = None,
     training_base: TrainingBase = "stored",
     initial: Initial = None,
     text: Text = None,
@@ -85,6 +89,8 @@ def compare(
     check_place(plot)
     if merged is not None and merge is not None:
         raise RecipeError("--merged names an artifact and --merge makes one; give one of them")
+    if merge_calibration is not None and merge is None:
+        raise RecipeError("--merge-calibration is for --merge; give that too, or leave it out")
 
     from quant.lora.training import Training
     from quant.proof import compare, ways
@@ -93,7 +99,7 @@ def compare(
     asked = compare.Order(
         parent, base, (adapter,), training, text, calibration, tuple(choices or ()), cache
     )
-    order = ways.Order(asked, tuple(ready or ()), merged, merge, latency)
+    order = ways.Order(asked, tuple(ready or ()), merged, merge, merge_calibration, latency)
     if as_json:
         found = ways.run(draw, order, bar.Lines())
         bar.write({"ways": [way.model_dump(mode="json") for way in found]})
