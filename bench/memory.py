@@ -7,6 +7,7 @@ two blocks.
 
     python -m bench.memory                          # the 1B shape, whole
     python -m bench.memory --shape 7b --blocks 2    # peak memory does not depend on depth
+    python -m bench.memory --rivals gptqmodel llm-compressor
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -27,14 +29,17 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from quant import checkpoint, shards
+from bench import tools, yardstick
+from quant import calibration, checkpoint, shards
 from quant.intake import source
+from quant.recipe import Recipe
 from quant.solver import blocks, preflight
 from quant.solver.preflight import FLOAT, Calibration
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
 HOST = torch.device("cpu")
 SAMPLE_SECONDS = 0.1
+GROUP = 128  # inputs that share a scale
 SPREAD = 0.02  # of the weights, as models start out
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "1b": {  # Llama-3.2-1B
@@ -61,6 +66,7 @@ class Cost:
 
 def main() -> None:
     args = _arguments()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     folder = args.cache / f"{args.shape}-{args.blocks or 'whole'}"
     settings = dict(SHAPES[args.shape])
     if args.blocks:
@@ -69,19 +75,16 @@ def main() -> None:
         make(folder, settings, source.open(source.DEMO).folder)
     texts = args.cache / "texts.jsonl"
     letters(texts, args.samples * args.length)
-    out = args.cache / "made"
-    command = [
-        QUANTSERVE, "quantize", str(folder), "--out", str(out), "--force", "--fresh", "--json",
-        "--calibration", str(texts), "--samples", str(args.samples), "--length", str(args.length),
-    ]  # fmt: skip
     log = args.cache / "log.jsonl"
     program = watched([sys.executable, "-c", "import quant.pipeline"], log)
-    cost = watched(command, log)
+    cost = watched(_ours(args, folder, texts), log)
     events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     foreseen = next(event for event in events if event.get("event") == "estimate")
     least = floor(folder, args.samples, args.length)
     what = {"shape": folder.name, "tokens": f"{args.samples} x {args.length}"}
     print(table(what, (cost, program), foreseen, least))
+    for name in args.rivals:
+        print(f"{name}: {_rival(name, args, folder, texts)}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -93,10 +96,43 @@ def _arguments() -> argparse.Namespace:
     add("--blocks", type=int, help="make only so many [all]")
     add("--samples", type=int, default=32, help="calibration rows")
     add("--length", type=int, default=512, help="tokens of each")
+    add("--rivals", nargs="*", choices=list(tools.RIVALS), default=[], help="these after ours")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="of everybody")
+    add("--limit", type=float, default=4 * 3600.0, help="seconds that a rival may take")
     add("--cache", type=Path, default=Path("~/.cache/quantserve/memory"), help="models and results")
+    add("--environments", type=Path, default=Path("~/.cache/quantserve/rivals"),
+        help="of the rivals, as `bench.rivals` makes them")  # fmt: skip
     args = parser.parse_args()
-    args.cache = args.cache.expanduser().absolute()
+    args.cache, args.environments = (
+        path.expanduser().absolute() for path in (args.cache, args.environments)
+    )
     return args
+
+
+def _ours(args: argparse.Namespace, folder: Path, texts: Path) -> list[str]:
+    return [
+        QUANTSERVE, "quantize", str(folder), "--out", str(args.cache / "made"), "--force",
+        "--fresh", "--json", "--group-size", str(GROUP), "--calibration", str(texts),
+        "--samples", str(args.samples), "--length", str(args.length),
+    ]  # fmt: skip
+
+
+def _rival(name: str, args: argparse.Namespace, folder: Path, texts: Path) -> str:
+    """What it held and took on the same tokens, or why it ended; what it wrote is thrown away."""
+    opened = source.open(str(folder))
+    recipe = Recipe(group_size=GROUP, samples=args.samples, length=args.length)
+    rows = calibration.prepare(opened, recipe, texts, yardstick.say)
+    asked = tools.Asked(
+        opened, "w4a16", GROUP, rows, recipe, texts, args.threads, args.limit, args.environments,
+        again=True,
+    )  # fmt: skip
+    try:
+        out, command, env = tools.ordered(name, asked)
+        cost = tools.watched(command, asked, out.name, env)
+    except tools.Failed as fault:
+        return str(fault)
+    shutil.rmtree(out, ignore_errors=True)
+    return f"peak {_gb(cost.peak_bytes)}, {cost.seconds:.0f} s"
 
 
 def make(folder: Path, settings: Mapping[str, Any], tokenizer: Path) -> None:

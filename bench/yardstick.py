@@ -47,6 +47,7 @@ class Row(BaseModel):
     calibration: str  # digest of the tokens
     threads: int
     cpus: str
+    isa: str = "auto"
     when: datetime
     seconds: float | None = None
     peak_bytes: int | None = None  # of the process and all below it
@@ -57,7 +58,8 @@ class Row(BaseModel):
     @property
     def setting(self) -> str:
         group = "per channel" if self.group_size < 0 else f"groups of {self.group_size}"
-        return f"{self.model}, {self.scheme}, {group}, calibration {self.calibration[:8]}"
+        held = "" if self.isa == "auto" else f", as on {self.isa.upper()}"
+        return f"{self.model}, {self.scheme}, {group}, calibration {self.calibration[:8]}{held}"
 
 
 class Yardstick:

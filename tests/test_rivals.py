@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import rivals, yardstick
+from bench import rivals, tools, yardstick
 from bench.yardstick import Row
 from quant import calibration
 from quant.intake import source
@@ -23,20 +23,20 @@ from tests.test_pipeline import calibration_file
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> rivals.Asked:
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tools.Asked:
     home = tmp_path_factory.mktemp("rivals")
     opened = source.open(str(tiny.model_folder(home / "parent")), cache=home / "cache")
     recipe = Recipe(samples=2, length=32, group_size=32)
     file = calibration_file(home)
     rows = calibration.prepare(opened, recipe, file, source.quiet)
-    return rivals.Asked(opened, "w4a16", 32, rows, recipe, file, 1, 60.0, home / "cache")
+    return tools.Asked(opened, "w4a16", 32, rows, recipe, file, 1, 60.0, home / "cache")
 
 
-def run(asked: rivals.Asked, program: str) -> rivals.Cost:
-    return rivals.watched([sys.executable, "-c", program], asked, "run", {})
+def run(asked: tools.Asked, program: str) -> tools.Cost:
+    return tools.watched([sys.executable, "-c", program], asked, "run", {})
 
 
-def test_the_memory_of_children_counts(asked: rivals.Asked) -> None:
+def test_the_memory_of_children_counts(asked: tools.Asked) -> None:
     hold = "import time; b = bytearray(150_000_000); time.sleep(1.5)"
     alone = run(asked, "import time; time.sleep(1)")
     below = run(asked, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])")
@@ -45,16 +45,16 @@ def test_the_memory_of_children_counts(asked: rivals.Asked) -> None:
     assert below.seconds > 1.5
 
 
-def test_a_run_that_fails_says_its_last_word(asked: rivals.Asked) -> None:
-    with pytest.raises(rivals.Failed, match="ValueError: two workers are needed"):
+def test_a_run_that_fails_says_its_last_word(asked: tools.Asked) -> None:
+    with pytest.raises(tools.Failed, match="ValueError: two workers are needed"):
         run(asked, "raise ValueError('two workers are needed')")
 
 
-def test_a_run_over_its_time_is_ended_with_its_children(asked: rivals.Asked) -> None:
+def test_a_run_over_its_time_is_ended_with_its_children(asked: tools.Asked) -> None:
     mark = asked.cache / "late"
     late = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
-    with pytest.raises(rivals.Failed, match="stopped after 1 s"):
+    with pytest.raises(tools.Failed, match="stopped after 1 s"):
         run(replace(asked, limit=1.0), program)
     time.sleep(3)
     assert not mark.exists()
@@ -114,13 +114,13 @@ def test_the_table_holds_everybody_against_ours() -> None:
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-def test_what_was_made_is_not_made_again_unless_asked(asked: rivals.Asked) -> None:
+def test_what_was_made_is_not_made_again_unless_asked(asked: tools.Asked) -> None:
     out = asked.out("ours")
     out.parent.mkdir(parents=True, exist_ok=True)
     program = f"open({str(out) + '.runs'!r}, 'a').write('x')"
     command = [sys.executable, "-c", program]
-    first = rivals.made(out, command, asked, {})
-    assert rivals.made(out, command, asked, {}) == first
-    assert rivals.made(out, command, replace(asked, again=True), {}) != first
+    first = tools.made(out, command, asked, {})
+    assert tools.made(out, command, asked, {}) == first
+    assert tools.made(out, command, replace(asked, again=True), {}) != first
     assert Path(f"{out}.runs").read_text() == "xx"
-    assert len({asked.out(name) for name in rivals.RIVALS}) == len(rivals.RIVALS)
+    assert len({asked.out(name) for name in tools.RIVALS}) == len(tools.RIVALS)
