@@ -30,7 +30,7 @@ from quant import pipeline
 from quant.artifact import LayerReport
 from quant.intake import source
 from quant.recipe import Recipe
-from quant.solver import columns, descent, gptq, grid, int8
+from quant.solver import columns, descent, gptq, grid, int8, residual
 from quant.solver.grid import Levels
 
 FULL = "full"
@@ -161,7 +161,8 @@ def _by_rounding(
     return _quantize(weights, feedback, cost, chosen, levels)
 
 
-_NO_TARGET: Patch = (descent, "shifted", lambda weight, *_: weight)
+_NO_TARGET: Patch = (descent, "shifted", lambda _weight, target, *_: target)
+_NO_GAP: Patch = (residual, "adders", lambda *_: [])
 _NO_EVENING: Patch = (descent, "evening", _no_evening)
 _NO_DESCENT: Patch = (descent, "improved", lambda _target, start, *_: start)
 _BY_ROUNDING: Patch = (columns, "quantize", _by_rounding)
@@ -173,6 +174,7 @@ _NO_SMOOTHING: Patch = (int8, "smoothing", lambda weight, *_: torch.ones_like(we
 WITHOUT: Mapping[str, tuple[Patch, ...]] = {
     FULL: (),
     "no shifted target": (_NO_TARGET,),
+    "a target for inputs alone": (_NO_GAP,),
     "no evening": (_NO_EVENING,),
     "no descent": (_NO_DESCENT,),
     "scales chosen by rounding": (_BY_ROUNDING,),

@@ -98,16 +98,20 @@ def test_moments_of_several_devices_are_those_of_all_their_tokens() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 50])
-def test_a_sample_tells_what_the_moments_tell(tokens: int) -> None:
+@pytest.mark.parametrize("rows", [0, ROWS])
+def test_a_sample_tells_what_the_moments_tell(tokens: int, rows: int) -> None:
     weight, (served, parent) = drawn(ROWS, COLUMNS), drifted(tokens)
-    kept, counted = descent.held_out(tokens, COLUMNS, CPU), Moments(COLUMNS)
+    kept, counted = descent.held_out(tokens, COLUMNS, CPU, rows), Moments(COLUMNS, rows=rows)
+    gap = drawn(tokens, rows, seed=3) if rows else None
     assert isinstance(kept, Sample)
     assert isinstance(descent.held_out(COLUMNS + 1, COLUMNS, CPU), Moments)
     for place in (slice(0, 20), slice(20, None)):
-        kept.add(served[place], parent[place])
-        counted.add(served[place], parent[place])
+        for each in (kept, counted):
+            each.add(served[place], parent[place], gap if gap is None else gap[place])
     assert kept.is_zero() == counted.is_zero() == (tokens == 0)
-    torch.testing.assert_close(kept.pull(weight), counted.pull(weight), rtol=1e-4, atol=1e-4)
+    for some in (slice(None), slice(1, ROWS, 3)):
+        ours, theirs = kept.asked(weight[some], some), counted.asked(weight[some], some)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     if tokens:
         torch.testing.assert_close(kept.loss(weight), counted.loss(weight), rtol=1e-4, atol=1e-4)
 
@@ -119,6 +123,27 @@ def test_a_sample_keeps_its_tokens_whatever_becomes_of_them() -> None:
     before = kept.loss(torch.eye(COLUMNS))
     served.zero_()
     assert torch.equal(kept.loss(torch.eye(COLUMNS)), before)
+
+
+def test_a_target_moved_by_both_comes_nearest_to_what_the_stream_should_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Held-out tokens that are the fitted ones: all that can be had of the gap is had, in as many
+    rows at a time as there may be."""
+    weight, inputs = drawn(ROWS, COLUMNS, seed=1), correlated(300, COLUMNS)
+    gap = inputs @ drawn(ROWS, COLUMNS, seed=2).T + drawn(300, ROWS, seed=3)
+    fitted, held = Moments(COLUMNS, rows=ROWS), Moments(COLUMNS, rows=ROWS)
+    for each in (fitted, held):
+        each.add(inputs, inputs, gap)
+    factor = gptq.factorize(fitted.hessian.mean(), 1e-5, 32)
+    target = descent.shifted(weight, weight, fitted.lack(), held, factor)
+    best = torch.linalg.lstsq(inputs.double(), (gap + inputs @ weight.T).double()).solution.T
+    torch.testing.assert_close(target.double(), best, rtol=1e-2, atol=1e-2)
+    again = descent.shifted(weight, target, fitted.lack(), held, factor)
+    torch.testing.assert_close(again, target, rtol=1e-2, atol=1e-2)  # nothing is asked for twice
+    monkeypatch.setattr(descent, "PART", COLUMNS * 3)
+    parts = descent.shifted(weight, weight, fitted.lack(), held, factor)
+    torch.testing.assert_close(parts, target, rtol=1e-2, atol=1e-2)
 
 
 def test_no_token_has_no_drift() -> None:
@@ -135,7 +160,7 @@ def test_a_shifted_target_comes_nearer_to_the_parents_outputs(size: float) -> No
     weight = drawn(ROWS, COLUMNS, seed=1)
     fitted, held = drifted(500, size=size), drifted(100, seed=20, size=size)
     factor = gptq.factorize(moments(*fitted).hessian.mean(), DAMPING, 32)
-    target = descent.shifted(weight, moments(*fitted).pull(weight), moments(*held), factor)
+    target = descent.shifted(weight, weight, moments(*fitted).pull(weight), moments(*held), factor)
     for inputs in (fitted, held, drifted(300, seed=40, size=size)):
         assert missed(target, *inputs, weight) < 0.9 * missed(weight, *inputs, weight)
 
@@ -160,7 +185,7 @@ def test_the_strength_is_best_on_held_out_tokens_and_within_bounds(
     held = (held[0], held[1] - 2 * (seed % 2) * (held[1] - held[0]))  # odd: the opposite drift
     known = moments(*fitted)
     factor = gptq.factorize(known.hessian.mean(), DAMPING, 32)
-    target = descent.shifted(weight, known.pull(weight), moments(*held), factor)
+    target = descent.shifted(weight, weight, known.pull(weight), moments(*held), factor)
     assert -1e-4 <= (share := strength(weight, target, known)) <= 1 + 1e-4
     least = missed(target, *held, weight)
     way = factor.solved(known.pull(weight))
@@ -172,7 +197,7 @@ def test_a_drift_the_held_out_tokens_deny_moves_nothing() -> None:
     weight, (served, parent) = drawn(ROWS, COLUMNS), drifted(300)
     fitted, denied = moments(served, parent), moments(parent, served)
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
-    assert torch.equal(descent.shifted(weight, fitted.pull(weight), denied, factor), weight)
+    assert torch.equal(descent.shifted(weight, weight, fitted.pull(weight), denied, factor), weight)
 
 
 @pytest.mark.parametrize("kept", [0, 40])
@@ -180,14 +205,14 @@ def test_inputs_that_agree_leave_the_weight_itself(kept: int) -> None:
     weight, inputs = drawn(ROWS, COLUMNS), correlated(200, COLUMNS)
     fitted, held = moments(inputs), moments(inputs[:kept])
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
-    assert torch.equal(descent.shifted(weight, fitted.pull(weight), held, factor), weight)
+    assert torch.equal(descent.shifted(weight, weight, fitted.pull(weight), held, factor), weight)
 
 
 def test_without_held_out_tokens_the_weight_stays() -> None:
     weight, fitted = drawn(ROWS, COLUMNS), moments(*drifted(100))
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
     assert torch.equal(
-        descent.shifted(weight, fitted.pull(weight), Moments(COLUMNS), factor), weight
+        descent.shifted(weight, weight, fitted.pull(weight), Moments(COLUMNS), factor), weight
     )
 
 
@@ -195,7 +220,7 @@ def test_held_out_tokens_of_zeros_tell_no_more_than_none() -> None:
     weight, fitted, silent = drawn(ROWS, COLUMNS), moments(*drifted(100)), Moments(COLUMNS)
     silent.add(torch.zeros(5, COLUMNS), torch.zeros(5, COLUMNS))
     factor = gptq.factorize(fitted.hessian.mean(), DAMPING, 32)
-    assert torch.equal(descent.shifted(weight, fitted.pull(weight), silent, factor), weight)
+    assert torch.equal(descent.shifted(weight, weight, fitted.pull(weight), silent, factor), weight)
     start = gptq.solve(weight, fitted.hessian.mean(), factor, 32, INT4)
     found = (
         descent.improved(weight, start, (fitted.hessian.mean(), held), INT4)

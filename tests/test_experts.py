@@ -21,9 +21,9 @@ from quant.proof import card, compare, replica
 from quant.recipe import Draw
 from quant.solver import allotment, blocks, experts, sensitivity
 from quant.solver.experts import Reading, Rows
-from quant.solver.layers import counted
 from quant.solver.sensitivity import Offers
 from quant.solver.walk import Inputs
+from quant.solver.weighting import counted
 from tests import tiny
 from tests.test_compare import Told as Heard
 from tests.test_gptq import plainly_rounded

@@ -18,7 +18,7 @@ from quant.formats import FULL, INT8, Format, Plan
 from quant.intake import source
 from quant.intake.source import Source
 from quant.recipe import Recipe, Scheme, choose_group_size
-from quant.solver import blocks, descent, gptq, grid, int8, layers, walk
+from quant.solver import blocks, descent, gptq, grid, int8, walk
 from quant.solver.blocks import Stream
 from quant.solver.descent import Moments
 from quant.solver.layers import Layers
@@ -68,7 +68,8 @@ class Recording:
             self.after[name] = linear.weight.clone()
             served = torch.cat([self.seen(linear, given.served) for given in group.inputs])
             parent = torch.cat([given.parent for given in group.inputs])
-            self.inputs[name] = Inputs(served, parent)
+            gaps = [given.gap for given in group.inputs if given.gap is not None]
+            self.inputs[name] = Inputs(served, parent, gap=torch.cat(gaps) if gaps else None)
 
 
 def opened(
@@ -123,12 +124,26 @@ def solve_blocks(
 def moments_of(inputs: Inputs) -> tuple[Moments, Moments]:
     """Of the tokens fitted to, and of the last eighth, which is held out."""
     (even,) = descent.evening([inputs.parent])
-    served, parent = inputs.served * even, inputs.parent * even
-    last = len(served) - len(served) // 8
-    fitted, held = Moments(served.shape[1]), Moments(served.shape[1])
-    fitted.add(served[:last], parent[:last])
-    held.add(served[last:], parent[last:])
+    read = [inputs.served * even, inputs.parent * even]
+    if inputs.gap is not None:
+        (level,) = descent.evening([inputs.gap * even])
+        read.append(inputs.gap * even * level)
+    last = len(even) - len(even) // 8
+    width, rows = inputs.served.shape[1], 0 if inputs.gap is None else inputs.gap.shape[1]
+    fitted, held = Moments(width, rows=rows), Moments(width, rows=rows)
+    fitted.add(*(each[:last] for each in read))
+    held.add(*(each[last:] for each in read))
     return fitted, held
+
+
+def target_of(weight: Tensor, fitted: Moments, held: Moments) -> Tensor:
+    """What a layer is solved for: moved by the drift, then by the gap of a stream it adds to."""
+    target = weight
+    for asked, damping in ((fitted.pull(weight), 0.01), (fitted.lack(), 0.1)):
+        if len(asked):
+            factor = gptq.factorize(fitted.hessian.mean(), damping, -1)
+            target = descent.shifted(weight, target, asked, held, factor)
+    return target
 
 
 def test_rows_solved_a_few_at_a_time_are_what_they_are_together(
@@ -136,7 +151,7 @@ def test_rows_solved_a_few_at_a_time_are_what_they_are_together(
 ) -> None:
     model = opened(tmp_path)
     _, together, _ = solve_blocks(model, Recipe(), Notes())
-    monkeypatch.setattr(layers, "PART", 64 * 10)
+    monkeypatch.setattr(descent, "PART", 64 * 10)
     _, apart, _ = solve_blocks(model, Recipe(), Notes())
     for name in together.groups[0]:  # whose inputs are the parent's: no target moves
         assert torch.equal(apart.after[name], together.after[name])
@@ -149,10 +164,9 @@ def test_the_reported_loss_is_that_of_the_layers_outputs(scheme: Scheme, tmp_pat
     assert list(reports) == [name for group in recording.groups for name in group]
     for group in recording.groups:
         fitted, held = moments_of(recording.inputs[group[0]])
-        factor = gptq.factorize(fitted.hessian.mean(), 0.01, layers.plan[Q].group)
         before = [recording.before[name] for name in group]
         weights = torch.cat(before)
-        targets = descent.shifted(weights, fitted.pull(weights), held, factor)
+        targets = target_of(weights, fitted, held)
         given = recording.inputs[group[0]]
         (even,) = descent.evening([given.parent])
         inputs = (given.served * even)[: fitted.hessian.tokens].double()
@@ -167,7 +181,8 @@ def test_the_reported_loss_is_that_of_the_layers_outputs(scheme: Scheme, tmp_pat
 
 
 def test_a_layer_makes_up_for_what_those_before_it_lost(tmp_path: Path) -> None:
-    """Solved for its own weight, its outputs would be further from the parent's."""
+    """Solved for its own weight, its outputs would be further from what they should be: the
+    parent's, and where they are added to a stream, what that lacks beside."""
     layers, recording, _ = solve_blocks(opened(tmp_path), Recipe(), Notes(), count=2)
     levels, nearer = grid.full_range(4, torch.bfloat16), []
     for name, inputs in recording.inputs.items():
@@ -176,7 +191,7 @@ def test_a_layer_makes_up_for_what_those_before_it_lost(tmp_path: Path) -> None:
         alone = gptq.solve(weight, fitted.hessian.mean(), factor, layers.plan[Q].group, levels)
         alone = descent.improved(weight, alone, (fitted.hessian.mean(), held), levels)
         (even,) = descent.evening([inputs.parent])
-        meant = inputs.parent @ weight.T
+        meant = inputs.parent @ weight.T + (0 if inputs.gap is None else inputs.gap)
         ours, theirs = (
             float((even * (inputs.served @ made.T - meant)).square().sum())
             for made in (recording.after[name], alone.weight())
@@ -193,7 +208,7 @@ def test_an_int8_layer_is_solved_for_the_inputs_it_will_see(
 ) -> None:
     recipe, notes = Recipe(scheme="w8a8"), Notes()
     _, recording, _ = solve_blocks(opened(tmp_path), recipe, notes, smooth=smoothed["smooth"])
-    for served, _, _ in recording.inputs.values():
+    for served, *_ in recording.inputs.values():
         torch.testing.assert_close(int8.as_served(served), served)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -50,7 +51,16 @@ class Watching:
 
     def visit(self, group: Group) -> None:
         self.visits.append((group.prefix, list(group.linears)))
-        self.inputs.append([Inputs(i.served.clone(), i.parent.clone()) for i in group.inputs])
+        self.inputs.append(
+            [
+                Inputs(
+                    i.served.clone(),
+                    i.parent.clone(),
+                    gap=i.gap if i.gap is None else i.gap.clone(),
+                )
+                for i in group.inputs
+            ]
+        )
         for name in group.linears:
             self.feeds[f"{group.prefix}{name}"] = None if group.feed is None else group.feed.name
 
@@ -78,6 +88,21 @@ class Scrambling(Watching):
         super().visit(group)
         for linear in group.linears.values():
             linear.weight.normal_()
+
+
+class Closing(Watching):
+    """Halves every weight, and keeps those of layers alone in their group: before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[tuple[Tensor, Tensor]] = []
+
+    def visit(self, group: Group) -> None:
+        super().visit(group)
+        before = [linear.weight.clone() for linear in group.linears.values()]
+        for linear in group.linears.values():
+            linear.weight.mul_(0.5)
+        self.weights.append((before[0], before[0] / 2))
 
 
 class Doubling(Watching):
@@ -181,6 +206,27 @@ def test_the_parents_stream_is_the_parents_whatever_the_solver_does(
         assert all(not torch.allclose(a, b) for a, b in zip(hidden[1:], parent[1:], strict=True))
 
 
+@pytest.mark.parametrize("family", sorted({*tiny.FAMILIES} - {"gemma3_text"}))
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_gap_is_what_the_stream_lacks_where_a_layer_adds_to_it(
+    family: str, tmp_path: Path, *, on_disk: bool
+) -> None:
+    solver = Closing()
+    with aside.shelf(tmp_path) if on_disk else nullcontext() as kept:
+        _, served, parents = walked(opened(tmp_path, family), rows(), solver, kept)
+    last = [i for i, (_, names) in enumerate(solver.visits) if names == ["mlp.down_proj"]]
+    for block, place in enumerate(last, start=1):
+        before, after = solver.weights[place]
+        for given, ours, theirs in zip(solver.inputs[place], served, parents, strict=True):
+            assert given.gap is not None
+            left = given.gap + given.parent @ before.T - given.served @ after.T
+            behind = (theirs[block] - ours[block]).flatten(0, 1)
+            torch.testing.assert_close(left, behind, rtol=1e-3, atol=1e-3)
+    told = {names[0] for (_, names), given in zip(solver.visits, solver.inputs, strict=True)
+            if given[0].gap is not None}  # fmt: skip
+    assert told == {"self_attn.o_proj", "mlp.down_proj"}
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_layers_that_share_an_input_are_found(family: str, tmp_path: Path) -> None:
     watching = Watching()
@@ -196,7 +242,7 @@ def test_a_solver_sees_the_inputs_of_every_batch(tmp_path: Path) -> None:
     walked(opened(tmp_path), rows(), watching)
     assert all(len(inputs) == 2 for inputs in watching.inputs)
     for place, width in ((0, 64), (3, 128)):
-        served, parent, _ = zip(*watching.inputs[place], strict=True)
+        served, parent, *_ = zip(*watching.inputs[place], strict=True)
         assert [tuple(part.shape) for part in served] == [(48, width), (24, width)]
         assert [tuple(part.shape) for part in parent] == [(48, width), (24, width)]
 

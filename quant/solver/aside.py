@@ -128,12 +128,13 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Inputs of a layer when served and in the parent, shown when asked for; `real` picks tokens
-    that count out of them."""
+    """Inputs of a layer when served and in the parent, and what the stream it adds to `lacks`,
+    shown when asked for; `real` picks tokens that count out of them."""
 
     real: Callable[[Tensor], Tensor]
     shelf: Shelf
     tensors: tuple[Tensor, Tensor]
+    lacks: Callable[[], Tensor | None]
     routed: None = None
 
     @property
@@ -143,6 +144,11 @@ class Pair:
     @property
     def parent(self) -> Tensor:
         return self.real(self.shelf.shown(self.tensors[1]))
+
+    @property
+    def gap(self) -> Tensor | None:
+        states = self.lacks()
+        return None if states is None else self.real(states)
 
 
 class Holdings(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's, on subclassing

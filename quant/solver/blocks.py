@@ -32,8 +32,10 @@ class Stream:
     """Rows of calibration on their way through the model, as it was and as it is served.
 
     `hidden` [rows, length, width], float32, is behind the blocks chosen so far, `parent` behind the
-    parent's own; with a shelf they lie there, and are read whenever they are asked for. `mask`
-    [rows, length] is true where a token is real; `calls` is what each block gets beside the states.
+    parent's own; with a shelf they lie there, and are read whenever they are asked for. `gap` is
+    the parent's less the served one, inside a block wherever a layer is about to add to both.
+    `mask` [rows, length] is true where a token is real; `calls` is what each block gets beside the
+    states.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Stream:
         self.calls: list[Call] = [] if calls is None else calls
         self.copy = 0  # which of the decoder's copies runs it
         self.hidden = self.parent = hidden
+        self.gap = None
 
     @property
     def hidden(self) -> Tensor:
@@ -60,6 +63,14 @@ class Stream:
     @parent.setter
     def parent(self, states: Tensor) -> None:
         self._parent = Kept(states, self.shelf)
+
+    @property
+    def gap(self) -> Tensor | None:
+        return None if self._gap is None else self._gap.tensor()
+
+    @gap.setter
+    def gap(self, states: Tensor | None) -> None:
+        self._gap = None if states is None else Kept(states, self.shelf)
 
     def real(self, inputs: Tensor) -> Tensor:
         """Inputs [rows, length, columns] of real tokens only, [tokens, columns]."""

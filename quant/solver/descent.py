@@ -16,6 +16,8 @@ from quant.solver import columns, gptq
 from quant.solver.gptq import Factor, Hessian, Solution, dequantize
 from quant.solver.grid import Levels
 
+ALL = slice(None)
+PART = 1 << 22  # numbers of a weight that are solved together
 _PASSES = 1
 _MOST_TIMES_ORDINARY = 4.0  # squared size of a token's inputs, by the median token's
 _TELLING = 256  # rows, evenly spread, tell how far a layer's target moves
@@ -39,25 +41,31 @@ def evening(inputs: Iterable[Tensor]) -> list[Tensor]:
 
 
 class Moments:
-    """Of a layer's inputs over calibration tokens, [columns, columns] each.
+    """Of a layer's inputs over calibration tokens.
 
-    `hessian` is H = mean x x^T of inputs x as served; the drift is D = mean (p - x) x^T, how the
-    parent's inputs p differ along them.
+    `hessian` [columns, columns] is H = mean x x^T of inputs x as served; the drift [columns,
+    columns] is D = mean (p - x) x^T, how the parent's inputs p differ along them; the gap [rows,
+    columns] is G = mean g x^T, what the stream that the layer adds to lacks along them.
     """
 
-    def __init__(self, width: int, device: torch.device | None = None) -> None:
+    def __init__(self, width: int, device: torch.device | None = None, rows: int = 0) -> None:
+        """`rows` of the layer if it adds to a stream, else 0."""
         self.hessian = Hessian(width, device)
         self._drift = torch.zeros(width, width, device=device)
+        self._gap = torch.zeros(rows, width, device=device)
 
-    def add(self, served: Tensor, parent: Tensor) -> None:
-        """Counts every row of the inputs [tokens, columns]."""
+    def add(self, served: Tensor, parent: Tensor, gap: Tensor | None = None) -> None:
+        """Counts every row of the inputs [tokens, columns] and of the gap [tokens, rows]."""
         self.hessian.add(served)
         gptq.accumulate(self._drift, parent - served, served)
+        if gap is not None:
+            gptq.accumulate(self._gap, gap, served)
 
     def take(self, other: Moments) -> None:
         """Counts what another one has counted, wherever that lies."""
         self.hessian.take(other.hessian)
         self._drift += other._drift.to(self._drift.device)
+        self._gap += other._gap.to(self._gap.device)
 
     def is_zero(self) -> bool:
         """Whether nothing was added, or nothing but zeros as served."""
@@ -66,6 +74,17 @@ class Moments:
     def pull(self, weight: Tensor) -> Tensor:
         """w D [rows, columns]: what the drift asks of a weight's outputs."""
         return (weight @ self._drift).div_(max(self.hessian.tokens, 1))
+
+    def lack(self) -> Tensor:
+        """G [rows, columns]: what the gap asks of them; no rows where there is no stream."""
+        return self._gap / max(self.hessian.tokens, 1)
+
+    def asked(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        """Both, of these `rows` of the layer, which `weight` is."""
+        found = self.pull(weight)
+        if len(self._gap):
+            found.add_(self._gap[rows], alpha=1 / max(self.hessian.tokens, 1))
+        return found
 
     def loss(self, error: Tensor) -> Tensor:
         """e H e^T [rows] of each row e of `error` [rows, columns]."""
@@ -83,18 +102,23 @@ class Sample:
     def __init__(self) -> None:
         self._served: list[Tensor] = []
         self._drift: list[Tensor] = []
+        self._gap: list[Tensor] = []
 
-    def add(self, served: Tensor, parent: Tensor) -> None:
+    def add(self, served: Tensor, parent: Tensor, gap: Tensor | None = None) -> None:
         self._served.append(served.float().clone())
         self._drift.append((parent - served).float())
+        self._gap.append(served.new_zeros(len(served), 0) if gap is None else gap.float().clone())
 
     def is_zero(self) -> bool:
         return not any(bool(rows.any()) for rows in self._served)
 
-    def pull(self, weight: Tensor) -> Tensor:
+    def asked(self, weight: Tensor, rows: slice = ALL) -> Tensor:
         found = torch.zeros_like(weight)
-        for served, drift in zip(self._served, self._drift, strict=True):
-            found.addmm_((drift @ weight.T).T, served)
+        for served, drift, gap in zip(self._served, self._drift, self._gap, strict=True):
+            asked = drift @ weight.T
+            if gap.shape[1]:
+                asked += gap[:, rows]
+            found.addmm_(asked.T, served)
         return found.div_(max(self._tokens(), 1))
 
     def loss(self, error: Tensor) -> Tensor:
@@ -119,29 +143,54 @@ def merged(parts: Sequence[Moments], device: torch.device) -> Moments:
     return whole
 
 
+def few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    """In parts of so few rows that what is computed of them stays small beside a Hessian."""
+    return torch.split(matrix, max(PART // matrix.shape[1], 1))
+
+
 HeldOut = Moments | Sample  # of tokens that nothing was fitted to
 
 
-def held_out(tokens: int, width: int, device: torch.device) -> HeldOut:
+def held_out(tokens: int, width: int, device: torch.device, rows: int = 0) -> HeldOut:
     """Whichever of the two is smaller for so many tokens."""
-    return Sample() if tokens <= width else Moments(width, device)
+    return Sample() if tokens <= width else Moments(width, device, rows)
 
 
-def shifted(weight: Tensor, pulled: Tensor, held: HeldOut, factor: Factor) -> Tensor:
-    """The target [rows, columns] whose outputs on served inputs are nearest the parent's.
+def shifted(weight: Tensor, target: Tensor, asked: Tensor, held: HeldOut, factor: Factor) -> Tensor:
+    """`target` [rows, columns] moved by what is `asked` of the outputs of `weight`, in its place.
 
-    |x w' - p w|^2 is least at w' = w + w D H^-1, `pulled` being w D; the whole way overfits, so it
-    goes as far as is best on the held-out tokens, which has a closed form too: at most once the
-    way, at least none.
+    The outputs meant are the parent's, p w, and what the stream they are added to lacks, g:
+    |x w' - (p w + g)|^2 is least at w' = w + (w D + G) H^-1, and either part can be asked for. The
+    whole way overfits, so it goes as far as is best on the held-out tokens, which has a closed form
+    too: at most once the way, at least none.
     """
     if held.is_zero():
-        return weight
-    way = factor.solved(pulled)
-    some = slice(None, None, max(1, len(weight) // _TELLING))
-    gained = float((held.pull(weight[some]) * way[some]).sum())
-    spent = float(held.loss(way[some]).sum())
-    strength = min(max(gained / spent, 0.0), 1.0) if spent > 0 else 0.0
-    return way.mul_(strength).add_(weight)
+        return target
+    first = 0
+    for own, goal, its in zip(*map(few_rows, (weight, target, asked)), strict=True):
+        way = factor.solved(its)
+        step = max(1, len(own) // _TELLING)
+        some = slice(None, None, step)
+        wanted = held.asked(own[some], slice(first, first + len(own), step))
+        told = own[some], goal[some], way[some], wanted
+        its.copy_(way.mul_(_strength(told, held))).add_(goal)
+        first += len(own)
+    return asked
+
+
+def _strength(told: tuple[Tensor, Tensor, Tensor, Tensor], held: HeldOut) -> float:
+    """Of a way from the targets so far, by the rows that tell and what is wanted of them."""
+    own, target, way, wanted = told
+    spent = float(held.loss(way).sum())
+    if not spent > 0:
+        return 0.0
+    gained = float((wanted * way).sum()) - float(_product(held, target - own, way).sum())
+    return min(max(gained / spent, 0.0), 1.0)
+
+
+def _product(held: HeldOut, one: Tensor, other: Tensor) -> Tensor:
+    """one H other^T [rows], row by row."""
+    return (held.loss(one + other) - held.loss(one - other)) / 4
 
 
 def improved(

@@ -9,15 +9,14 @@ factors in the group's weights leaves the block's output as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-# A forward of the block: the inputs of each group by its first layer's name, and the output.
-Trace = Callable[[], tuple[Mapping[str, Tensor], Tensor]]
+from quant.solver.trace import Trace
 
 _TOLERANCE = 1e-3  # of a token's largest: float32 through one block, against factors up to 2
 

@@ -6,7 +6,6 @@ be solved, and names it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -21,43 +20,21 @@ from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
 from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
 from quant.recipe import Recipe
-from quant.solver import descent, devices, gptq, int8, smoothing
+from quant.solver import descent, devices, gptq, int8, smoothing, weighting
 from quant.solver.descent import HeldOut, Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
 from quant.solver.grid import Levels, full_range
-from quant.solver.preflight import HELD, PART
-from quant.solver.walk import Given, Group
+from quant.solver.preflight import HELD
+from quant.solver.walk import Group
 
-_PRIOR = 128  # tokens of its own that outweigh what an expert is shown of the others'
+# Of the fit of what a stream lacks: a layer's inputs tell little of it, the rest is noise.
+_LACK_DAMPING = 0.1
 
 
 def levels(form: Format, dtype: torch.dtype) -> Levels:
     """The grid of a quantized format; `dtype` is that of scales where the format leaves it open."""
     return int8.CHANNEL if form.inputs == 8 else full_range(form.bits, dtype)
-
-
-def counted(inputs: Sequence[Given]) -> list[Tensor]:
-    """Factors [tokens, 1] for the rows of a layer's inputs: evened, and an expert's sample of what
-    others get counts as `_PRIOR` tokens of its own, whatever its size.
-
-    An expert that the router chose often is left to its own tokens, one that it hardly chose is
-    solved for what any token would be to it: H = (n H_own + m H_sample) / (n + m).
-    """
-    even = descent.evening(given.parent for given in inputs)
-    routed = [given.routed for given in inputs if given.routed is not None]
-    if not routed:
-        return even
-    others = sum(int((~each).sum()) for each in routed)
-    share = math.sqrt(_PRIOR / max(others, 1))
-    return [
-        by * torch.where(own, 1.0, share)[:, None] for by, own in zip(even, routed, strict=True)
-    ]
-
-
-def _few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
-    """In parts of so few rows that what is computed of them stays small beside a Hessian."""
-    return torch.split(matrix, max(PART // matrix.shape[1], 1))
 
 
 def half(source: Source) -> torch.dtype:
@@ -113,7 +90,7 @@ class Layers:
             self._leave(dict(zip(names, group.linears.values(), strict=True)))
             return
         weight = torch.cat([linear.weight.float() for linear in group.linears.values()])
-        even = counted(group.inputs)
+        even = weighting.counted(group.inputs)
         try:
             if form.inputs == 8:
                 weight = self._smooth(weight, group, even)
@@ -197,18 +174,32 @@ class Layers:
         """
         fitted, held = self._moments(weight, group, even)
         with devices.products(rounded=False):
-            pulled = fitted.pull(weight)
+            asked = [fitted.pull(weight), fitted.lack()]
             matrix = fitted.hessian.mean()
             del fitted  # the drift's moment, before as much is needed to factorize
+            target = self._target(weight, asked, matrix, held)
             grid = levels(form, self.dtype)
             factor = gptq.factorize(matrix, self._damping, form.group)
             found, energy = [], []
-            for part, its in zip(*(_few_rows(rows) for rows in (weight, pulled)), strict=True):
-                target = descent.shifted(part, its, held, factor)
-                start = gptq.solve(target, matrix, factor, form.group, grid)
-                found.append(descent.improved(target, start, (matrix, held), grid))
+            for part, goal in zip(
+                *(descent.few_rows(rows) for rows in (weight, target)), strict=True
+            ):
+                start = gptq.solve(goal, matrix, factor, form.group, grid)
+                found.append(descent.improved(goal, start, (matrix, held), grid))
                 energy.append((part @ matrix).mul_(part).sum(dim=1))
             return gptq.stacked(found), torch.cat(energy), factor
+
+    def _target(
+        self, weight: Tensor, asked: Sequence[Tensor], matrix: Tensor, held: HeldOut
+    ) -> Tensor:
+        """What the rows are solved for: moved by the drift of inputs, then by a stream's gap."""
+        target = weight
+        dampings = self._damping, max(self._damping, _LACK_DAMPING)
+        for ways, damping in zip(asked, dampings, strict=True):
+            if len(ways):
+                factor = gptq.factorize(matrix, damping, -1)
+                target = descent.shifted(weight, target, ways, held, factor)
+        return target
 
     def _moments(
         self, weight: Tensor, group: Group, even: Sequence[Tensor]
@@ -216,16 +207,19 @@ class Layers:
         """Of the evened inputs that are fitted to, and of those that are held out."""
         width, linear = weight.shape[1], next(iter(group.linears.values()))
         fitted: dict[torch.device, Moments] = {}
-        held = descent.held_out(sum(len(by) // HELD for by in even), width, weight.device)
-        for given, by in zip(group.inputs, even, strict=True):
+        gaps = weighting.gaps(group.inputs, even)
+        rows = 0 if group.inputs[0].gap is None else len(weight)
+        held = descent.held_out(sum(len(by) // HELD for by in even), width, weight.device, rows)
+        for given, by, gap in zip(group.inputs, even, gaps, strict=True):
             served = self.seen(linear, given.served)
             parent = self._meant(linear, given.parent).mul(by.to(served.dtype))
             served = served.mul(by.to(served.dtype))
             last = len(served) - len(served) // HELD
             if served.device not in fitted:
-                fitted[served.device] = Moments(width, served.device)
-            fitted[served.device].add(served[:last], parent[:last])
-            held.add(served[last:].to(weight.device), parent[last:].to(weight.device))
+                fitted[served.device] = Moments(width, served.device, rows)
+            read = [served, parent, *([] if gap is None else [gap.to(served.dtype)])]
+            fitted[served.device].add(*(each[:last] for each in read))
+            held.add(*(each[last:].to(weight.device) for each in read))
         return descent.merged(list(fitted.values()), weight.device), held
 
     def _meant(self, linear: nn.Linear, inputs: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ import torch
 
 from quant import formats
 from quant.formats import Shapes
+from quant.solver.descent import PART
 
 FLOAT = 4  # bytes
 _STRIP = 384  # columns beside the diagonal that a Hessian's update computes twice
-_PRODUCTS = 6.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
+_PRODUCTS = 5.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
 _CHECKS = 2  # of them with what is held out
 STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
 IN_MEMORY = 1 << 29  # bytes of what forwards hold while they wait; more lies on disk
-PART = 1 << 22  # numbers of a weight that are solved together
 HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone: beside them stand norms, attention's softmax, loops over
@@ -63,6 +63,11 @@ class Unit:
     def weights(self) -> int:
         return self.rows * self.columns
 
+    def adds(self, given: Calibration) -> bool:
+        """Whether it puts out what goes from block to block: taken for a layer that adds to it, as
+        experts are too, to be on the safe side."""
+        return self.rows == given.width
+
 
 Blocks = Sequence[Sequence[Unit]]
 
@@ -99,7 +104,12 @@ def operations(blocks: Blocks, given: Calibration) -> Operations:
     attention = len(blocks) * given.length * given.width
     through = sum(unit.share * unit.weights for unit in layers) + attention
     products = sum(
-        unit.share * (unit.columns * (unit.columns + _STRIP) // 2 + unit.columns**2)
+        unit.share
+        * (
+            unit.columns * (unit.columns + _STRIP) // 2
+            + unit.columns**2
+            + unit.adds(given) * unit.weights
+        )
         for unit in layers
     )
     solving = sum(_solved(unit, given) for unit in layers)
@@ -108,8 +118,9 @@ def operations(blocks: Blocks, given: Calibration) -> Operations:
 
 def _solved(unit: Unit, given: Calibration) -> int:
     held = min(int(unit.share * given.tokens) // HELD, unit.columns)
-    products = int(_PRODUCTS * unit.columns) + _CHECKS * held
-    return unit.weights * products + unit.columns**3 // 3
+    targets = 1 + unit.adds(given)  # each with a factor of its own
+    products = int((_PRODUCTS + targets) * unit.columns) + (_CHECKS + targets) * held
+    return unit.weights * products + (1 + targets) * unit.columns**3 // 3
 
 
 def memory(blocks: Blocks, given: Calibration) -> int:
@@ -141,7 +152,8 @@ def speed(device: torch.device) -> float:
 def waiting(blocks: Blocks, given: Calibration) -> int:
     """Bytes that the forwards of both streams hold where they stop, between and inside blocks."""
     widest = max(unit.columns for block in blocks for unit in block)
-    return 2 * given.tokens * (4 * given.width + widest) * FLOAT
+    gap = given.states
+    return 2 * given.tokens * (4 * given.width + widest) * FLOAT + gap
 
 
 def waits_on_disk(blocks: Blocks, given: Calibration, allowed: int = IN_MEMORY) -> bool:
@@ -161,7 +173,10 @@ def _of_block(block: Sequence[Unit], given: Calibration) -> int:
 
 
 def _solving(unit: Unit, given: Calibration) -> int:
-    """The Hessian with the drift or its factor, held-out tokens, a target, and a part's copies."""
-    held = 2 * unit.columns * min(given.tokens // HELD, unit.columns)
+    """The Hessian with the drift or its factor, held-out tokens, what is asked of the weight beside
+    it, and a part's copies."""
+    adds = unit.adds(given)
+    kept = 2 * unit.columns + adds * unit.rows
+    held = kept * min(given.tokens // HELD, unit.columns)
     part = min(unit.weights, max(PART, unit.columns))
-    return FLOAT * (2 * unit.columns**2 + held + 2 * unit.weights + _COPIES * part)
+    return FLOAT * (2 * unit.columns**2 + held + (2 + adds) * unit.weights + _COPIES * part)

@@ -22,7 +22,7 @@ from quant import formats
 from quant.errors import SolveError
 from quant.formats import FULL, Format
 from quant.intake.source import Source
-from quant.solver import blocks, descent, experts, gptq, int8, layers, smoothing, walk
+from quant.solver import blocks, descent, experts, gptq, int8, layers, smoothing, walk, weighting
 from quant.solver.blocks import Decoder, Stream
 from quant.solver.gptq import Hessian
 from quant.solver.walk import Group
@@ -116,7 +116,7 @@ class _Scout:
         weight = torch.cat([linear.weight for linear in group.linears.values()])
         divisor = torch.ones(weight.shape[1], device=weight.device)
         if self.scales_inputs:
-            even = layers.counted(group.inputs)
+            even = weighting.counted(group.inputs)
             divisor = smoothing.chosen(weight, group, even)
         names = tuple(f"{group.prefix}{name}" for name in group.linears)
         self._units.append(Unit(names, divisor))

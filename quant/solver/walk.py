@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant.errors import SolveError, SourceError
+from quant.errors import SolveError
 from quant.intake.source import Source
-from quant.solver import blocks, experts, folds, lockstep
+from quant.solver import blocks, experts, folds, lockstep, residual
 from quant.solver.aside import Holdings, Pair
 from quant.solver.blocks import Decoder, Stream
 from quant.solver.experts import Reading
 from quant.solver.folds import Feed
+from quant.solver.trace import Tracer
 
 ONE_IN = 17  # tokens are shown to every expert: a prime, so that all places of a row come up
 
@@ -35,12 +36,14 @@ class Inputs(NamedTuple):
     """What a layer is given, [tokens, columns] each: when served, and in the parent.
 
     `routed` [tokens] tells of an expert's tokens which its router chose; the others are a sample
-    of what it does not get.
+    of what it does not get. `gap` [tokens, rows] is how far the parent's stream of states is from
+    the served one where the layer adds to it; None of a layer that does not.
     """
 
     served: Tensor
     parent: Tensor
     routed: Tensor | None = None
+    gap: Tensor | None = None
 
 
 class Given(Protocol):
@@ -54,6 +57,9 @@ class Given(Protocol):
 
     @property
     def routed(self) -> Tensor | None: ...
+
+    @property
+    def gap(self) -> Tensor | None: ...
 
 
 # The block's output [tokens, width] on a sample of the parent's tokens, were layers to compute so.
@@ -102,10 +108,11 @@ def run(
             held.enter_context(blocks.filled(*its))
         samples = [_sample(stream, probe) for stream in through]
         outcome = partial(_outcome, block, samples, place)
-        trace = _Trace(block, partial(_forward, block, samples[0], place))
+        trace = Tracer(block, partial(_forward, block, samples[0], place))
         with experts.sampling(block, one_in=1):
             groups = trace.groups()
             feeds = folds.found(block, groups, trace) if solver.scales_inputs else {}
+            adders = residual.adders(block, groups, trace)
         unreached = blocks.linears(block).keys() - {name for group in groups for name in group}
         if unreached:
             missed = decoder.home(place) + decoder.module(place, min(unreached))
@@ -114,15 +121,18 @@ def run(
         for copy in decoder.all():
             held.enter_context(experts.sampling(copy.blocks[place], one_in=ONE_IN))
             held.enter_context(_stops(copy.blocks[place], block, groups, solver, dtypes))
+            held.enter_context(_followed(copy.blocks[place], adders[:-1]))
         pairs = held.enter_context(_lanes(decoder, place, through))
+        for stream in through:
+            stream.gap = stream.parent.float() - stream.hidden
         for group in groups:
-            inputs = [_given(lane, other, stream) for lane, other, stream in pairs]
+            inputs = [_given(*pair, adds=group[0] in adders) for pair in pairs]
             named = _named(decoder, place, group, feeds.get(group[0]))
             solver.visit(Group(decoder.home(place), *named, inputs, outcome))
             del inputs  # before the next ones come
             _hand_on(decoder, place, group)
         for lane, other, stream in pairs:
-            stream.hidden, stream.parent = _ended(lane), _ended(other)
+            stream.hidden, stream.parent, stream.gap = _ended(lane), _ended(other), None
 
 
 @contextmanager
@@ -164,7 +174,7 @@ _role = threading.local()
 
 def _forward(block: nn.Module, stream: Stream, place: int, *, parent: bool = False) -> Tensor:
     args, kwargs = stream.calls[place]
-    _role.parent = parent
+    _role.parent, _role.stream = parent, stream
     _role.held = None if stream.shelf is None else Holdings(stream.shelf)
     with _role.held or nullcontext():
         out = block(stream.parent if parent else stream.hidden, *args, **kwargs)
@@ -194,36 +204,6 @@ def _outcome(
     finally:
         del _role.instead
     return torch.cat(outs)
-
-
-class _Trace:
-    """A short forward that tells what each linear layer read."""
-
-    def __init__(self, block: nn.Module, forward: Callable[[], Tensor]) -> None:
-        self._block, self._forward = block, forward
-
-    def __call__(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs by name, in calling order, and the block's output."""
-        read: dict[str, Tensor] = {}  # held, so that no memory is reused
-
-        def note(_module: nn.Module, args: tuple[Tensor], *, name: str) -> None:
-            if name in read:
-                raise SourceError(f"{name} is used twice in one block: it has no single input")
-            read[name] = args[0]
-
-        with ExitStack() as undo, torch.no_grad():
-            for name, linear in blocks.linears(self._block).items():
-                hook = linear.register_forward_pre_hook(partial(note, name=name))
-                undo.callback(hook.remove)
-            return read, self._forward()
-
-    def groups(self) -> list[list[str]]:
-        """Linear layers in calling order, those that read the same tensor together."""
-        groups: dict[tuple[int, int, int], list[str]] = {}
-        for name, inputs in self()[0].items():
-            key = (inputs.data_ptr(), inputs.numel(), inputs._version)
-            groups.setdefault(key, []).append(name)
-        return list(groups.values())
 
 
 @contextmanager
@@ -262,18 +242,34 @@ def _stops(
         yield
 
 
+@contextmanager
+def _followed(block: nn.Module, adders: Sequence[str]) -> Iterator[None]:
+    """Keeps the streams' gaps up with what these layers add to them."""
+
+    def follow(_linear: nn.Module, _inputs: object, made: Tensor) -> None:
+        if getattr(_role, "instead", None) is None and _role.stream.gap is not None:
+            _role.stream.gap += made if _role.parent else -made
+
+    with ExitStack() as undo:
+        for name in adders:
+            undo.callback(block.get_submodule(name).register_forward_hook(follow).remove)
+        yield
+
+
 def _kept(stored: torch.dtype) -> torch.dtype:
     return stored if stored.itemsize < torch.float32.itemsize else torch.float32
 
 
-def _given(lane: Lane, other: Lane, stream: Stream) -> Given:
+def _given(lane: Lane, other: Lane, stream: Stream, *, adds: bool) -> Given:
     """Where a served lane and the parent's stop next: what they read there of real tokens."""
     served, parent = _next(lane), _next(other)
     if served.rows is not None:
         return Inputs(*experts.paired(served, parent, stream.mask))
     if stream.shelf is not None:
-        return Pair(stream.real, stream.shelf, (served.inputs, parent.inputs))
-    return Inputs(stream.real(served.inputs), stream.real(parent.inputs))
+        lacking = (lambda: stream.gap) if adds else (lambda: None)
+        return Pair(stream.real, stream.shelf, (served.inputs, parent.inputs), lacking)
+    gap = stream.real(stream.gap) if adds and stream.gap is not None else None
+    return Inputs(stream.real(served.inputs), stream.real(parent.inputs), gap=gap)
 
 
 def _next(lane: Lane) -> Reading:
