@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry as fsspec_registry
 
 from serve.adapters.sources import Sources
-from serve.errors import AdapterRefused, SourceUnavailable
+from serve.errors import AdapterRefused
 from tests.fakes import SHAPES
 from tests.lora import write_lora
 
@@ -141,38 +139,6 @@ def test_a_store_whose_driver_is_missing_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as Python notes what cannot be imported
     with pytest.raises(AdapterRefused, match=r"quantserve\[gcs\]"):
         Sources().fetch("gs://bucket/legal", into)
-
-
-def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_adapter(
-    into: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with pytest.raises((SourceUnavailable, AdapterRefused)):
-        Sources(hub=True).fetch("owner/name", into)
-
-
-class PretendHub(MemoryFileSystem):  # type: ignore[misc]
-    """Stands in for huggingface_hub's file system: no hub can be reached from the tests."""
-
-    protocol = "hf"
-    store: ClassVar[dict[str, object]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return str(super()._strip_protocol(path.removeprefix("hf://")))
-
-
-@pytest.mark.parametrize("source", ["owner/legal@v2", "hf://owner/legal@v2"])
-def test_a_hub_id_with_a_revision_is_read_through_the_hubs_file_system(
-    root: Path, into: Path, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(fsspec_registry, "hf", PretendHub)
-    hub = PretendHub()
-    for name in FILES:
-        hub.pipe(f"owner/legal@v2/{name}", (root / "team" / "legal" / name).read_bytes())
-    assert fetched(Sources(root, hub=True), source, into) == FILES
 
 
 def test_a_folder_under_the_root_is_meant_before_a_hub_id(root: Path, into: Path) -> None:

@@ -199,7 +199,7 @@ class Catalog:
     async def _take_in(self, alias: str, source: str, by: By) -> Record:
         stored = await asyncio.to_thread(self._store.take_in, source)
         made = time.time()
-        return Record(alias, stored.digest, source, stored.rank, stored.bytes, made, by.who)
+        return Record(alias, stored.digest, stored.source, stored.rank, stored.bytes, made, by.who)
 
     async def _record(self, alias: str, version: str) -> Record:
         """The one version that `version` names: ALIAS@DIGEST or the beginning of a digest."""

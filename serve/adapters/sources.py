@@ -15,10 +15,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import fsspec
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from quant.lora import adapter, voice
 from serve.errors import AdapterMissing, AdapterRefused, SourceUnavailable
@@ -26,11 +28,12 @@ from serve.errors import AdapterMissing, AdapterRefused, SourceUnavailable
 NEEDED = (adapter.CONFIG, adapter.WEIGHTS)
 FILES = (adapter.CONFIG, adapter.LINEAGE, *voice.FILES, adapter.WEIGHTS)  # small ones first
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-HUB_ID = re.compile(r"(?:hf://)?(?P<path>[\w.-]+/[\w.-]+(?:@[\w.-]+)?)/?")
+HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?/?")
 CHUNK = 4 << 20
 FETCH_TIMEOUT_S = 600.0
 # A file by name and its size, as far as it is known; None when it is not there.
 Opener = Callable[[str], tuple[IO[bytes], int] | None]
+T = TypeVar("T")
 EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure", "abfs": "azure"}
 
 
@@ -43,11 +46,11 @@ class Sources:
     hub: bool = False
     max_bytes: int = 2 << 30
 
-    def fetch(self, source: str, into: Path) -> None:
+    def fetch(self, source: str, into: Path) -> str:
         """Copy an adapter's files into the folder `into`. Blocking.
 
-        AdapterRefused says what is not allowed or not there; SourceUnavailable that it could not
-        be reached.
+        Returns the source to fetch the same again from: of a hub id, its commit. AdapterRefused
+        says what is not allowed or not there; SourceUnavailable that it could not be reached.
         """
         if "\0" in source or ".." in re.split(r"[/\\]", unquote(source)):
             raise AdapterRefused(f"source {source!r} may not contain '..'", param="source")
@@ -64,10 +67,11 @@ class Sources:
                 raise AdapterRefused(f"source {source!r} names no bucket", param="source")
             _remote(lambda: self._from_store(source, into), source)
         elif scheme == "hf" or self._is_hub_id(source):
-            self._from_hub(source, into)
+            return self._from_hub(source, into)
         else:
             self._allow("file")
             self._from_folder(Path(source), into)
+        return source
 
     def _allow(self, scheme: str) -> None:
         if scheme not in self.schemes:
@@ -83,7 +87,7 @@ class Sources:
         under_root = self.root is not None and (self.root / source).is_dir()
         return self.hub and not under_root and HUB_ID.fullmatch(source) is not None
 
-    def _from_hub(self, source: str, into: Path) -> None:
+    def _from_hub(self, source: str, into: Path) -> str:
         if not self.hub:
             raise AdapterRefused(
                 "the hub is not allowed here: set QUANTSERVE_ALLOW_HUB", param="source"
@@ -93,7 +97,14 @@ class Sources:
             raise AdapterRefused(
                 f"{source!r} is not a hub id: OWNER/NAME[@REVISION]", param="source"
             )
-        _remote(lambda: self._from_store(f"hf://{named['path']}", into), source)
+
+        def work() -> str:
+            # A branch may move between two files, and will before another replica fetches them.
+            pinned = f"hf://{named['repo']}@{_commit(named['repo'], named['revision'])}"
+            self._from_store(pinned, into, block_size=0)  # one request a file, not one a block
+            return pinned
+
+        return _remote(work, source)
 
     def _from_folder(self, path: Path, into: Path) -> None:
         folder = self._absolute(path).resolve()
@@ -129,7 +140,7 @@ class Sources:
         if self.root is not None and not folder.is_relative_to(self.root.resolve()):
             raise AdapterRefused(f"{path} is not under the adapter root {self.root}", param="path")
 
-    def _from_store(self, url: str, into: Path) -> None:
+    def _from_store(self, url: str, into: Path, **reading: int) -> None:
         files, path = fsspec.url_to_fs(url)
 
         def opened(name: str) -> tuple[IO[bytes], int] | None:
@@ -139,7 +150,7 @@ class Sources:
                 return None
             if info.get("type") == "directory":
                 raise AdapterRefused(f"{url}/{name} is not a file", param=name)
-            return files.open(f"{path}/{name}", "rb"), int(info.get("size") or 0)
+            return files.open(f"{path}/{name}", "rb", **reading), int(info.get("size") or 0)
 
         self._copy(opened, into, url)
 
@@ -212,7 +223,15 @@ def _missing(opened: Opener, name: str, source: str) -> AdapterRefused:
     return AdapterMissing(f"{source}/{name} is missing", param=name)
 
 
-def _remote(work: Callable[[], None], source: str) -> None:
+def _commit(repo: str, revision: str | None) -> str:
+    """The commit that a branch, tag or nothing names now; the errors are for `_remote`."""
+    found = HfApi().model_info(repo, revision=revision).sha
+    if found is None:
+        raise AdapterMissing(f"the hub tells no commit of {repo}", param="source")
+    return found
+
+
+def _remote(work: Callable[[], T], source: str) -> T:
     """Each store has exceptions of its own: a value is easier to judge than `except`."""
     thread = ThreadPoolExecutor(1, "fetch")
     fetching = thread.submit(work)
@@ -223,12 +242,26 @@ def _remote(work: Callable[[], None], source: str) -> None:
         raise SourceUnavailable(
             f"{source} took over {FETCH_TIMEOUT_S:g} s", param="source"
         ) from late
+    if fault is None:
+        return fetching.result()
     if isinstance(fault, AdapterRefused):
         raise fault
+    raise _told(fault, source) from fault
+
+
+def _told(fault: BaseException, source: str) -> AdapterRefused | SourceUnavailable:
+    """What a driver says, with what to do about it."""
+    if isinstance(fault, RevisionNotFoundError):
+        return AdapterMissing(f"the hub has {source}, but no such revision", param="source")
+    if isinstance(fault, RepositoryNotFoundError):
+        return AdapterMissing(
+            f"the hub has no {source}, or not for everybody: check the name, or start the server "
+            "with HF_TOKEN set to the token of somebody who may read it",
+            param="source",
+        )
     if isinstance(fault, ImportError):
         extra = EXTRAS.get(source.partition("://")[0])
         remedy = f": pip install 'quantserve[{extra}]'" if extra else ""
-        raise AdapterRefused(f"{source}: {fault}{remedy}", param="source") from fault
-    if fault is not None:
-        told = f"{type(fault).__name__}: {fault}"
-        raise SourceUnavailable(f"{source} could not be read: {told}", param="source") from fault
+        return AdapterRefused(f"{source}: {fault}{remedy}", param="source")
+    told = f"{type(fault).__name__}: {fault}"
+    return SourceUnavailable(f"{source} could not be read: {told}", param="source")

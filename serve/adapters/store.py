@@ -41,7 +41,8 @@ Stamp = tuple[tuple[str, int, int, int], ...]  # name, inode, bytes and time of 
 class Stored:
     """An adapter in the store; `folder` is what the engine reads, `voice` is ready to be used.
 
-    A LoRA has a rank, a soft prompt virtual tokens.
+    A LoRA has a rank, a soft prompt virtual tokens. What was fetched has a `source` to fetch the
+    same again from.
     """
 
     digest: str
@@ -50,6 +51,7 @@ class Stored:
     bytes: int
     voice: Voice = field(default_factory=Voice)
     virtual_tokens: int = 0
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class Store:
         except OSError as fault:
             raise StoreFailed(f"the adapter store {self.root}: {fault.strerror}") from fault
         try:
-            self.sources.fetch(source, staging)
+            again = self.sources.fetch(source, staging)
             found = _read(staging, source)
             if expected is not None and found.digest != expected:
                 raise AdapterRefused(
@@ -129,7 +131,7 @@ class Store:
                 )
             own = _fit(found, self.base, source)
             self._for_engine(found, source)
-            return self._stored(self._keep(staging, found), own, source)
+            return replace(self._stored(self._keep(staging, found), own, source), source=again)
         except OSError as fault:
             raise StoreFailed(f"{source} could not be taken in: {fault}") from fault
         finally:
