@@ -111,6 +111,8 @@ def _arguments() -> argparse.Namespace:
     add("--table", action="store_true", help="run nothing, print the ledger")
     args = parser.parse_args()
     args.cache = args.cache.expanduser().absolute()
+    if Path(args.model).exists():
+        args.model = str(Path(args.model).absolute())
     args.results = args.results or args.cache / "results.jsonl"
     if not args.table and (args.calibration is None or args.text is None):
         parser.error("--calibration and --text are needed")

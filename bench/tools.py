@@ -173,7 +173,8 @@ def watched(command: Sequence[str], asked: Asked, name: str, env: Mapping[str, s
     known = os.environ | dict.fromkeys(threads, str(asked.threads)) | dict(env)
     began, peak = time.monotonic(), 0
     with log.open("w") as into:
-        process = psutil.Popen(list(command), stdout=into, stderr=into, env=known)
+        # Some leave logs where they run.
+        process = psutil.Popen(list(command), stdout=into, stderr=into, env=known, cwd=log.parent)
         try:
             while process.poll() is None:
                 peak = max(peak, _resident(process))

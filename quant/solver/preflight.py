@@ -22,7 +22,7 @@ _STRIP = 384  # columns beside the diagonal that a Hessian's update computes twi
 _PRODUCTS = 5.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
 _CHECKS = 2  # of them with what is held out
 STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
-IN_MEMORY = 1 << 29  # bytes of what forwards hold while they wait; more lies on disk
+IN_MEMORY = 1 << 30  # bytes of what forwards hold while they wait; more lies on disk
 HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone: beside them stand norms, attention's softmax, loops over
