@@ -8,8 +8,8 @@ API of vLLM's resolves aliases, streams included, without a second parse of anyt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -38,6 +38,12 @@ class EngineLoadFailed(ServeError):
     """vLLM itself could not load what we found valid."""
 
     code = "adapter_load_failed"
+
+
+class EngineUnloadFailed(ServeError):
+    """vLLM itself could not let go of what nobody needs any more."""
+
+    code = "adapter_unload_failed"
 
 
 class VllmEngine:
@@ -78,7 +84,9 @@ class VllmEngine:
         if version.soft and self.soft is not None:
             self.soft.unload(version)
             return
-        await self._client.remove_lora(version.slot)
+        fault = await _fault_of(self._client.remove_lora(version.slot))
+        if fault is not None and not self._client.errored:  # an engine that has ended holds nothing
+            raise EngineUnloadFailed(f"vLLM kept it: {fault!r}") from fault
 
 
 async def _fault_of(call: Any) -> BaseException | None:
@@ -139,6 +147,7 @@ class Endpoints:
 
         app.include_router(health.routes(lambda: not serving().draining, probe))
         app.add_exception_handler(ServeError, answer_error)
+        app.router.lifespan_context = _stopping(app.router.lifespan_context, serving)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         base_name = str(args.served_model_name[0])
@@ -153,6 +162,20 @@ class Endpoints:
             stock = getattr(engine_client, method)
             setattr(engine_client, method, _placing(stock, serving, engine.soft))
         await serving.start()
+
+
+def _stopping(stock: Any, serving: Callable[[], Serving]) -> Any:
+    """vLLM's lifespan of its app, with an end of ours: `init_state` began what is stopped here."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with stock(app) as state:
+            try:
+                yield state
+            finally:
+                await serving().stop()
+
+    return lifespan
 
 
 def _soft_prompts(client: Any) -> SoftPrompts | None:

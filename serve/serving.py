@@ -66,10 +66,11 @@ class Serving:
         self.metrics.ready.set(1)
 
     async def stop(self) -> None:
-        """Let go of the registry."""
+        """End what runs beside requests, and let go of the registry."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait({self._watching})
+        await self.pool.close()
         self.registry.close()
         self.templates.close()
 

@@ -74,6 +74,9 @@ class MemoryEngine:
         return True
 
     async def unload(self, version: Version) -> None:
+        await self.gate.wait()
+        if self.refuses:
+            raise EngineRefused(f"{version.name} stays")
         self.loaded.remove(version.name)
         self.pinned.discard(version.name)
 

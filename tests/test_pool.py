@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -95,6 +96,38 @@ async def test_a_failed_load_leaves_nothing(
     with pytest.raises(EngineRefused):
         await pool.load("legal", stored[0])
     assert pool.loaded() == [] and len(pool) == 0
+
+
+async def test_an_engine_that_is_going_away_leaves_no_fault_that_nobody_retrieves(
+    pool: AdapterPool, engine: MemoryEngine, stored: list[Stored], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream that ends in a drain holds the version before a swap."""
+    unhandled: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, told: unhandled.append(told))
+    first = await put(pool, "legal", stored[0])
+    pool.lease("legal", "somebody")
+    await put(pool, "legal", stored[1])
+    engine.refuses = True
+    pool.release(first)
+    await settled()
+    gc.collect()
+    assert unhandled == []
+    assert caplog.text.count(first.name) == 2  # whose version, and the engine's words for it
+    assert first in pool.loaded(), "the engine has it: a second load would be the end of vLLM's"
+    engine.refuses = False
+    assert await put(pool, "legal", stored[0]) is first
+
+
+async def test_closing_waits_for_no_answer_of_an_engine_that_has_gone(
+    pool: AdapterPool, engine: MemoryEngine, stored: list[Stored], caplog: pytest.LogCaptureFixture
+) -> None:
+    await put(pool, "legal", stored[0])
+    await put(pool, "legal", stored[1])
+    engine.gate.clear()  # for ever
+    await settled()
+    async with asyncio.timeout(5):
+        await pool.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()} and caplog.text == ""
 
 
 async def test_two_loads_of_one_version_are_one(

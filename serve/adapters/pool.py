@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from serve.adapters.canary import share_of
 from serve.adapters.slots import Slots
 from serve.adapters.store import Stored
 from serve.errors import Conflict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -154,6 +158,13 @@ class AdapterPool:
             self._retire_if_idle(version)
         await self.settle_pins()
 
+    async def close(self) -> None:
+        """End the retirements under way; an engine that is going away may never answer them."""
+        running = list(self._tasks)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
     async def settle_pins(self) -> None:
         """Pin what should be and has room (a predecessor may keep its place for a while).
 
@@ -189,13 +200,21 @@ class AdapterPool:
         if self._idle(version):
             task = asyncio.get_running_loop().create_task(self._unload(version))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._unloaded, version))
+
+    def _unloaded(self, version: Version, task: asyncio.Task[None]) -> None:
+        """Nobody awaits a retirement: what it failed with is told here."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            logger.error("%s could not leave the engine: %s", version.name, fault)
 
     async def _unload(self, version: Version) -> None:
         async with self._locks[version.name]:
             if not self._idle(version):
                 return  # somebody took it again
-            del self._loaded[version.name]
             await self._engine.unload(version)
+            del self._loaded[
+                version.name
+            ]  # not before: it may have stayed, and is no newcomer then
             self._unpin(version)
         await self.settle_pins()

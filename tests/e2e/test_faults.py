@@ -36,6 +36,12 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
     assert not alive
 
 
+def put(server: Server, folder: Path) -> None:
+    with server.http() as api:
+        reply = api.put("/admin/adapters/swapped", json={"path": str(folder)})
+        assert reply.status_code == 200, reply.text
+
+
 def test_a_killed_worker_is_replaced_and_the_parent_answers_meanwhile(fragile: Server) -> None:
     old = descendants(fragile)
     worker = next(child for child in old if "serve.worker" in " ".join(child.cmdline()))
@@ -48,14 +54,18 @@ def test_a_killed_worker_is_replaced_and_the_parent_answers_meanwhile(fragile: S
     assert "Paris" in fragile.answer("base")
 
 
-def test_sigterm_finishes_running_streams_and_leaves_no_process(fragile: Server) -> None:
+def test_sigterm_finishes_running_streams_and_leaves_no_process(
+    fragile: Server, loras: list[Path]
+) -> None:
+    """The stream holds a version that was swapped meanwhile, and gives it back in the end."""
     old = descendants(fragile)
+    put(fragile, loras[0])
     pieces: list[str] = []
 
     def long_stream() -> None:
         with fragile.client() as client:
             stream = client.completions.create(
-                model="base", prompt="Once upon a time", max_tokens=120, stream=True,
+                model="swapped", prompt="Once upon a time", max_tokens=120, stream=True,
                 extra_body={"ignore_eos": True},
             )  # fmt: skip
             pieces.extend(chunk.choices[0].text for chunk in stream)
@@ -64,8 +74,11 @@ def test_sigterm_finishes_running_streams_and_leaves_no_process(fragile: Server)
     reader.start()
     while len(pieces) < 3:
         time.sleep(0.05)
+    put(fragile, loras[1])
     os.kill(fragile.process.pid, signal.SIGTERM)
     reader.join(60)
     assert len(pieces) == 120
     assert fragile.process.wait(60) == 0
     wait_until_gone(old)
+    said = fragile.log.read_text()
+    assert "never retrieved" not in said and "could not leave the engine" not in said, said
