@@ -199,13 +199,13 @@ def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """sha256 over (name, dtype, shape, bytes) of every tensor in name order.
+def weights_fingerprint(folder: Path, found: Mapping[str, TensorHeader] | None = None) -> str:
+    """sha256 over (name, dtype, shape, bytes) of every tensor in name order, or of those `found`.
 
     Independent of how the tensors are split into files. Reads every byte of the weights.
     """
     digest = hashlib.sha256()
-    for name, header in headers(folder).items():
+    for name, header in (headers(folder) if found is None else found).items():
         digest.update(f"{name}\n{header.dtype}\n{header.shape}\n".encode())
         with (folder / header.file).open("rb") as file:
             file.seek(header.begin)

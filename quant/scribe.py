@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from quant import tokens
 from quant.errors import CalibrationError, SourceError
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
+from quant.intake.spelling import Part
 from quant.lora import starts
 from quant.recipe import Recipe
 from quant.solver import devices
@@ -123,11 +125,20 @@ def _load(source: Source, device: torch.device) -> PreTrainedModel:
     finally:
         if bars:
             chatter.enable_progress_bar()
-    for name, own in spelling.own_names(model, source.tensors.names()).items():
-        if source.tensors.is_changed(name):
-            model.get_parameter(own).data.copy_(source.tensors.get(name))
+    _merge(model, source)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def _merge(model: PreTrainedModel, source: Source) -> None:
+    """What adapters change, into the loaded model; an expert's layer is rows of a fused tensor."""
+    fused = spelling.expert_parts(model)
+    for name, own in spelling.own_names(model, source.tensors.names()).items():
+        if source.tensors.is_changed(name):
+            part = fused.get(name, Part(own, 0, source.tensors.shape(name)))
+            rows = model.get_parameter(part.of).data.view(-1, part.shape[-1])
+            its = rows[part.first : part.first + math.prod(part.shape[:-1])]
+            its.copy_(source.tensors.get(name).view_as(its))
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> list[list[int]]:

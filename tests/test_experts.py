@@ -26,6 +26,7 @@ from quant.solver.walk import Inputs
 from quant.solver.weighting import counted
 from tests import tiny
 from tests.test_compare import Told as Heard
+from tests.test_fused import resaved
 from tests.test_gptq import plainly_rounded
 from tests.test_pipeline import (
     LEVELS,
@@ -35,6 +36,7 @@ from tests.test_pipeline import (
     calibration_file,
     logits,
     quantize,
+    same_files,
     shift,
 )
 
@@ -262,16 +264,16 @@ def test_what_experts_are_foreseen_to_cost_is_what_they_do(tmp_path: Path) -> No
         assert unit.losses[Format(8, 64)] < 0.1 * unit.losses[Format(4, 64)]
 
 
-def test_experts_in_one_tensor_of_the_file_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    folder = tiny.model_folder(tmp_path / "parent", "qwen2_moe")
-    fused = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    held = {name: tensor.contiguous() for name, tensor in fused.items()}
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    reason = (
-        r"lacks .*experts\.0\.down_proj\.weight; .*experts\.down_proj has all .*save_pretrained"
-    )
-    with pytest.raises(SourceError, match=reason):
-        blocks.skeleton(source.open(str(folder), cache=tmp_path), CPU)
+def test_experts_fused_in_the_files_make_the_same_artifact_byte_for_byte(
+    case: Case, tmp_path: Path
+) -> None:
+    """As `save_original_format=False` and a trainer's folder hold them."""
+    fused, texts = resaved(case.made.parent, tmp_path / "parent"), calibration_file(tmp_path)
+    made = quantize(fused, tmp_path / "out", texts=texts, group_size=32)
+    assert same_files(made.folder, case.made.folder)
+    told = {"created", "seconds", "source", "files"}  # files: the card names the source
+    ours, theirs = (m.manifest.model_dump(exclude=told) for m in (made, case.made))
+    assert {**ours, "recipe": None} == {**theirs, "recipe": None}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -25,15 +26,17 @@ from transformers.models.auto.modeling_auto import (
 
 from quant import artifact
 from quant.errors import ArtifactError, SourceError
+from quant.intake import spelling
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The tensors of a model by name, a tied head left out; `vocabulary` names those whose rows
-    are tokens."""
+    """The tensors of a model by name, a tied head left out: its own names, and those that the hub
+    has for them. `vocabulary` names those whose rows are tokens."""
 
     config: PretrainedConfig
     shapes: dict[str, tuple[int, ...]]
+    published: dict[str, tuple[int, ...]]
     embedding: str
     vocabulary: tuple[str, ...]
 
@@ -70,10 +73,15 @@ def builder(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
-def outline(config: PretrainedConfig) -> Outline:
-    """Built without memory, as transformers builds the model."""
+def hollow(config: PretrainedConfig) -> PreTrainedModel:
+    """The model as transformers builds it, without memory."""
     with torch.device("meta"):
-        model = builder(config).from_config(config)
+        made: PreTrainedModel = builder(config).from_config(config)
+    return made
+
+
+def outline(config: PretrainedConfig) -> Outline:
+    model = hollow(config)
     names = {id(module): name for name, module in model.named_modules()}
     embedding = f"{names[id(model.get_input_embeddings())]}.weight"
     head = model.get_output_embeddings()
@@ -81,7 +89,11 @@ def outline(config: PretrainedConfig) -> Outline:
     left_out = heads if is_tied(config) else ()
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes = {name: shape for name, shape in state.items() if name not in left_out}
-    return Outline(config, shapes, embedding, (embedding, *heads))
+    published = shapes
+    if spelling.expert_leaves(model) is not None:
+        parts = spelling.published(model, shapes)
+        published = {name: part.shape for name, part in parts.items()}
+    return Outline(config, shapes, published, embedding, (embedding, *heads))
 
 
 def _check_decoder(path: Path, config: PretrainedConfig) -> None:

@@ -16,7 +16,6 @@ import torch
 from httpx2 import HTTPError  # what huggingface_hub speaks with; a proxy's refusal escapes it
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -24,7 +23,8 @@ from quant import artifact
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SourceError
 from quant.headers import TensorHeader
-from quant.intake import architecture, gguf, remodel, trainer, vocabulary
+from quant.intake import architecture, fused, gguf, remodel, trainer, vocabulary
+from quant.intake.stored import Stored
 from quant.lora import adapter as lora
 from quant.lora import anatomy, merge
 from quant.lora.adapter import Adapter
@@ -58,8 +58,8 @@ class Tensors:
     def get(self, name: str) -> Tensor:
         """In the stored dtype, or in float32 where it is not what is stored."""
         header = self._header(name)
-        with safe_open(self.folder / header.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        kind = _dtype(self.folder, name, header)
+        tensor = Stored.plain(self.folder / header.file, header.begin, kind, header.shape).read()
         if name in self.rounded:
             tensor = self.training.seen(tensor, turned=self.rounded[name])
         return merge.merged(tensor, self.adapters, name) if self._is_merged(name) else tensor
@@ -137,9 +137,9 @@ def open(
     folder = vocabulary.fitted(given, architecture.config(given), cache, say)
     config = architecture.config(folder)
     try:
-        headers = artifact.headers(folder)
+        headers = fused.headers(folder)
         fingerprint = Fingerprint(
-            weights=artifact.weights_fingerprint(folder),
+            weights=artifact.weights_fingerprint(folder, headers),
             tokenizer=artifact.tokenizer_fingerprint(folder),
         )
     except ArtifactError as fault:
@@ -157,7 +157,7 @@ def open(
     if made_over != folder:
         say("the adapter changes the head or the vocabulary: reading a copy that has room for it")
         folder, config = made_over, architecture.config(made_over)
-        headers = artifact.headers(folder)
+        headers = fused.headers(folder)
     dtype = _served_dtype(folder, config, headers)
     rounded = anatomy.of(config).linears if training.rounds else {}
     tensors = Tensors(folder, headers, opened, training, rounded)

@@ -29,6 +29,12 @@ class Stored:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @classmethod
+    def plain(cls, path: Path, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
+        """A whole storage, its last dimension the nearest."""
+        stride = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+        return cls(path, begin, math.prod(shape), dtype, 0, shape, stride)
+
     def __post_init__(self) -> None:
         odd = len(self.shape) != len(self.stride) or min(self.shape, default=0) < 0
         if odd or min(self.stride, default=0) < 0 or self.offset < 0:

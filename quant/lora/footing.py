@@ -11,6 +11,7 @@ import torch
 from quant import artifact
 from quant.artifact import Fingerprint
 from quant.errors import ArtifactError
+from quant.intake import fused
 from quant.lora import adapter as lora
 
 
@@ -55,7 +56,7 @@ def base_of(folder: Path) -> Base:
             " folder it was made from"
         )
     parent = Fingerprint(
-        weights=artifact.weights_fingerprint(folder),
+        weights=fused.fingerprint(folder),
         tokenizer=artifact.tokenizer_fingerprint(folder),
     )
     return Base(folder, parent, quantized=False, merged=())

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from quant import artifact
 from quant.errors import AdapterError, ArtifactError
-from quant.intake import architecture
+from quant.intake import architecture, fused
 from quant.lora import adapter as lora
 from quant.lora import anatomy, fitting, obstacles, soft_prompt, starts, voice
 from quant.lora.adapter import Adapter
@@ -149,9 +149,9 @@ def _merging_into(adapter: Adapter, base: Path) -> Verdict:
             works=False,
             reason=f"{base} is quantized: merge into what it was made from, and quantize that",
         )
-    shapes = {name: header.shape for name, header in artifact.headers(base).items()}
+    shapes = {name: header.shape for name, header in fused.headers(base).items()}
     if adapter.base_fingerprint is not None:
-        lora.check_lineage(adapter, artifact.weights_fingerprint(base))
+        lora.check_lineage(adapter, fused.fingerprint(base))
     found = anatomy.plan(anatomy.of(architecture.config(base)), shapes, [adapter])
     extra = "; the head parts from the embedding" * found.untie
     if found.vocabulary is not None:
@@ -206,4 +206,4 @@ def _base_weights(base: Path, named: str | None) -> str | None:
         return manifest.parent.weights if manifest else None
     if artifact.quantization_config(base) is not None:
         raise ArtifactError(f"{base} is quantized and does not say what its parent is")
-    return artifact.weights_fingerprint(base)
+    return fused.fingerprint(base)

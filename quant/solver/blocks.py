@@ -233,9 +233,7 @@ def _check(decoder: Decoder, source: Source) -> None:
                 )
         lacking = sorted(set(decoder.names(place).values()) - set(source.tensors.names()))
         if lacking:
-            fused = [name for name in source.tensors.names() if name.endswith("experts.down_proj")]
-            hint = f"; {fused[0]} has all experts in one: save it with save_pretrained"
-            raise SourceError(f"{source.folder} lacks {lacking[0]}{hint if fused else ''}")
+            raise SourceError(f"{source.folder} lacks {lacking[0]}")
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
