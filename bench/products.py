@@ -1,10 +1,11 @@
 """A block's solving beside its matrix products alone, at this machine's own float32 rate.
 
-The products that no GPTQ with a shifted target goes without: both streams through the block, a
-symmetric Hessian and a full cross moment per input, the factorization, and each column's error fed
-to the later ones. Their multiply-adds are counted from shapes; the rate is that of large square
-products, the best of a few before and after each block. Seconds are the processor's, of all threads
-together over their number: what else the machine does is not in them, waiting for each other is.
+The products that no GPTQ with such targets goes without: both streams through the block, for each
+input a symmetric Hessian and a full cross moment, one more with the stream's gap where a layer
+adds to it, the factorization, and each column's error fed to the later ones. Their multiply-adds
+are counted from shapes; the rate is that of large square products, the best of a few before and
+after each block. Seconds are the processor's, of all threads together over their number: what else
+the machine does is not in them, waiting for each other is.
 
     python -m bench.products --model demo --calibration calib.jsonl --threads 2
     python -m bench.products ... --isa avx2    # as an AVX2 machine
@@ -88,7 +89,10 @@ def floor(units: list[Unit], given: Calibration) -> int:
     """Multiply-adds of a block's products, as few as they can be."""
     attention = given.length * given.width  # scores and values, causal
     forwards = 2 * given.tokens * (sum(unit.weights for unit in units) + attention)
-    moments = given.tokens * sum(unit.columns * (3 * unit.columns + 1) // 2 for unit in units)
+    moments = given.tokens * sum(
+        unit.columns * (3 * unit.columns + 1) // 2 + unit.adds(given) * unit.weights
+        for unit in units
+    )
     solving = sum((unit.rows + unit.columns) * unit.columns**2 for unit in units)
     return forwards + moments + solving
 
