@@ -137,9 +137,9 @@ def moments_of(inputs: Inputs) -> tuple[Moments, Moments]:
 
 
 def target_of(weight: Tensor, fitted: Moments, held: Moments) -> Tensor:
-    """What a layer is solved for: moved by the drift, then by the gap of a stream it adds to."""
+    """What a layer is solved for: moved by the gap of a stream it adds to, then by the drift."""
     target = weight
-    for asked, damping in ((fitted.pull(weight), 0.01), (fitted.lack(), 0.1)):
+    for asked, damping in ((fitted.lack(), 0.1), (fitted.pull(weight), 0.01)):
         if len(asked):
             factor = gptq.factorize(fitted.hessian.mean(), damping, -1)
             target = descent.shifted(weight, target, asked, held, factor)

@@ -174,12 +174,13 @@ class Layers:
         """
         fitted, held = self._moments(weight, group, even)
         with devices.products(rounded=False):
-            asked = [fitted.pull(weight), fitted.lack()]
+            pulled, lack = fitted.pull(weight), fitted.lack()
             matrix = fitted.hessian.mean()
             del fitted  # the drift's moment, before as much is needed to factorize
-            target = self._target(weight, asked, matrix, held)
-            grid = levels(form, self.dtype)
+            target = self._made_up(weight, lack, matrix, held) if len(lack) else weight
             factor = gptq.factorize(matrix, self._damping, form.group)
+            target = descent.shifted(weight, target, pulled, held, factor)
+            grid = levels(form, self.dtype)
             found, energy = [], []
             for part, goal in zip(
                 *(descent.few_rows(rows) for rows in (weight, target)), strict=True
@@ -189,17 +190,10 @@ class Layers:
                 energy.append((part @ matrix).mul_(part).sum(dim=1))
             return gptq.stacked(found), torch.cat(energy), factor
 
-    def _target(
-        self, weight: Tensor, asked: Sequence[Tensor], matrix: Tensor, held: HeldOut
-    ) -> Tensor:
-        """What the rows are solved for: moved by the drift of inputs, then by a stream's gap."""
-        target = weight
-        dampings = self._damping, max(self._damping, _LACK_DAMPING)
-        for ways, damping in zip(asked, dampings, strict=True):
-            if len(ways):
-                factor = gptq.factorize(matrix, damping, -1)
-                target = descent.shifted(weight, target, ways, held, factor)
-        return target
+    def _made_up(self, weight: Tensor, lack: Tensor, matrix: Tensor, held: HeldOut) -> Tensor:
+        """The target of a layer that adds to a stream, moved by what that lacks."""
+        loose = gptq.factorize(matrix, max(self._damping, _LACK_DAMPING), -1)
+        return descent.shifted(weight, weight, lack, held, loose)
 
     def _moments(
         self, weight: Tensor, group: Group, even: Sequence[Tensor]

@@ -179,4 +179,4 @@ def _solving(unit: Unit, given: Calibration) -> int:
     kept = 2 * unit.columns + adds * unit.rows
     held = kept * min(given.tokens // HELD, unit.columns)
     part = min(unit.weights, max(PART, unit.columns))
-    return FLOAT * (2 * unit.columns**2 + held + (2 + adds) * unit.weights + _COPIES * part)
+    return FLOAT * (2 * unit.columns**2 + held + 2 * (1 + adds) * unit.weights + _COPIES * part)
