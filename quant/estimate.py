@@ -161,9 +161,8 @@ def _sensitivity(run: Run, depth: int) -> int:
 def _disk(run: Run) -> int:
     """The checkpoint; and beside it what waits and states of two blocks, later parts until they
     are joined."""
-    blocks, joined = run.units(), min(run.bytes_after, shards.SHARD_BYTES)
-    on_disk = preflight.waits_on_disk(blocks, run.given)
-    waiting = preflight.waiting(blocks, run.given) if on_disk else 0
+    joined = min(run.bytes_after, shards.SHARD_BYTES)
+    waiting = preflight.on_disk(run.units(), run.given)
     return run.bytes_after + _MARGIN + max(4 * run.given.states + waiting, joined)
 
 

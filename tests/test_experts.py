@@ -20,7 +20,7 @@ from quant.intake import source
 from quant.proof import card, compare, replica
 from quant.recipe import Draw
 from quant.solver import allotment, blocks, experts, sensitivity
-from quant.solver.experts import Reading, Rows
+from quant.solver.experts import Rows
 from quant.solver.sensitivity import Offers
 from quant.solver.walk import Inputs
 from quant.solver.weighting import counted
@@ -200,11 +200,10 @@ def test_an_experts_inputs_are_paired_by_token_where_both_models_have_them() -> 
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     ours, theirs = torch.tensor([0, 2, 4, 5, 6]), torch.tensor([0, 1, 4, 6])
     chosen = torch.tensor([True, False, False, True, True])
-    served = Reading(ours[:, None].float(), Rows(ours, chosen))
-    parent = Reading(theirs[:, None] * 10.0, Rows(theirs, torch.ones(4, dtype=torch.bool)))
+    served, parent = Rows(ours, chosen), Rows(theirs, torch.ones(4, dtype=torch.bool))
     given, meant, routed = experts.paired(served, parent, mask)
-    assert given.flatten().tolist() == [0, 4]  # 2 and 5 are one model's alone, 6 is padding
-    assert meant.flatten().tolist() == [0, 40]
+    assert ours[given].tolist() == [0, 4]  # 2 and 5 are one model's alone, 6 is padding
+    assert theirs[meant].tolist() == [0, 4]
     assert routed.tolist() == [True, False]
 
 

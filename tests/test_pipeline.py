@@ -444,10 +444,11 @@ def test_a_device_that_is_not_there_is_refused(
         quantize(parent, tmp_path / "out", device=device)
 
 
+@pytest.mark.parametrize("family", ["llama", *tiny.MIXTURES])
 def test_where_activations_wait_decides_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parent, texts = tiny.model_folder(tmp_path / "parent"), calibration_file(tmp_path)
+    parent, texts = tiny.model_folder(tmp_path / "parent", family), calibration_file(tmp_path)
     in_memory = quantize(parent, tmp_path / "memory", texts=texts)
     monkeypatch.setattr(pipeline, "IN_MEMORY", 0)
     monkeypatch.setattr(aside, "_LEAST", 0)

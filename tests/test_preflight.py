@@ -87,13 +87,14 @@ def test_memory_grows_with_the_calibration_until_activations_wait_on_disk() -> N
     assert preflight.memory(units(), many) == preflight.memory(units(), most)
 
 
-def test_a_mixtures_activations_wait_in_memory() -> None:
-    many = replace(GIVEN, samples=256)
+def test_a_mixtures_memory_is_bounded_and_its_experts_outputs_lie_on_disk_too() -> None:
+    many, most = (replace(GIVEN, samples=count) for count in (256, 1024))
     (dense,) = units(blocks=1)
-    mixture = [replace(unit, share=0.25) for unit in dense]
-    assert preflight.waits_on_disk([dense], many) and not preflight.waits_on_disk([mixture], many)
-    held = preflight.memory([mixture], many) - preflight.memory([dense], many)
-    assert held == preflight.waiting([dense], many)
+    mixture = [*dense[:2], *(replace(unit, share=0.25) for unit in dense[2:] * 8)]  # two a token
+    assert preflight.memory([mixture], many) == preflight.memory([mixture], most)
+    more = preflight.on_disk([mixture], many) - preflight.on_disk([dense], many)
+    assert more == 2 * 2 * many.states  # of two streams, two experts a token
+    assert preflight.on_disk([mixture], replace(GIVEN, samples=1)) == 0
 
 
 def test_speed_is_that_of_products_done() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -293,7 +294,7 @@ def test_each_device_runs_its_share_and_sees_what_the_solver_says(tmp_path: Path
     assert torch.equal(alone[1][2], together[1][2])
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MIXTURES])
 def test_what_waits_on_disk_is_what_would_wait_in_memory(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +311,41 @@ def test_what_waits_on_disk_is_what_would_wait_in_memory(
     for ours, theirs in zip(chain(*elsewhere.inputs), chain(*silencing.inputs), strict=True):
         assert torch.equal(ours.served, theirs.served)
         assert torch.equal(ours.parent, theirs.parent)
+
+
+class Weighing(Watching):
+    """Notes the bytes of all activations in memory whenever an expert is to be solved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = 0
+
+    def visit(self, group: Group) -> None:
+        if ".experts." in next(iter(group.linears)):
+            found = (each for each in gc.get_objects() if issubclass(type(each), Tensor))
+            storages = [tensor.untyped_storage() for tensor in found if not tensor.is_meta]
+            held = {storage._cdata: storage.nbytes() for storage in storages}
+            self.held = max(self.held, sum(held.values()))
+
+
+def test_a_mixtures_experts_hold_no_more_of_more_tokens_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aside, "_LEAST", 0)
+    model = opened(tmp_path, "mixtral")
+    decoder, few, many = blocks.skeleton(model, CPU), rows(4, 96) * 2, rows(4, 96) * 8
+
+    def held(given: Rows, shelf: Shelf | None) -> int:
+        weighing = Weighing()
+        walk.run(decoder, 0, model, blocks.embed(decoder, model, given, shelf), weighing)
+        return weighing.held
+
+    in_memory = held(many, None) - held(few, None)
+    with aside.shelf(tmp_path) as shelf:
+        on_disk = held(many, shelf) - held(few, shelf)
+    states = sum(ids.numel() for ids, _ in many[len(few) :]) * 64 * 4
+    assert in_memory > 6 * states  # three of each stream's, at least
+    assert on_disk < states  # samples of 64 tokens, positions, masks, which token goes where
 
 
 def test_layers_compute_with_what_the_solver_says_they_see(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ from quant.errors import SpaceError
 from quant.solver import heap
 
 _LEAST = 1 << 18  # bytes that are worth it
+_here = threading.local()
+
+
+Pick = Callable[[Tensor], Tensor]
 
 
 class Place(NamedTuple):
@@ -80,6 +85,19 @@ class Shelf:
         layout = tensor.storage_offset(), tensor.shape, tensor.stride()
         return made.set_(held.untyped_storage(), *layout)
 
+    def rows(self, tensor: Tensor, which: Tensor) -> Tensor:
+        """`tensor[which]` of a tensor [rows, columns]; read row by row while it lies here."""
+        place = self._storages.get(tensor.untyped_storage()._cdata)
+        if place is None or not tensor.is_contiguous():
+            return self.shown(tensor)[which]
+        made = torch.empty(len(which), tensor.shape[1], dtype=tensor.dtype)
+        size, view = tensor.shape[1] * tensor.itemsize, _view(made)
+        begin = place.begin + tensor.storage_offset() * tensor.itemsize
+        for spot, row in enumerate(which.tolist()):
+            part = view[spot * size : (spot + 1) * size]
+            self._move(_read, Place(begin + row * size, size), part)
+        return made.to(tensor.device)
+
     def _written(self, numbers: Tensor) -> Place:
         free = self._free[numbers.nbytes]
         place = Place(free.pop() if free else self._end, numbers.nbytes)
@@ -89,7 +107,7 @@ class Shelf:
 
     def _fill(self, place: Place, numbers: Tensor) -> None:
         host = numbers if numbers.is_cpu else torch.empty(place.size, dtype=torch.uint8)
-        self._move(lambda file, part, at: os.preadv(file, [part], at), place, _view(host))
+        self._move(_read, place, _view(host))
         if host is not numbers:
             numbers.copy_(host)
 
@@ -129,26 +147,26 @@ class Kept:
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Inputs of a layer when served and in the parent, and what the stream it adds to `lacks`,
-    shown when asked for; `real` picks tokens that count out of them."""
+    shown when asked for; `picks` take the tokens that count out of each."""
 
-    real: Callable[[Tensor], Tensor]
     shelf: Shelf
     tensors: tuple[Tensor, Tensor]
+    picks: tuple[Pick, Pick]
+    routed: Tensor | None
     lacks: Callable[[], Tensor | None]
-    routed: None = None
 
     @property
     def served(self) -> Tensor:
-        return self.real(self.shelf.shown(self.tensors[0]))
+        return self.picks[0](self.shelf.shown(self.tensors[0]))
 
     @property
     def parent(self) -> Tensor:
-        return self.real(self.shelf.shown(self.tensors[1]))
+        return self.picks[1](self.shelf.shown(self.tensors[1]))
 
     @property
     def gap(self) -> Tensor | None:
         states = self.lacks()
-        return None if states is None else self.real(states)
+        return None if states is None else self.picks[0](states)
 
 
 class Holdings(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's, on subclassing
@@ -156,7 +174,7 @@ class Holdings(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's, o
 
     def __init__(self, shelf: Shelf) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's
-        self._shelf = shelf
+        self.shelf = shelf
         self._made: dict[int, list[ref[Tensor]]] = {}  # tensors by their storage
 
     def __torch_dispatch__(
@@ -177,25 +195,51 @@ class Holdings(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's, o
         return out
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Puts all of it on the shelf meanwhile."""
+    def aside(self, *needed: Tensor) -> Iterator[None]:
+        """Puts all of it but what is `needed` on the shelf meanwhile, unless it lies there."""
         alive = {key: tensor for key in self._made if (tensor := self._alive(key)) is not None}
         self._made = {key: [r for r in self._made[key] if r() is not None] for key in alive}
-        held = [tensor.untyped_storage() for tensor in alive.values()]
+        kept = {_storage(tensor) for tensor in needed}
+        held = [tensor.untyped_storage() for key, tensor in alive.items() if key not in kept]
         del alive
-        large = [storage for storage in held if storage.nbytes() >= _LEAST]
+        large = [storage for storage in held if storage.nbytes() >= max(_LEAST, 1)]
         for storage in large:
-            self._shelf.put(storage)
+            self.shelf.put(storage)
         if large:
             heap.give_back()
         yield
         for storage in large:
-            self._shelf.take(storage)
+            self.shelf.take(storage)
 
     def _alive(self, key: int) -> Tensor | None:
         """A tensor that has this storage, if one that was made here still does."""
         found = (made() for made in self._made.get(key, ()))
         return next((tensor for tensor in found if tensor is not None), None)
+
+
+@contextmanager
+def holding(shelf: Shelf | None) -> Iterator[None]:
+    """What this thread makes in there goes on the shelf when it is put `away`."""
+    if shelf is None:
+        yield
+        return
+    with Holdings(shelf) as _here.held:
+        try:
+            yield
+        finally:
+            _here.held = None
+
+
+@contextmanager
+def away(*needed: Tensor) -> Iterator[Shelf | None]:
+    """Puts what this thread holds on its shelf meanwhile, but what is `needed`; the shelf, or
+    None where it has none and all stays in memory."""
+    held: Holdings | None = getattr(_here, "held", None)
+    if held is None:
+        yield None
+        return
+    with held.aside(*needed):
+        yield held.shelf
 
 
 def _tensors(tree: object) -> list[Tensor]:
@@ -204,6 +248,10 @@ def _tensors(tree: object) -> list[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _read(file: int, part: memoryview, begin: int) -> int:
+    return os.preadv(file, [part], begin)
 
 
 def _view(numbers: Tensor) -> memoryview:

@@ -8,8 +8,9 @@ tokens that the router gave to others. Refuses experts that are no gated pair of
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from quant.errors import SourceError
 from quant.intake.spelling import Leaves
+from quant.solver import aside
+from quant.solver.aside import Kept, Shelf
 
 _FUSED = {"gate_up_proj", "down_proj"}
 _here = threading.local()
@@ -68,7 +71,18 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden [tokens, width]; chosen experts and their weights [tokens, chosen]."""
-        out = torch.zeros_like(hidden)
+        with aside.away(chosen, weights) as shelf:
+            if shelf is None:
+                return _sum(hidden, self._parts(hidden.__getitem__, chosen, weights))
+            # All else that the block holds waits for the last expert: they stop too often for it.
+            parts = self._parts(partial(shelf.rows, hidden), chosen, weights)
+            kept = list(map(partial(_kept, shelf), parts))
+        return _sum(hidden, ((tokens, part.tensor()) for tokens, part in kept))
+
+    def _parts(
+        self, read: Callable[[Tensor], Tensor], chosen: Tensor, weights: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each expert the tokens that the router gave it, and what it adds to them."""
         for place in range(self._count):
             picks = chosen == place
             routed = picks.any(dim=1)
@@ -78,10 +92,24 @@ class Experts(nn.Module):
             tokens = given.nonzero()[:, 0]
             if len(tokens):
                 with _reading(Rows(tokens, routed[tokens])):
-                    made = self.get_submodule(str(place))(hidden[tokens], self._gating)
-                share = (weights * picks).sum(dim=1, keepdim=True)[tokens]  # 0 of a sample
-                out.index_add_(0, tokens, (made * share).to(out.dtype))
-        return out
+                    made = self.get_submodule(str(place))(read(tokens), self._gating)
+                own = routed[tokens]
+                share = (weights * picks).sum(dim=1, keepdim=True)[tokens[own]]
+                made = made[own] * share
+                yield tokens[own], made
+                del made
+
+
+def _kept(shelf: Shelf, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Kept]:
+    tokens, made = part
+    return tokens, Kept(made, shelf)
+
+
+def _sum(like: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    out = torch.zeros_like(like)
+    for tokens, made in parts:
+        out.index_add_(0, tokens, made.to(out.dtype))
+    return out
 
 
 def unfuse(model: nn.Module, leaves: Leaves | None) -> None:
@@ -126,13 +154,13 @@ def real(reading: Reading, mask: Tensor) -> Tensor:
     return mask if reading.rows is None else mask.flatten()[reading.rows.tokens]
 
 
-def paired(served: Reading, parent: Reading, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs [tokens, columns] of both models for the tokens that both show an expert, `mask`
-    [rows, length] where they are real; and which of them the served model's router chose."""
-    assert served.rows is not None and parent.rows is not None, "an expert's layers read rows"
-    ours = real(served, mask) & torch.isin(served.rows.tokens, parent.rows.tokens)
-    theirs = real(parent, mask) & torch.isin(parent.rows.tokens, served.rows.tokens)
-    return served.inputs[ours], parent.inputs[theirs], served.rows.routed[ours]
+def paired(served: Rows, parent: Rows, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows of either model are of tokens that both show an expert, `mask` [rows, length]
+    where they are real; and which of those the served model's router chose."""
+    real = mask.flatten()
+    ours = real[served.tokens] & torch.isin(served.tokens, parent.tokens)
+    theirs = real[parent.tokens] & torch.isin(parent.tokens, served.tokens)
+    return ours, theirs, served.routed[ours]
 
 
 @contextmanager

@@ -29,6 +29,7 @@ _COPIES = 10  # of a part that solving it holds at once
 # columns, and files. Measured, see DECISIONS.md.
 _OVERHEAD = 1.3
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_STOPS = 2  # of an expert: before its gate and up projections, and before the other
 _PROBE, _PROBES = 768, 4
 
 
@@ -157,10 +158,17 @@ def waiting(blocks: Blocks, given: Calibration) -> int:
 
 
 def waits_on_disk(blocks: Blocks, given: Calibration, allowed: int = IN_MEMORY) -> bool:
-    """Whether that is more than is allowed. A mixture's forwards stop at every expert, which is too
-    often to write and read all they hold."""
-    mixture = any(unit.share < 1 for block in blocks for unit in block)
-    return not mixture and waiting(blocks, given) > allowed
+    """Whether that is more than is allowed."""
+    return waiting(blocks, given) > allowed
+
+
+def on_disk(blocks: Blocks, given: Calibration) -> int:
+    """Bytes of what lies there at once; of a mixture also what each expert put out, until the last
+    has."""
+    if not waits_on_disk(blocks, given):
+        return 0
+    routed = max(sum(u.share for u in block if u.share < 1) for block in blocks) / _STOPS
+    return waiting(blocks, given) + int(2 * routed * given.states)
 
 
 def _of_block(block: Sequence[Unit], given: Calibration) -> int:

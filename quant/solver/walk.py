@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from quant.errors import SolveError
 from quant.intake.source import Source
-from quant.solver import blocks, experts, folds, lockstep, residual
-from quant.solver.aside import Holdings, Pair
+from quant.solver import aside, blocks, experts, folds, lockstep, residual
+from quant.solver.aside import Pair, Pick
 from quant.solver.blocks import Decoder, Stream
 from quant.solver.experts import Reading
 from quant.solver.folds import Feed
@@ -175,8 +175,7 @@ _role = threading.local()
 def _forward(block: nn.Module, stream: Stream, place: int, *, parent: bool = False) -> Tensor:
     args, kwargs = stream.calls[place]
     _role.parent, _role.stream = parent, stream
-    _role.held = None if stream.shelf is None else Holdings(stream.shelf)
-    with _role.held or nullcontext():
+    with aside.holding(stream.shelf):
         out = block(stream.parent if parent else stream.hidden, *args, **kwargs)
     hidden: Tensor = out[0] if isinstance(out, tuple) else out
     return hidden
@@ -185,8 +184,8 @@ def _forward(block: nn.Module, stream: Stream, place: int, *, parent: bool = Fal
 def _sample(stream: Stream, probe: Stream) -> Stream:
     """The first tokens of a stream's first row, as the parent has them."""
     length = probe.hidden.shape[1]
-    parts = (part[:1, :length].to(probe.mask.device) for part in (stream.parent, stream.mask))
-    hidden, mask = parts
+    device = probe.mask.device  # a copy, since a part would hold the whole of them
+    hidden, mask = (part[:1, :length].clone().to(device) for part in (stream.parent, stream.mask))
     return Stream(hidden, mask, probe.calls)
 
 
@@ -226,8 +225,9 @@ def _stops(
             before = partial(functional.linear, weight=own.to(inputs.dtype), bias=linear.bias)
             return (trial or before)(inputs)
         if name in leaders:
-            with _role.held.aside() if _role.held else nullcontext():
-                lockstep.stop(experts.reading(inputs))
+            shown = experts.reading(inputs)
+            with aside.away(*(shown.rows or ())):
+                lockstep.stop(shown)
         if _role.parent:
             return functional.linear(inputs, own.to(inputs.dtype), linear.bias)
         return functional.linear(solver.seen(theirs[name], inputs), linear.weight, linear.bias)
@@ -263,13 +263,20 @@ def _kept(stored: torch.dtype) -> torch.dtype:
 def _given(lane: Lane, other: Lane, stream: Stream, *, adds: bool) -> Given:
     """Where a served lane and the parent's stop next: what they read there of real tokens."""
     served, parent = _next(lane), _next(other)
-    if served.rows is not None:
-        return Inputs(*experts.paired(served, parent, stream.mask))
+    picks: tuple[Pick, Pick] = stream.real, stream.real
+    routed = None
+    if served.rows is not None and parent.rows is not None:
+        ours, theirs, routed = experts.paired(served.rows, parent.rows, stream.mask)
+        picks = partial(_rows, ours), partial(_rows, theirs)
     if stream.shelf is not None:
         lacking = (lambda: stream.gap) if adds else (lambda: None)
-        return Pair(stream.real, stream.shelf, (served.inputs, parent.inputs), lacking)
+        return Pair(stream.shelf, (served.inputs, parent.inputs), picks, routed, lacking)
     gap = stream.real(stream.gap) if adds and stream.gap is not None else None
-    return Inputs(stream.real(served.inputs), stream.real(parent.inputs), gap=gap)
+    return Inputs(picks[0](served.inputs), picks[1](parent.inputs), routed, gap)
+
+
+def _rows(which: Tensor, inputs: Tensor) -> Tensor:
+    return inputs[which]
 
 
 def _next(lane: Lane) -> Reading:
