@@ -54,11 +54,16 @@ def test_completions_logprobs_and_structured_output_are_vllms(server: Server) ->
 
 
 def test_a_named_tool_is_called(server: Server) -> None:
-    """What a model this small writes as arguments is its own affair; that they are JSON is not."""
-    city: dict[str, object] = {"type": "object", "properties": {"city": {"type": "string"}}}
+    """Which city so small a model asks for is its own affair; that it is by the schema not."""
+    city: dict[str, object] = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
     weather: ChatCompletionFunctionToolParam = {
         "type": "function",
-        "function": {"name": "weather", "parameters": city},
+        "function": {"name": "weather", "parameters": city, "strict": True},
     }
     with server.client() as client:
         reply = client.chat.completions.create(
@@ -71,7 +76,7 @@ def test_a_named_tool_is_called(server: Server) -> None:
         )
     (call,) = reply.choices[0].message.tool_calls or []
     assert call.type == "function" and call.function.name == "weather"
-    assert "Paris" in json.dumps(json.loads(call.function.arguments))
+    assert json.loads(call.function.arguments).keys() == {"city"}
 
 
 def test_doubled_and_trailing_slashes_are_forgiven(api: httpx.Client) -> None:
