@@ -57,32 +57,11 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = yardstick.parser(__doc__, ALL, "quality")
     add = parser.add_argument
-    add("--model", default="demo", help="the full-precision parent, or `demo`")
-    add("--scheme", choices=["w4a16", "w8a16", "w8a8"], default="w4a16")
-    add("--group-size", type=int, help="inputs that share a scale [the largest that fits]")
-    add("--calibration", type=Path, help='JSONL of {"text"} or {"messages"} lines')
-    add("--samples", type=int, default=32, help="calibration rows")
-    add("--length", type=int, default=512, help="tokens of each, and of each window")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the lines that are drawn")
-    add("--text", type=Path, help="UTF-8 text to measure on, where it calibrates nothing")
-    add("--apart", type=Path, nargs="+", default=[],
-        help="and shares no passage with these calibration files either")  # fmt: skip
-    add("--windows", type=int, default=32, help="windows of it")
     add("--only", nargs="+", choices=list(WITHOUT), help="these [all that the scheme has]")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--cache", type=Path, default=Path("~/.cache/quantserve/quality"), help="what is made")
-    add("--results", type=Path, help="the ledger [CACHE/results.jsonl]")
-    add("--table", action="store_true", help="run nothing, print the ledger")
-    args = parser.parse_args()
-    args.cache = args.cache.expanduser().absolute()
-    args.results = args.results or args.cache / "results.jsonl"
-    if not args.table and (args.calibration is None or args.text is None):
-        parser.error("--calibration and --text are needed")
-    return args
+    return yardstick.arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -84,39 +84,15 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = yardstick.parser(__doc__, ["w4a16", "w8a8"], "rivals")
     add = parser.add_argument
-    add("--model", default="demo", help="the full-precision parent, or `demo`")
-    add("--scheme", choices=["w4a16", "w8a8"], default="w4a16")
-    add("--group-size", type=int, help="inputs that share a scale [the largest that fits]")
-    add("--calibration", type=Path, help='JSONL of {"text"} or {"messages"} lines')
-    add("--samples", type=int, default=32, help="calibration rows")
-    add("--length", type=int, default=512, help="tokens of each, and of each window")
     add("--seed", type=int, default=0, help="of the lines that are drawn for calibration")
-    add("--text", type=Path, help="UTF-8 text to measure on, where it calibrates nothing")
-    add("--apart", type=Path, nargs="+", default=[],
-        help="and shares no passage with these calibration files either")  # fmt: skip
-    add("--windows", type=int, default=32, help="windows of it")
     add("--only", nargs="+", choices=[OURS, ROUNDING, *RIVALS], help="these, in this order [all]")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="of everybody")
     add("--cpus", default="", help="pin everybody to these, as taskset takes them: 0,2-3")
     add("--isa", choices=["auto", "avx2"], default="auto", help="everybody as on an AVX2 machine")
     add("--limit", type=float, default=4 * 3600.0, help="seconds that one run may take")
     add("--again", action="store_true", help="make anew what an earlier run has made")
-    add("--cache", type=Path, default=Path("~/.cache/quantserve/rivals"),
-        help="environments, logs and what was made")  # fmt: skip
-    add("--results", type=Path, help="the ledger [CACHE/results.jsonl]")
-    add("--table", action="store_true", help="run nothing, print the ledger")
-    args = parser.parse_args()
-    args.cache = args.cache.expanduser().absolute()
-    if Path(args.model).exists():
-        args.model = str(Path(args.model).absolute())
-    args.results = args.results or args.cache / "results.jsonl"
-    if not args.table and (args.calibration is None or args.text is None):
-        parser.error("--calibration and --text are needed")
-    return args
+    return yardstick.arguments(parser)
 
 
 def _asked(args: argparse.Namespace) -> Asked:

@@ -5,7 +5,9 @@ And the ledger: a line of JSON for each run, so that a table over many of them n
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -31,6 +33,41 @@ PASSAGE = 16  # tokens in a row: no accident
 MOST = 65_536  # windows or rows of a file
 HEAD = ("run", "time", "peak memory", "checkpoint", "perplexity", "mean KL, nats", "KL / {}",
         "same likeliest token")  # fmt: skip
+
+
+def parser(doc: str | None, schemes: Sequence[str], cache: str) -> argparse.ArgumentParser:
+    """What every table of runs is asked for: the model, the texts, the ledger."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--model", default="demo", help="the full-precision parent, or `demo`")
+    add("--scheme", choices=schemes, default="w4a16")
+    add("--group-size", type=int, help="inputs that share a scale [the largest that fits]")
+    add("--calibration", type=Path, help='JSONL of {"text"} or {"messages"} lines')
+    add("--samples", type=int, default=32, help="calibration rows")
+    add("--length", type=int, default=512, help="tokens of each, and of each window")
+    add("--text", type=Path, help="UTF-8 text to measure on, where it calibrates nothing")
+    add("--apart", type=Path, nargs="+", default=[],
+        help="and shares no passage with these calibration files either")  # fmt: skip
+    add("--windows", type=int, default=32, help="windows of it")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="of everybody")
+    add("--cache", type=Path, default=Path("~/.cache/quantserve") / cache, help="what is made")
+    add("--results", type=Path, help="the ledger [CACHE/results.jsonl]")
+    add("--table", action="store_true", help="run nothing, print the ledger")
+    return made
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for, with absolute paths; an error where there is nothing to measure on."""
+    args = parser.parse_args()
+    args.cache = args.cache.expanduser().absolute()
+    if Path(args.model).exists():
+        args.model = str(Path(args.model).absolute())
+    args.results = args.results or args.cache / "results.jsonl"
+    if not args.table and (args.calibration is None or args.text is None):
+        parser.error("--calibration and --text are needed")
+    return args
 
 
 class Row(BaseModel):
