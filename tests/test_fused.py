@@ -99,7 +99,7 @@ def fsdp(folder: Path, state: dict[str, torch.Tensor], family: str) -> None:
 def test_a_trainers_fused_experts_come_in(
     plain: Path, tmp_path: Path, layout: Callable[..., None]
 ) -> None:
-    family = plain.parent.name.removesuffix("0")
+    family = plain.parent.name.rstrip("0123456789")  # pytest numbers folders
     model, run = tiny.model(family), tmp_path / "run"
     shutil.copytree(plain, run, ignore=shutil.ignore_patterns(FILE))
     layout(run, dict(model.state_dict()), family)

@@ -24,6 +24,7 @@ def test_a_way_is_timed_in_a_server_of_its_own(tmp_path: Path) -> None:
     lora, _ = variants.trained(tmp_path / "lora", parent, init_lora_weights="pissa", r=12)
     made = quantize(parent, tmp_path / "w4a16", texts=calibration_file(tmp_path), samples=8)
     (tmp_path / "book.txt").write_text("\n".join(letters(seed=5)))
+    before = servers()
     words = ["adapter", "compare", lora, "--parent", parent, "--base", made.folder, "--latency",
              "--text", tmp_path / "book.txt", "--windows", 3, "--length", 48,
              "--plot", tmp_path / "ways.png", "--json"]  # fmt: skip
@@ -35,5 +36,10 @@ def test_a_way_is_timed_in_a_server_of_its_own(tmp_path: Path) -> None:
     assert found.answer_tokens == 24
     assert found.first_token_ms > 0 and found.next_token_ms > 0 and found.tokens_per_s > 0
     assert (tmp_path / "ways.png").stat().st_size > 10_000
-    assert not [child for child in psutil.Process().children(recursive=True)
-                if "serve" in child.cmdline()]  # fmt: skip
+    assert servers() <= before
+
+
+def servers() -> set[int]:
+    """Processes below this one that serve: other tests' too."""
+    below = psutil.Process().children(recursive=True)
+    return {child.pid for child in below if "serve" in child.cmdline()}
