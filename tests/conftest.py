@@ -38,6 +38,20 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
+def legal(tmp_path: Path) -> Path:
+    """An adapter's folder, to be fetched from somewhere."""
+    return write_lora(tmp_path / "legal", SHAPES)
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Path:
+    """An empty folder to fetch it into."""
+    folder = tmp_path / "into"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
 async def serving(tmp_path: Path) -> AsyncIterator[Serving]:
     (tmp_path / "keys").write_text(KEYS)
     chosen = Settings(

@@ -10,6 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 
+def held(folder: Path) -> dict[str, bytes]:
+    """What a folder holds, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def write_lora(
     folder: Path,
     shapes: Mapping[str, tuple[int, int]],

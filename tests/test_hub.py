@@ -14,7 +14,7 @@ from serve.errors import AdapterMissing, AdapterRefused, SourceUnavailable
 from tests import hub as fake
 from tests.fakes import BY, SHAPES, replica
 from tests.hub import Hub
-from tests.lora import write_lora
+from tests.lora import held, write_lora
 
 ALLOWED = Sources(hub=True)
 
@@ -29,22 +29,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub
-
-
-@pytest.fixture
-def legal(tmp_path: Path) -> Path:
-    return write_lora(tmp_path / "legal", SHAPES)
-
-
-@pytest.fixture
-def into(tmp_path: Path) -> Path:
-    folder = tmp_path / "into"
-    folder.mkdir()
-    return folder
-
-
-def held(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("source", ["owner/legal", "hf://owner/legal", "owner/legal@v1"])

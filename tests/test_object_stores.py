@@ -16,7 +16,7 @@ from serve.adapters.store import Store, base_of
 from serve.errors import AdapterMissing, AdapterRefused, SourceUnavailable
 from tests import variants
 from tests.fakes import SHAPES
-from tests.lora import write_lora
+from tests.lora import held, write_lora
 from tests.object_stores import AZURITE_KEY, STORES
 
 NAMES = (adapter.CONFIG, adapter.WEIGHTS)
@@ -50,22 +50,6 @@ def bucket(
     files.mkdir("adapters")
     yield Bucket(f"{scheme}://adapters", files)
     files.rm("adapters", recursive=True)
-
-
-@pytest.fixture
-def legal(tmp_path: Path) -> Path:
-    return write_lora(tmp_path / "legal", SHAPES)
-
-
-@pytest.fixture
-def into(tmp_path: Path) -> Path:
-    folder = tmp_path / "into"
-    folder.mkdir()
-    return folder
-
-
-def held(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_what_peft_saved_is_taken_in_and_keeps_its_digest(bucket: Bucket, tmp_path: Path) -> None:

@@ -24,13 +24,6 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def into(tmp_path: Path) -> Path:
-    folder = tmp_path / "into"
-    folder.mkdir()
-    return folder
-
-
 def fetched(sources: Sources, source: str, into: Path) -> set[str]:
     sources.fetch(source, into)
     return {path.name for path in into.iterdir()}

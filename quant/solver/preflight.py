@@ -119,9 +119,9 @@ def operations(blocks: Blocks, given: Calibration) -> Operations:
 
 def _solved(unit: Unit, given: Calibration) -> int:
     held = min(int(unit.share * given.tokens) // HELD, unit.columns)
-    targets = 1 + unit.adds(given)  # each with a factor of its own
+    targets = 1 + unit.adds(given)  # a gap's with a factor of its own, the drift's with the solve's
     products = int((_PRODUCTS + targets) * unit.columns) + (_CHECKS + targets) * held
-    return unit.weights * products + (1 + targets) * unit.columns**3 // 3
+    return unit.weights * products + targets * unit.columns**3 // 3
 
 
 def memory(blocks: Blocks, given: Calibration) -> int:

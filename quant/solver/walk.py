@@ -123,7 +123,7 @@ def run(
             held.enter_context(_stops(copy.blocks[place], block, groups, solver, dtypes))
             held.enter_context(_followed(copy.blocks[place], adders[:-1]))
         pairs = held.enter_context(_lanes(decoder, place, through))
-        for stream in through:
+        for stream in through if adders else ():
             stream.gap = stream.parent.float() - stream.hidden
         for group in groups:
             inputs = [_given(*pair, adds=group[0] in adders) for pair in pairs]

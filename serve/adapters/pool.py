@@ -213,8 +213,7 @@ class AdapterPool:
             if not self._idle(version):
                 return  # somebody took it again
             await self._engine.unload(version)
-            del self._loaded[
-                version.name
-            ]  # not before: it may have stayed, and is no newcomer then
+            # Not before: a version that could not leave stays, and is no newcomer then.
+            del self._loaded[version.name]
             self._unpin(version)
         await self.settle_pins()
