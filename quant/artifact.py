@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, Valid
 from quant import formats
 from quant.errors import ArtifactError
 from quant.formats import Format
-from quant.headers import TensorHeader, read_headers
+from quant.headers import Headers, TensorHeader, read_headers
 from quant.proof.evidence import Fidelity
 
 MANIFEST = "quantserve.json"
@@ -179,8 +179,8 @@ def headers(folder: Path) -> dict[str, TensorHeader]:
     return dict(sorted(found.items()))
 
 
-def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Module name -> (out_features, in_features) of every two-dimensional weight.
+def linear_shapes(folder: Path, found: Headers | None = None) -> dict[str, tuple[int, int]]:
+    """Module -> (out_features, in_features) of every two-dimensional weight, or of those `found`.
 
     Plain and int-quantized weights as stored, GPTQ's `qweight` [in * bits / 32, out] unpacked by
     its bits in config.json. Embeddings are among them: headers alone cannot tell; nor can they
@@ -188,7 +188,7 @@ def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """
     shapes: dict[str, tuple[int, int]] = {}
     section: dict[str, Any] = {}
-    for name, header in headers(folder).items():
+    for name, header in (headers(folder) if found is None else found).items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and len(header.shape) == 2:
             shapes[module] = (header.shape[0], header.shape[1])
@@ -199,7 +199,7 @@ def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def weights_fingerprint(folder: Path, found: Mapping[str, TensorHeader] | None = None) -> str:
+def weights_fingerprint(folder: Path, found: Headers | None = None) -> str:
     """sha256 over (name, dtype, shape, bytes) of every tensor in name order, or of those `found`.
 
     Independent of how the tensors are split into files. Reads every byte of the weights.

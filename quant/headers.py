@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -30,6 +31,9 @@ class TensorHeader(NamedTuple):
     file: str
     begin: int
     end: int
+
+
+Headers = Mapping[str, TensorHeader]  # by the tensor's name
 
 
 class _Entry(BaseModel):

@@ -15,10 +15,13 @@ from quant import artifact
 from quant.errors import SourceError
 from quant.intake import source
 from quant.intake.source import Source
-from quant.lora import footing
+from quant.lora import adapter as lora
+from quant.lora import blend, export, footing, suitability
+from quant.lora.mixture import Mixture
 from quant.recipe import Recipe
-from tests import tiny, trainers
-from tests.lora import write_lora
+from tests import tiny, trainers, variants
+from tests.lora import held, write_lora
+from tests.test_blend import Heard
 from tests.test_fsdp import saved
 from tests.test_scribe import write
 
@@ -128,6 +131,41 @@ def test_adapters_merge_into_both_alike(plain: Path, fused: Path, tmp_path: Path
         n for n in experts(read) if not torch.equal(read.tensors.get(n), before.tensors.get(n))
     }
     assert moved == {f"{expert}.weight"}
+
+
+@pytest.mark.parametrize("start", ["gaussian", "pissa"])
+def test_an_adapter_on_one_expert_is_exported_for_both_alike(
+    plain: Path, fused: Path, tmp_path: Path, start: str
+) -> None:
+    """A start is worked out from that expert's weight."""
+    expert = experts(opened(plain))[-1].removesuffix(".weight")
+    folder = write_lora(tmp_path / "lora", {expert: artifact.linear_shapes(plain)[expert]})
+    tiny.edit_json(folder / lora.CONFIG, init_lora_weights=start)
+    found, wanted = suitability.judge(folder, fused), suitability.judge(folder, plain)
+    assert found == wanted and found.merge.works and found.swap.works
+    for base in (plain, fused):
+        export.run(export.Order(folder, base, tmp_path / base.name), Heard())
+    assert held(tmp_path / "fused") == held(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_adapters_on_experts_compute_what_they_do_under_peft(family: str, tmp_path: Path) -> None:
+    """PEFT 0.21 takes such adapters for these families, where they are on every expert."""
+    hub = variants.base_folder(tmp_path / "hub", family)
+    base = resaved(hub, tmp_path / "base")
+    shapes = artifact.linear_shapes(hub)
+    adapted = {n: size for n, size in shapes.items() if ".experts." in n or n.endswith("q_proj")}
+    folder = write_lora(tmp_path / "lora", adapted)
+    theirs = variants.with_adapter(base, folder)
+    assert (theirs - variants.loaded(base)).abs().max() > 1
+    order = export.Order(folder, base, tmp_path / "exported", dtype=torch.float32)
+    assert export.run(order, Heard()).modules == len(adapted)
+    blend.run(blend.Order(str(base), tmp_path / "merged", (folder,), Mixture((1.0,))), Heard())
+    for ours in (
+        variants.with_adapter(base, tmp_path / "exported"),
+        variants.loaded(tmp_path / "merged"),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
 def test_a_mixture_with_an_adapter_on_an_expert_writes_as_the_merged_one(

@@ -9,16 +9,13 @@ config.json says, and models that are there in both ways.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 from quant import artifact
 from quant.errors import SourceError
-from quant.headers import TensorHeader
+from quant.headers import Headers, TensorHeader
 from quant.intake import architecture, spelling
 from quant.intake.spelling import Part
-
-Headers = Mapping[str, TensorHeader]
 
 
 def headers(folder: Path) -> dict[str, TensorHeader]:
@@ -27,7 +24,9 @@ def headers(folder: Path) -> dict[str, TensorHeader]:
     ArtifactError for damaged files; SourceError.
     """
     stored = artifact.headers(folder)
-    if all(len(header.shape) != 3 for header in stored.values()):
+    flat = all(len(header.shape) != 3 for header in stored.values())
+    # Quantized files have a tensor for each expert, whatever else has three dimensions.
+    if flat or artifact.quantization_config(folder) is not None:
         return stored
     return _apart(folder, stored)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from quant import artifact
 from quant.errors import AdapterError
+from quant.intake import fused
+from quant.intake.source import Tensors
 from quant.lora import adapter as lora
 from quant.lora import fitting, merge, obstacles, starts, units, voice
 from quant.lora.adapter import Adapter
@@ -26,12 +28,13 @@ Told = Callable[[str, int, int], None]  # a module, how many are done, of how ma
 def of(adapter: Adapter, base: Base, told: Told) -> Factors:
     """Of every module of the adapter, for this base. AdapterError where it cannot be."""
     _check_plain(adapter)
-    _check_fits(adapter, base)
+    stored = Tensors(base.folder, fused.headers(base.folder))
+    _check_fits(adapter, base, stored)
     # Exported before for this very artifact, it is in its units already.
     scales = units.read(base.units if adapter.artifact is None else None)
     found: Factors = {}
     for place, module in enumerate(adapter.pairs, 1):
-        a, b = plain_pair(adapter, module, _weight(base, adapter, module))
+        a, b = plain_pair(adapter, module, _weight(base, stored, adapter, module))
         found[module] = scales.moved(module, a, b)
         told(module, place, len(adapter.pairs))
     return found
@@ -80,10 +83,10 @@ def _check_plain(adapter: Adapter) -> None:
             )
 
 
-def _check_fits(adapter: Adapter, base: Base) -> None:
+def _check_fits(adapter: Adapter, base: Base, stored: Tensors) -> None:
     lora.validate(
         adapter,
-        artifact.linear_shapes(base.folder),
+        artifact.linear_shapes(base.folder, stored.headers),
         max_rank=None,
         base_weights_fingerprint=base.parent.weights,
         base_artifact=base.artifact,
@@ -96,7 +99,7 @@ def _check_fits(adapter: Adapter, base: Base) -> None:
             field="init_lora_weights",
         )
     for name, key in adapter.parts.copies.items():
-        theirs = _stored(base, name)
+        theirs = stored.get(name) if name in stored else None
         with safe_open(adapter.weights, framework="pt") as file:
             copy = file.get_tensor(key)
         if theirs is None or not torch.equal(copy.to(theirs.dtype), theirs):
@@ -106,20 +109,10 @@ def _check_fits(adapter: Adapter, base: Base) -> None:
             )
 
 
-def _weight(base: Base, adapter: Adapter, module: str) -> Tensor | None:
+def _weight(base: Base, stored: Tensors, adapter: Adapter, module: str) -> Tensor | None:
     """The base's weight as float32 [out, in], where a start has to be worked out from it."""
     if base.quantized or adapter.config.start is None or adapter.initial is not None:
         return None
-    stored = _stored(base, f"{module}.weight")
-    assert stored is not None  # its shape was compared
-    upright = stored.T if lora.transposed(adapter, module) else stored
+    weight = stored.get(f"{module}.weight")
+    upright = weight.T if lora.transposed(adapter, module) else weight
     return upright.to(torch.float32)
-
-
-def _stored(base: Base, name: str) -> Tensor | None:
-    header = artifact.headers(base.folder).get(name)
-    if header is None:
-        return None
-    with safe_open(base.folder / header.file, framework="pt") as file:
-        found: Tensor = file.get_tensor(name)
-    return found

@@ -191,7 +191,7 @@ def _check_base(adapter: Adapter, base: Path) -> None:
     manifest = artifact.read(base)
     lora.validate(
         adapter,
-        artifact.linear_shapes(base),
+        artifact.linear_shapes(base, fused.headers(base)),
         max_rank=None,
         base_weights_fingerprint=_base_weights(base, adapter.base_fingerprint),
         base_artifact=lora.identity(manifest) if manifest else None,
