@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,19 @@ async def test_two_loads_of_one_version_are_one(
     engine.gate.set()
     one, other = await asyncio.gather(*loads)
     assert one is other and one.leases == 2 and len(engine.history) == 1
+
+
+async def test_nothing_is_kept_of_the_versions_that_swaps_leave_behind(
+    pool: AdapterPool, engine: MemoryEngine, stored: list[Stored]
+) -> None:
+    for number in range(200):
+        await put(pool, "legal", replace(stored[0], digest=f"{number:012x}"))
+        # The one that came, and those whose way out of the engine has only begun.
+        assert len(pool.locks) <= len(pool.loaded())
+        if number % 5 == 0:
+            await settled()
+    await settled()
+    assert len(pool.locks) == 0 and len(pool.loaded()) == 1 and len(engine.history) == 200
 
 
 async def test_deleting_lets_requests_finish(

@@ -13,7 +13,6 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from functools import partial
 from typing import Protocol
 
 from serve.adapters.canary import share_of
+from serve.adapters.locks import Locks
 from serve.adapters.slots import Slots
 from serve.adapters.store import Stored
 from serve.errors import Conflict
@@ -88,10 +88,9 @@ class AdapterPool:
     """Every method runs in the event loop's thread; one lock per version orders its loads."""
 
     def __init__(self, engine: Engine, slots: Slots) -> None:
-        self._engine, self.slots = engine, slots
+        self._engine, self.slots, self.locks = engine, slots, Locks()
         self._live: dict[str, Route] = {}
         self._loaded: dict[str, Version] = {}  # by name
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._ids = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -138,7 +137,7 @@ class AdapterPool:
         if not self.slots.count and not stored.virtual_tokens:
             raise Conflict("this server takes no LoRA: --max-adapters is 0")
         name = version_name(alias, stored.digest)
-        async with self._locks[name]:
+        async with self.locks[name]:
             version = self._loaded.get(name)
             if version is None:
                 version = Version(alias, stored, next(self._ids), time.time())
@@ -209,7 +208,7 @@ class AdapterPool:
             logger.error("%s could not leave the engine: %s", version.name, fault)
 
     async def _unload(self, version: Version) -> None:
-        async with self._locks[version.name]:
+        async with self.locks[version.name]:
             if not self._idle(version):
                 return  # somebody took it again
             await self._engine.unload(version)

@@ -12,11 +12,11 @@ import json
 import logging
 import os
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from serve.adapters.locks import Locks
 from serve.adapters.pool import AdapterPool, Route, Version, version_name
 from serve.adapters.registry import Registry
 from serve.adapters.rows import Alias, Record, Snapshot, State
@@ -57,7 +57,7 @@ class Reconciler:
         self.seen = Snapshot(-1, {}, {})
         self.rows: dict[str, Alias] = {}  # as seen, and as changed here since
         self.failures: dict[tuple[str, str], Failure] = {}
-        self.locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.locks = Locks()
         self._cache = cache
         self._changed_here: dict[str, int] = {}  # alias -> revision of a change not yet seen
         self._prepared = False
