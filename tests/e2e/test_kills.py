@@ -12,7 +12,7 @@ import aiohttp
 import psutil
 import pytest
 
-from bench.swap import ALIASES, BASE, PROMPTS, Answer, Client, Solo, learn, write_versions
+from bench.versions import ALIASES, BASE, PROMPTS, Answer, Client, Solo, learn, write_versions
 from tests.e2e.server import KEY, START_TIMEOUT_S, Server, serving
 
 pytestmark = pytest.mark.e2e
