@@ -55,7 +55,8 @@ def main() -> None:
     heap.share()
     recipe = Recipe(scheme=args.scheme, group_size=args.group_size, samples=args.samples,
                     length=args.length)  # fmt: skip
-    decoder = blocks.skeleton(opened := source.open(args.model), HOST)
+    dtype = devices.forward_dtype(HOST, exact=args.exact)
+    decoder = blocks.skeleton(opened := source.open(args.model), HOST, dtype)
     given = Calibration(args.samples, args.length, opened.config.get_text_config().hidden_size)
     needed = floor(preflight.units(decoder.shapes())[0], given)
     timed = list(_blocks(args, recipe, opened, decoder))
@@ -79,8 +80,7 @@ def _arguments() -> argparse.Namespace:
     add("--length", type=int, default=512, help="tokens of each")
     add("--blocks", type=int, default=6, help="that are timed, after one that warms up")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--rounded", action="store_true",
-        help="factors of products in bfloat16, as it is without --exact")  # fmt: skip
+    add("--exact", action="store_true", help="forwards and their sums in float32")
     add("--isa", choices=["auto", "avx2"], default="auto")
     return parser.parse_args()
 
@@ -90,7 +90,9 @@ def floor(units: list[Unit], given: Calibration) -> int:
     attention = given.length * given.width  # scores and values, causal
     forwards = 2 * given.tokens * (sum(unit.weights for unit in units) + attention)
     moments = given.tokens * sum(
-        unit.columns * (3 * unit.columns + 1) // 2 + unit.adds(given) * unit.weights
+        unit.columns * (unit.columns + 1) // 2
+        + min(unit.columns**2, 2 * unit.weights)  # the drift's, or what that asks of the outputs
+        + unit.adds(given) * unit.weights
         for unit in units
     )
     solving = sum((unit.rows + unit.columns) * unit.columns**2 for unit in units)
@@ -109,8 +111,7 @@ def _blocks(
     for place in range(args.blocks + 1):
         before = preflight.speed(HOST)
         began = time.process_time()
-        with devices.products(rounded=args.rounded):
-            walk.run(decoder, place, opened, streams, layers)
+        walk.run(decoder, place, opened, streams, layers)
         seconds = (time.process_time() - began) / args.threads
         if place:  # the first compiles its loops
             yield Timed(seconds, max(before, preflight.speed(HOST)))

@@ -116,10 +116,7 @@ def quantize(
     ] = None,
     exact: Annotated[
         bool,
-        typer.Option(
-            help="float32 throughout, where the hardware multiplies 16 bits faster "
-            "[w8a8 and --bits-per-weight always are]"
-        ),
+        typer.Option(help="float32 throughout, where the hardware multiplies 16 bits faster"),
     ] = False,
     cache: Annotated[
         Path | None,

@@ -75,7 +75,7 @@ class Run:
     def given(self) -> Calibration:
         """At most: a calibration file may hold less."""
         width = self.opened.config.get_text_config().hidden_size
-        return Calibration(self.recipe.samples, self.recipe.length, width)
+        return Calibration(self.recipe.samples, self.recipe.length, width, self.decoder.dtype)
 
     def units(self) -> preflight.Blocks:
         chosen = self.opened.config.get_text_config().to_dict().get("num_experts_per_tok", 0)
@@ -105,7 +105,7 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
         memory_free=free + held,
         disk=disk,
         disk_free=disk_free,
-        seconds=preflight.seconds(work, speed),
+        seconds=preflight.seconds(work, speed, run.decoder.dtype),
         operations=work,
         speed=speed,
     )

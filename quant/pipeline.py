@@ -127,7 +127,7 @@ def _opened(order: Order, progress: Progress) -> Source:
 
 def _decoder(recipe: Recipe, opened: Source, on: Sequence[torch.device]) -> Decoder:
     """On all devices."""
-    dtype = devices.forward_dtype(on[0], exact=not recipe.rounds_products)
+    dtype = devices.forward_dtype(on[0], exact=recipe.exact)
     return blocks.spread(opened, on, dtype)
 
 
@@ -178,10 +178,7 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
     batches = zip(
         torch.split(rows.input_ids, per_stream), torch.split(rows.mask, per_stream), strict=True
     )
-    with (
-        devices.products(rounded=layers.rounds_products),
-        kept.shelf(wanted=_waits_on_disk(decoder, rows)) as shelf,
-    ):
+    with kept.shelf(wanted=_waits_on_disk(decoder, rows)) as shelf:
         streams = blocks.embed(decoder, opened, list(batches), shelf)
         kept.resume(layers, streams[0])
         for place in range(kept.entry.done, len(decoder.blocks)):
@@ -194,7 +191,7 @@ def _waits_on_disk(decoder: Decoder, rows: Batches) -> bool:
     """Whether activations are too many for memory."""
     samples, length = rows.input_ids.shape
     width = decoder.model.config.get_text_config().hidden_size
-    given = preflight.Calibration(samples, length, width)
+    given = preflight.Calibration(samples, length, width, decoder.dtype)
     allowed = IN_MEMORY if decoder.device.type == "cpu" else room.left(decoder.device) // 4
     return preflight.waits_on_disk(preflight.units(decoder.shapes()), given, allowed)
 

@@ -83,12 +83,6 @@ class Recipe(BaseModel):
         return self
 
     @property
-    def rounds_products(self) -> bool:
-        """Whether blocks may be computed with 16-bit factors, sums in float32: what feeds a layer
-        and what a format costs are found by differences too small for that."""
-        return not self.exact and self.scheme != "w8a8" and self.bits_per_weight is None
-
-    @property
     def bits(self) -> Literal[4, 8]:
         return 4 if self.scheme == "w4a16" else 8
 

@@ -221,7 +221,7 @@ def test_inputs_are_divided_by_what_the_stored_norm_divides_by(
     norm = nn.RMSNorm(6).requires_grad_(requires_grad=False)
     norm.weight.copy_(torch.tensor([1.0, 0.3, 2.0, 0.5, 1.5, 1.0]) - offset)
     norm.weight[5] = -offset
-    feed = Feed("norm", norm, offset=offset)
+    feed = Feed("norm", norm, norm.weight, offset=offset)
     folded = feed.folded(torch.tensor([2.0, 0.7, 1e-30, 1e30, 1.0, 3.0]), dtype)
     divisor = feed.divisor(folded.float())
     assert folded.dtype == dtype and bool(torch.isfinite(divisor).all())

@@ -121,7 +121,7 @@ def solve_blocks(
     return layers, recording, streams[0][0]
 
 
-def moments_of(inputs: Inputs) -> tuple[Moments, Moments]:
+def moments_of(inputs: Inputs, weight: Tensor) -> tuple[Moments, Moments]:
     """Of the tokens fitted to, and of the last eighth, which is held out."""
     (even,) = descent.evening([inputs.parent])
     read = [inputs.served * even, inputs.parent * even]
@@ -129,8 +129,7 @@ def moments_of(inputs: Inputs) -> tuple[Moments, Moments]:
         (level,) = descent.evening([inputs.gap * even])
         read.append(inputs.gap * even * level)
     last = len(even) - len(even) // 8
-    width, rows = inputs.served.shape[1], 0 if inputs.gap is None else inputs.gap.shape[1]
-    fitted, held = Moments(width, rows=rows), Moments(width, rows=rows)
+    fitted, held = (Moments(weight, adds=inputs.gap is not None) for _ in range(2))
     fitted.add(*(each[:last] for each in read))
     held.add(*(each[last:] for each in read))
     return fitted, held
@@ -139,7 +138,7 @@ def moments_of(inputs: Inputs) -> tuple[Moments, Moments]:
 def target_of(weight: Tensor, fitted: Moments, held: Moments) -> Tensor:
     """What a layer is solved for: moved by the gap of a stream it adds to, then by the drift."""
     target = weight
-    for asked, damping in ((fitted.lack(), 0.1), (fitted.pull(weight), 0.01)):
+    for asked, damping in ((fitted.lack(), 0.1), (fitted.pull(), 0.01)):
         if len(asked):
             factor = gptq.factorize(fitted.hessian.mean(), damping, -1)
             target = descent.shifted(weight, target, asked, held, factor)
@@ -163,9 +162,9 @@ def test_the_reported_loss_is_that_of_the_layers_outputs(scheme: Scheme, tmp_pat
     reports = {report.name: report for report in layers.reports}
     assert list(reports) == [name for group in recording.groups for name in group]
     for group in recording.groups:
-        fitted, held = moments_of(recording.inputs[group[0]])
         before = [recording.before[name] for name in group]
         weights = torch.cat(before)
+        fitted, held = moments_of(recording.inputs[group[0]], weights)
         targets = target_of(weights, fitted, held)
         given = recording.inputs[group[0]]
         (even,) = descent.evening([given.parent])
@@ -186,7 +185,8 @@ def test_a_layer_makes_up_for_what_those_before_it_lost(tmp_path: Path) -> None:
     layers, recording, _ = solve_blocks(opened(tmp_path), Recipe(), Notes(), count=2)
     levels, nearer = grid.full_range(4, torch.bfloat16), []
     for name, inputs in recording.inputs.items():
-        weight, (fitted, held) = recording.before[name], moments_of(inputs)
+        weight = recording.before[name]
+        fitted, held = moments_of(inputs, weight)
         factor = gptq.factorize(fitted.hessian.mean(), 0.01, layers.plan[Q].group)
         alone = gptq.solve(weight, fitted.hessian.mean(), factor, layers.plan[Q].group, levels)
         alone = descent.improved(weight, alone, (fitted.hessian.mean(), held), levels)

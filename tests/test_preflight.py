@@ -100,4 +100,17 @@ def test_a_mixtures_memory_is_bounded_and_its_experts_outputs_lie_on_disk_too() 
 def test_speed_is_that_of_products_done() -> None:
     found = preflight.speed(torch.device("cpu"))
     assert 1e6 < found < 1e16  # a broken count of operations or of seconds is further off
-    assert preflight.seconds(10**9, found) == pytest.approx(preflight.seconds(10**12, found) / 1000)
+    for dtype in (torch.float32, torch.bfloat16):
+        few, many = (preflight.seconds(work, found, dtype) for work in (10**9, 10**12))
+        assert few == pytest.approx(many / 1000)
+    assert preflight.seconds(10**9, found, torch.bfloat16) < preflight.seconds(
+        10**9, found, torch.float32
+    )
+
+
+def test_states_of_sixteen_bits_take_half() -> None:
+    coarse = replace(GIVEN, samples=1, dtype=torch.bfloat16)
+    exact = replace(coarse, dtype=torch.float32)
+    assert 2 * coarse.states == exact.states
+    assert preflight.waiting(units(), exact) < 2 * preflight.waiting(units(), coarse)
+    assert preflight.memory(units(), coarse) < preflight.memory(units(), exact)

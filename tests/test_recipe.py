@@ -152,19 +152,3 @@ def test_a_limit_that_holds_nothing_back_is_refused(limit: float) -> None:
         check_limit(limit)
     check_limit(0.0)
     check_limit(None)
-
-
-@pytest.mark.parametrize(
-    ("fields", "rounds"),
-    [
-        ({}, True),
-        ({"scheme": "w8a16"}, True),
-        ({"exact": True}, False),
-        ({"scheme": "w8a8"}, False),
-        ({"bits_per_weight": 4.5}, False),
-    ],
-)
-def test_products_are_rounded_where_no_small_difference_decides(
-    fields: dict[str, object], *, rounds: bool
-) -> None:
-    assert build(fields).rounds_products is rounds

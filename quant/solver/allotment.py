@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+
+import torch
 
 from quant import formats
 from quant.calibration import Batches
@@ -68,7 +71,8 @@ def within(recipe: Recipe, decoder: Decoder, source: Source, rows: Batches, say:
         (rows.input_ids[place : place + 1], rows.mask[place : place + 1]) for place in range(count)
     ]
     say(f"measuring what each layer costs in each format, on {count} rows of the calibration")
-    units = sensitivity.measure(decoder, source, windows, offers, partial(_told, say))
+    exactly = replace(decoder, dtype=torch.float32)  # what a format costs is a small difference
+    units = sensitivity.measure(exactly, source, windows, offers, partial(_told, say))
     plan, loss = chosen(units, decoder.shapes(), recipe.bits_per_weight)
     bits = formats.bits_per_weight(plan, decoder.shapes())
     say(f"{bits:.2f} bits per weight: {formats.listed(plan.values())}; {loss:.2g} nats foreseen")

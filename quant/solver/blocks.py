@@ -31,8 +31,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Stream:
     """Rows of calibration on their way through the model, as it was and as it is served.
 
-    `hidden` [rows, length, width], float32, is behind the blocks chosen so far, `parent` behind the
-    parent's own; with a shelf they lie there, and are read whenever they are asked for. `gap` is
+    `hidden` [rows, length, width] is behind the blocks chosen so far, `parent` behind the parent's
+    own; with a shelf they lie there, and are read whenever they are asked for. `gap`, float32, is
     the parent's less the served one, inside a block wherever a layer is about to add to both.
     `mask` [rows, length] is true where a token is real; `calls` is what each block gets beside the
     states.

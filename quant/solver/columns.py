@@ -8,9 +8,11 @@ it compiled for the next run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
+import numba
 import numpy as np
 import torch
 from numba import njit, prange
@@ -25,6 +27,7 @@ Limits = tuple[np.float32, np.float32]  # the lowest and the highest step
 _Loop = TypeVar("_Loop", bound=Callable[..., object])
 
 _ONE, _ZERO = np.float32(1), np.float32(0)
+_MOST_LANES = 128  # what they hold of a group of 128 columns fits a core's second-level cache
 _WORST = np.finfo(np.float32).max  # fastmath promises the compiler that no infinity is met
 
 
@@ -41,8 +44,9 @@ def quantize(
     if cost.is_cuda:
         return batched.quantize(weights, feedback, cost, scales, levels)
     given = (_array(weights[0]), _array(weights[1]))
-    arrays = _array(feedback), _array(cost), _array(scales)
-    return _tensors(_quantize_rows(given, *arrays, _limits(levels)))
+    known = (_array(feedback), _array(cost))
+    lanes = _lanes(len(scales))
+    return _tensors(_quantize_rows(given, known, _array(scales), _limits(levels), lanes))
 
 
 def best_rounding(weights: Tensor, cost: Tensor, scales: Tensor, levels: Levels) -> Tensor:
@@ -82,6 +86,13 @@ def _limits(levels: Levels) -> Limits:
     return np.float32(levels.low), np.float32(levels.high)
 
 
+def _lanes(rows: int) -> int:
+    """Rows that go through a group's columns in step: many, since a vector loop has to be long to
+    be worth its start, in blocks that are spread evenly over the threads."""
+    threads = int(numba.get_num_threads())
+    return math.ceil(rows / (threads * math.ceil(rows / (threads * _MOST_LANES))))
+
+
 def _compiled(loop: _Loop) -> _Loop:
     built: _Loop = njit(fastmath=True, cache=True, error_model="numpy")(loop)
     return built
@@ -104,27 +115,61 @@ def _rounding_loss(weights: Floats, scale: np.float32, cost: Floats, limits: Lim
 
 
 @_compiled
-def _feed_back(
-    row: tuple[Floats, Floats, Floats, Floats],
-    feedback: Floats,
-    cost: Floats,
-    scale: np.float32,
-    limits: Limits,
-) -> np.float32:
-    """Rounds one row's group column by column, each error fed to the columns after it.
+def _turned(matrix: Floats, first: int, lanes: int) -> Floats:
+    """So many rows from `first` on as columns [size, lanes]: what they do in step lies side by side
+    in memory. Behind the last row comes that again."""
+    rows, size = matrix.shape
+    turned = np.empty((size, lanes), np.float32)
+    for lane in range(lanes):
+        row = min(first + lane, rows - 1)
+        for k in range(size):
+            turned[k, lane] = matrix[row, k]
+    return turned
 
-    `row` is what is wanted and already fed (read), steps and errors (written).
+
+@_compiled
+def _finalists(
+    weights: Floats, cost: Floats, scales: Floats, limits: Limits, block: tuple[int, int]
+) -> Floats:
+    """Of the offered `scales` of a block's rows those that round best [finalists, lanes]."""
+    first, lanes = block
+    found = np.empty((min(FINALISTS, scales.shape[1]), lanes), np.float32)
+    losses = np.empty(scales.shape[1], np.float32)
+    for lane in range(lanes):
+        row = min(first + lane, len(scales) - 1)
+        for place in range(losses.size):
+            losses[place] = _rounding_loss(weights[row], scales[row, place], cost, limits)
+        for final in range(len(found)):
+            place = int(np.argmin(losses))
+            losses[place], found[final, lane] = _WORST, scales[row, place]
+    return found
+
+
+@_compiled
+def _feed_back(
+    given: tuple[Floats, Floats],
+    made: tuple[Floats, Floats],
+    known: tuple[Floats, Floats],
+    scale: Floats,
+    limits: Limits,
+) -> Floats:
+    """Rounds a group in each lane column by column, each error fed to the columns after it.
+
+    What is `given` is wanted and already fed (read), what is `made` are steps and errors
+    (written), all [size, lanes]; `known` are feedback and cost. Returns what it costs [lanes].
     """
-    (wanted, fed, steps, errors), (low, high) = row, limits
-    inverse, loss = _ONE / scale, _ZERO
+    (wanted, fed), (steps, errors), (feedback, cost), (low, high) = given, made, known, limits
+    inverse, loss = _ONE / scale, np.zeros_like(scale)
     left = fed.copy()
-    for k in range(wanted.size):
-        step = min(max(np.rint(left[k] * inverse), low), high)
-        missed = left[k] - step * scale
-        loss += cost[k] * missed * missed
-        steps[k], errors[k] = step, wanted[k] - step * scale
-        for later in range(k + 1, wanted.size):
-            left[later] += feedback[k, later] * errors[k]
+    for k in range(len(wanted)):
+        for lane in range(scale.size):
+            step = min(max(np.rint(left[k, lane] * inverse[lane]), low), high)
+            missed = left[k, lane] - step * scale[lane]
+            loss[lane] += cost[k] * missed * missed
+            steps[k, lane], errors[k, lane] = step, wanted[k, lane] - step * scale[lane]
+        for later in range(k + 1, len(wanted)):
+            for lane in range(scale.size):
+                left[later, lane] += feedback[k, later] * errors[k, lane]
     return loss
 
 
@@ -144,30 +189,28 @@ def _best_rounding_rows(weights: Floats, cost: Floats, scales: Floats, limits: L
 @_parallel
 def _quantize_rows(
     weights: tuple[Floats, Floats],
-    feedback: Floats,
-    cost: Floats,
+    known: tuple[Floats, Floats],
     scales: Floats,
     limits: Limits,
+    lanes: int,
 ) -> tuple[Floats, Floats, Floats]:
-    wanted, fed = weights
-    rows, size = wanted.shape
-    steps, errors = np.empty_like(wanted), np.empty_like(wanted)
+    rows, size = weights[0].shape
+    steps, errors = np.empty_like(weights[0]), np.empty_like(weights[0])
     chosen = np.empty(rows, np.float32)
-    for row in prange(rows):
-        losses = np.empty(scales.shape[1], np.float32)
-        for place in range(losses.size):
-            losses[place] = _rounding_loss(fed[row], scales[row, place], cost, limits)
-        tried = np.empty((2, size), np.float32)
-        best = _WORST
-        for _ in range(min(FINALISTS, losses.size)):
-            place = int(np.argmin(losses))
-            losses[place] = _WORST
-            scale = scales[row, place]
-            state = (wanted[row], fed[row], tried[0], tried[1])
-            loss = _feed_back(state, feedback, cost, scale, limits)
-            if loss < best:
-                best = loss
-                chosen[row], steps[row], errors[row] = scale, tried[0], tried[1]
+    for block in prange((rows + lanes - 1) // lanes):
+        first = block * lanes
+        tried = _finalists(weights[1], known[1], scales, limits, (first, lanes))
+        given = (_turned(weights[0], first, lanes), _turned(weights[1], first, lanes))
+        made = (np.empty_like(given[0]), np.empty_like(given[0]))
+        best = np.full(lanes, _WORST)
+        for final in range(len(tried)):
+            loss = _feed_back(given, made, known, tried[final], limits)
+            for lane in range(min(lanes, rows - first)):
+                if loss[lane] < best[lane]:
+                    best[lane], chosen[first + lane] = loss[lane], tried[final, lane]
+                    for k in range(size):
+                        steps[first + lane, k] = made[0][k, lane]
+                        errors[first + lane, k] = made[1][k, lane]
     return steps, errors, chosen
 
 

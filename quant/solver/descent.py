@@ -31,7 +31,7 @@ def evening(inputs: Iterable[Tensor]) -> list[Tensor]:
     others. Squared, nothing else would count, though the norm that follows cares for a token's
     error relative to its size: no token counts for more than a few ordinary ones.
     """
-    energy = [rows.float().square().sum(dim=1, keepdim=True) for rows in inputs]
+    energy = [_sizes(rows).square_() for rows in inputs]
     together = torch.cat([each.to(energy[0].device) for each in energy])
     most = _MOST_TIMES_ORDINARY * float(together.median())
     # Where most tokens are zero there is no ordinary one.
@@ -40,24 +40,34 @@ def evening(inputs: Iterable[Tensor]) -> list[Tensor]:
     return [torch.where(each > most, most / each, torch.ones_like(each)).sqrt() for each in energy]
 
 
+def _sizes(rows: Tensor) -> Tensor:
+    """Length [tokens, 1] of each row, in float32."""
+    sizes: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32)
+    return sizes
+
+
 class Moments:
-    """Of a layer's inputs over calibration tokens.
+    """Of a layer's inputs over calibration tokens; `weight` [rows, columns] is the parent's.
 
     `hessian` [columns, columns] is H = mean x x^T of inputs x as served; the drift [columns,
     columns] is D = mean (p - x) x^T, how the parent's inputs p differ along them; the gap [rows,
-    columns] is G = mean g x^T, what the stream that the layer adds to lacks along them.
+    columns] is G = mean g x^T, what a stream that the layer `adds` to lacks along them.
     """
 
-    def __init__(self, width: int, device: torch.device | None = None, rows: int = 0) -> None:
-        """`rows` of the layer if it adds to a stream, else 0."""
-        self.hessian = Hessian(width, device)
-        self._drift = torch.zeros(width, width, device=device)
-        self._gap = torch.zeros(rows, width, device=device)
+    def __init__(self, weight: Tensor, *, adds: bool = False) -> None:
+        rows, width = weight.shape
+        self._weight, self.hessian = weight, Hessian(width, weight.device)
+        self._few = 2 * rows < width  # then w D is less to sum than D, a product for w in it
+        self._drift = weight.new_zeros(rows if self._few else width, width)
+        self._gap = weight.new_zeros(rows if adds else 0, width)
 
     def add(self, served: Tensor, parent: Tensor, gap: Tensor | None = None) -> None:
         """Counts every row of the inputs [tokens, columns] and of the gap [tokens, rows]."""
         self.hessian.add(served)
-        gptq.accumulate(self._drift, parent - served, served)
+        drift = parent - served
+        if self._few:
+            drift = drift @ self._weight.to(drift.dtype).T
+        gptq.accumulate(self._drift, drift, served)
         if gap is not None:
             gptq.accumulate(self._gap, gap, served)
 
@@ -71,35 +81,37 @@ class Moments:
         """Whether nothing was added, or nothing but zeros as served."""
         return self.hessian.is_zero()
 
-    def pull(self, weight: Tensor) -> Tensor:
-        """w D [rows, columns]: what the drift asks of a weight's outputs."""
-        return (weight @ self._drift).div_(max(self.hessian.tokens, 1))
+    def pull(self, rows: slice = ALL) -> Tensor:
+        """w D [rows, columns]: what the drift asks of these `rows` of the layer's outputs."""
+        pulled = self._drift[rows] if self._few else self._weight[rows] @ self._drift
+        return pulled / max(self.hessian.tokens, 1)
 
     def lack(self) -> Tensor:
         """G [rows, columns]: what the gap asks of them; no rows where there is no stream."""
         return self._gap / max(self.hessian.tokens, 1)
 
-    def asked(self, weight: Tensor, rows: slice = ALL) -> Tensor:
-        """Both, of these `rows` of the layer, which `weight` is."""
-        found = self.pull(weight)
+    def asked(self, rows: slice = ALL) -> Tensor:
+        """Both, of these `rows`."""
+        found = self.pull(rows)
         if len(self._gap):
             found.add_(self._gap[rows], alpha=1 / max(self.hessian.tokens, 1))
         return found
 
-    def loss(self, error: Tensor) -> Tensor:
-        """e H e^T [rows] of each row e of `error` [rows, columns]."""
-        return _loss(error, self.hessian.mean())
+    def times(self, rows: Tensor) -> Tensor:
+        """r H of each of the rows r [rows, columns]."""
+        return rows @ self.hessian.mean()
 
     def gained(self, before: Tensor, after: Tensor) -> Tensor:
-        """By how much [rows] the loss of the error `before` is above that of the one `after`."""
-        return ((before - after) @ self.hessian.mean()).mul_(before + after).sum(dim=1)
+        """By how much [rows] the loss e H e^T of each row e of `before` is above `after`'s."""
+        return self.times(before - after).mul_(before + after).sum(dim=1)
 
 
 class Sample:
     """The same of tokens that are kept as they are: less to hold where they are fewer than columns,
     and less to multiply."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
         self._served: list[Tensor] = []
         self._drift: list[Tensor] = []
         self._gap: list[Tensor] = []
@@ -112,7 +124,8 @@ class Sample:
     def is_zero(self) -> bool:
         return not any(bool(rows.any()) for rows in self._served)
 
-    def asked(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+    def asked(self, rows: slice = ALL) -> Tensor:
+        weight = self._weight[rows]
         found = torch.zeros_like(weight)
         for served, drift, gap in zip(self._served, self._drift, self._gap, strict=True):
             asked = drift @ weight.T
@@ -121,14 +134,20 @@ class Sample:
             found.addmm_(asked.T, served)
         return found.div_(max(self._tokens(), 1))
 
-    def loss(self, error: Tensor) -> Tensor:
+    def times(self, rows: Tensor) -> Tensor:
+        found = torch.zeros_like(rows)
+        for served in self._served:
+            found.addmm_((served @ rows.T).T, served)
+        return found.div_(max(self._tokens(), 1))
+
+    def gained(self, before: Tensor, after: Tensor) -> Tensor:
+        return self._loss(before) - self._loss(after)
+
+    def _loss(self, error: Tensor) -> Tensor:
         found = error.new_zeros(len(error))
         for served in self._served:
             found += (served @ error.T).square_().sum(dim=0)
         return found.div_(max(self._tokens(), 1))
-
-    def gained(self, before: Tensor, after: Tensor) -> Tensor:
-        return self.loss(before) - self.loss(after)
 
     def _tokens(self) -> int:
         return sum(map(len, self._served))
@@ -151,9 +170,9 @@ def few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
 HeldOut = Moments | Sample  # of tokens that nothing was fitted to
 
 
-def held_out(tokens: int, width: int, device: torch.device, rows: int = 0) -> HeldOut:
+def held_out(tokens: int, weight: Tensor, *, adds: bool = False) -> HeldOut:
     """Whichever of the two is smaller for so many tokens."""
-    return Sample() if tokens <= width else Moments(width, device, rows)
+    return Sample(weight) if tokens <= weight.shape[1] else Moments(weight, adds=adds)
 
 
 def shifted(weight: Tensor, target: Tensor, asked: Tensor, held: HeldOut, factor: Factor) -> Tensor:
@@ -171,26 +190,22 @@ def shifted(weight: Tensor, target: Tensor, asked: Tensor, held: HeldOut, factor
         way = factor.solved(its)
         step = max(1, len(own) // _TELLING)
         some = slice(None, None, step)
-        wanted = held.asked(own[some], slice(first, first + len(own), step))
-        told = own[some], goal[some], way[some], wanted
-        its.copy_(way.mul_(_strength(told, held))).add_(goal)
+        wanted = held.asked(slice(first, first + len(own), step))
+        far = _strength(way[some], goal[some] - own[some], wanted, held)
+        its.copy_(way.mul_(far)).add_(goal)
         first += len(own)
     return asked
 
 
-def _strength(told: tuple[Tensor, Tensor, Tensor, Tensor], held: HeldOut) -> float:
-    """Of a way from the targets so far, by the rows that tell and what is wanted of them."""
-    own, target, way, wanted = told
-    spent = float(held.loss(way).sum())
+def _strength(way: Tensor, gone: Tensor, wanted: Tensor, held: HeldOut) -> float:
+    """How far to go a `way` [rows, columns] beyond what is `gone` already, by rows that tell and
+    what is wanted of them."""
+    bent = held.times(way)
+    spent = float((bent * way).sum())
     if not spent > 0:
         return 0.0
-    gained = float((wanted * way).sum()) - float(_product(held, target - own, way).sum())
+    gained = float((wanted * way).sum()) - float((bent * gone).sum())
     return min(max(gained / spent, 0.0), 1.0)
-
-
-def _product(held: HeldOut, one: Tensor, other: Tensor) -> Tensor:
-    """one H other^T [rows], row by row."""
-    return (held.loss(one + other) - held.loss(one - other)) / 4
 
 
 def improved(
@@ -211,10 +226,6 @@ def improved(
         loss=torch.where(keep, loss, start.loss),
         rounding_loss=start.rounding_loss,
     )
-
-
-def _loss(error: Tensor, hessian: Tensor) -> Tensor:
-    return (error @ hessian).mul_(error).sum(dim=1)
 
 
 def descend(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from quant.errors import RecipeError
@@ -29,19 +26,15 @@ def first(names: str) -> torch.device:
 def forward_dtype(device: torch.device, *, exact: bool) -> torch.dtype:
     """What blocks compute in: 16 bits where a device is made for them, unless the run needs to
     tell small differences; sums are float32 everywhere."""
-    return torch.float32 if exact or device.type == "cpu" else torch.bfloat16
+    made_for = device.type != "cpu" or _multiplies_bfloat16()
+    return torch.bfloat16 if made_for and not exact else torch.float32
 
 
-@contextmanager
-def products(*, rounded: bool) -> Iterator[None]:
-    """Float32 products with factors rounded to bfloat16 (TF32 on CUDA) and sums in float32, where
-    the hardware has instructions for it, or in float32 throughout."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if rounded else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it, and torch may use them."""
+    has = torch.cpu.get_capabilities()
+    allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return allowed and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def _named(name: str) -> torch.device:

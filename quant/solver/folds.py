@@ -25,12 +25,14 @@ _TOLERANCE = 1e-3  # of a token's largest: float32 through one block, against fa
 class Feed:
     """A layer whose weights can scale the inputs of a group, and nothing else.
 
-    `offset` is 1 where a norm multiplies by 1 + weight. `first` is the first of a linear layer's
-    rows that do: a fused layer's second half may be what reaches the group.
+    `own` is its weight, which may have more bits than what forwards compute with. `offset` is 1
+    where a norm multiplies by 1 + weight. `first` is the first of a linear layer's rows that do: a
+    fused layer's second half may be what reaches the group.
     """
 
     name: str
     layer: nn.Module
+    own: Tensor
     offset: float = 0.0
     first: int = 0
 
@@ -43,14 +45,13 @@ class Feed:
 
     def folded(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The norm's weight that divides by `scale`; as it was where `dtype` could not hold it."""
-        own = self.layer.get_parameter("weight")
-        made = self.scaled(own, 1 / scale).to(dtype)
+        made = self.scaled(self.own, 1 / scale).to(dtype)
         holds = made.isfinite() & (made.float() + self.offset != 0)
-        return torch.where(holds, made, own.to(dtype))
+        return torch.where(holds, made, self.own.to(dtype))
 
     def divisor(self, folded: Tensor) -> Tensor:
         """By what the inputs are divided once `folded` is the weight of the norm."""
-        was, now = self.layer.get_parameter("weight") + self.offset, folded + self.offset
+        was, now = self.own + self.offset, folded + self.offset
         return torch.where(now == 0, torch.ones_like(now), was / now)
 
 
@@ -88,11 +89,12 @@ def _candidates(name: str, layer: nn.Module, width: int) -> Iterator[Feed]:
     own = dict(layer.named_parameters(recurse=False))
     if list(own) != ["weight"]:
         return
+    weight = own["weight"]
     if isinstance(layer, nn.Linear) and layer.out_features in (width, 2 * width):
-        yield Feed(name, layer, first=layer.out_features - width)
-    elif own["weight"].shape == (width,):
-        yield Feed(name, layer)
-        yield Feed(name, layer, offset=1.0)
+        yield Feed(name, layer, weight, first=layer.out_features - width)
+    elif weight.shape == (width,):
+        yield Feed(name, layer, weight)
+        yield Feed(name, layer, weight, offset=1.0)
 
 
 @contextmanager

@@ -41,7 +41,6 @@ class Hessian:
     def add(self, inputs: Tensor) -> None:
         """Counts every row of `inputs` [tokens, columns]; leave padding out."""
         assert not self._is_mean, "the mean was taken already"
-        inputs = inputs if inputs.is_cuda else inputs.float()
         for start in range(0, inputs.shape[1], _STRIP):
             strip = inputs[:, start : start + _STRIP]
             accumulate(self._sum[start : start + _STRIP, start:], strip, inputs[:, start:])
@@ -78,11 +77,14 @@ class Hessian:
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right in float32, of 16-bit numbers too."""
-    if left.is_cuda and left.dtype != torch.float32:  # as its tensor cores do it
+    """total += left^T right in float32, of 16-bit numbers too: a CPU rounds the sum of each call
+    to as many bits, since torch has no such product there with another result."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    elif left.is_cuda:  # as its tensor cores do it
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
-        total.addmm_(left.float().T, right.float())
+        total += left.T @ right
 
 
 def _mirror(matrix: Tensor) -> None:
@@ -110,12 +112,14 @@ class Factor:
 
     def solved(self, rows: Tensor) -> Tensor:
         """`rows` [rows, columns] times the inverse of the damped Hessian, which is F^T C F."""
-        given = rows[:, self.order].T
+        feedback = self.feedback
         half = torch.linalg.solve_triangular(
-            self.feedback.T, given, upper=True, unitriangular=True
-        ).div_(self.cost[:, None])
-        found = torch.linalg.solve_triangular(self.feedback, half, upper=False, unitriangular=True)
-        back: Tensor = found.T[:, self.order.argsort()]
+            feedback, rows[:, self.order], upper=False, left=False, unitriangular=True
+        ).div_(self.cost)
+        found = torch.linalg.solve_triangular(
+            feedback.T, half, upper=True, left=False, unitriangular=True
+        )
+        back: Tensor = found[:, self.order.argsort()]
         return back
 
 

@@ -21,6 +21,7 @@ _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 def as_served(inputs: Tensor) -> Tensor:
     """Activations [..., columns] as an int8 kernel sees them: rounded with a scale per token."""
+    inputs = inputs.float()
     scale = inputs.abs().amax(dim=-1, keepdim=True) / CHANNEL.high
     # A token of zeros has no scale; any positive one keeps it zero.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -50,7 +51,7 @@ def smoothing(weight: Tensor, inputs: Tensor, disturbed: Callable[[Tensor], floa
 
 def product(inputs: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """inputs [..., columns] weight^T, smoothed by `scale` and both rounded, the weight by row."""
-    heavier = weight * scale
+    heavier = weight.float() * scale
     step = heavier.abs().amax(dim=1, keepdim=True) / CHANNEL.high
     step = torch.where(step > 0, step, torch.ones_like(step))
     return as_served(inputs / scale) @ (heavier / step).round_().mul_(step).T

@@ -20,7 +20,7 @@ from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
 from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
 from quant.recipe import Recipe
-from quant.solver import descent, devices, gptq, int8, smoothing, weighting
+from quant.solver import descent, gptq, int8, smoothing, weighting
 from quant.solver.descent import HeldOut, Moments
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
@@ -70,7 +70,6 @@ class Layers:
         self.digests: dict[str, str] = {}
         self.units: dict[str, Tensor] = {}  # what smoothing divides by, of blocks not yet kept
         self._damping, self._shapes, self._progress = recipe.damping, shapes, progress
-        self.rounds_products = recipe.rounds_products
         self.scales_inputs = any(form.inputs == 8 for form in plan.values())
         self._solved: dict[str, Layer] = {}
         self._smoothed: dict[nn.Linear, Tensor] = {}  # what a layer's inputs are divided by
@@ -173,22 +172,19 @@ class Layers:
         In float32 whatever the forwards are computed in: a loss is a small difference.
         """
         fitted, held = self._moments(weight, group, even)
-        with devices.products(rounded=False):
-            pulled, lack = fitted.pull(weight), fitted.lack()
-            matrix = fitted.hessian.mean()
-            del fitted  # the drift's moment, before as much is needed to factorize
-            target = self._made_up(weight, lack, matrix, held) if len(lack) else weight
-            factor = gptq.factorize(matrix, self._damping, form.group)
-            target = descent.shifted(weight, target, pulled, held, factor)
-            grid = levels(form, self.dtype)
-            found, energy = [], []
-            for part, goal in zip(
-                *(descent.few_rows(rows) for rows in (weight, target)), strict=True
-            ):
-                start = gptq.solve(goal, matrix, factor, form.group, grid)
-                found.append(descent.improved(goal, start, (matrix, held), grid))
-                energy.append((part @ matrix).mul_(part).sum(dim=1))
-            return gptq.stacked(found), torch.cat(energy), factor
+        pulled, lack = fitted.pull(), fitted.lack()
+        matrix = fitted.hessian.mean()
+        del fitted  # the drift's moment, before as much is needed to factorize
+        target = self._made_up(weight, lack, matrix, held) if len(lack) else weight
+        factor = gptq.factorize(matrix, self._damping, form.group)
+        target = descent.shifted(weight, target, pulled, held, factor)
+        grid = levels(form, self.dtype)
+        found, energy = [], []
+        for part, goal in zip(*(descent.few_rows(rows) for rows in (weight, target)), strict=True):
+            start = gptq.solve(goal, matrix, factor, form.group, grid)
+            found.append(descent.improved(goal, start, (matrix, held), grid))
+            energy.append((part @ matrix).mul_(part).sum(dim=1))
+        return gptq.stacked(found), torch.cat(energy), factor
 
     def _made_up(self, weight: Tensor, lack: Tensor, matrix: Tensor, held: HeldOut) -> Tensor:
         """The target of a layer that adds to a stream, moved by what that lacks."""
@@ -199,19 +195,18 @@ class Layers:
         self, weight: Tensor, group: Group, even: Sequence[Tensor]
     ) -> tuple[Moments, HeldOut]:
         """Of the evened inputs that are fitted to, and of those that are held out."""
-        width, linear = weight.shape[1], next(iter(group.linears.values()))
+        linear = next(iter(group.linears.values()))
         fitted: dict[torch.device, Moments] = {}
-        gaps = weighting.gaps(group.inputs, even)
-        rows = 0 if group.inputs[0].gap is None else len(weight)
-        held = descent.held_out(sum(len(by) // HELD for by in even), width, weight.device, rows)
+        gaps, adds = weighting.gaps(group.inputs, even), group.inputs[0].gap is not None
+        held = descent.held_out(sum(len(by) // HELD for by in even), weight, adds=adds)
         for given, by, gap in zip(group.inputs, even, gaps, strict=True):
-            served = self.seen(linear, given.served)
-            parent = self._meant(linear, given.parent).mul(by.to(served.dtype))
-            served = served.mul(by.to(served.dtype))
+            dtype = given.served.dtype
+            served = self.seen(linear, given.served).mul(by).to(dtype)
+            parent = self._meant(linear, given.parent).mul(by).to(dtype)
             last = len(served) - len(served) // HELD
             if served.device not in fitted:
-                fitted[served.device] = Moments(width, served.device, rows)
-            read = [served, parent, *([] if gap is None else [gap.to(served.dtype)])]
+                fitted[served.device] = Moments(weight.to(served.device), adds=adds)
+            read = [served, parent, *([] if gap is None else [gap.to(dtype)])]
             fitted[served.device].add(*(each[:last] for each in read))
             held.add(*(each[last:].to(weight.device) for each in read))
         return descent.merged(list(fitted.values()), weight.device), held

@@ -25,9 +25,9 @@ STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix pr
 IN_MEMORY = 1 << 30  # bytes of what forwards hold while they wait; more lies on disk
 HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _COPIES = 10  # of a part that solving it holds at once
-# What a run takes by its products alone: beside them stand norms, attention's softmax, loops over
-# columns, and files. Measured, see DECISIONS.md.
-_OVERHEAD = 1.3
+# What a run takes by its products alone at the rate of float32: beside them stand norms,
+# attention's softmax, loops over columns, and files. Measured, see DECISIONS.md.
+_OVERHEAD = {torch.float32: 1.3, torch.bfloat16: 0.75}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _STOPS = 2  # of an expert: before its gate and up projections, and before the other
 _PROBE, _PROBES = 768, 4
@@ -35,11 +35,12 @@ _PROBE, _PROBES = 768, 4
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`samples` rows of `length` tokens, states of `width` numbers between blocks."""
+    """`samples` rows of `length` tokens, states of `width` numbers of a `dtype` between blocks."""
 
     samples: int
     length: int
     width: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def tokens(self) -> int:
@@ -48,7 +49,7 @@ class Calibration:
     @property
     def states(self) -> int:
         """Bytes of what goes from one block to the next, of one stream."""
-        return self.tokens * self.width * FLOAT
+        return self.tokens * self.width * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def operations(blocks: Blocks, given: Calibration) -> Operations:
         unit.share
         * (
             unit.columns * (unit.columns + _STRIP) // 2
-            + unit.columns**2
+            + min(unit.columns**2, 2 * unit.weights)  # the drift, or what it asks of the outputs
             + unit.adds(given) * unit.weights
         )
         for unit in layers
@@ -133,9 +134,10 @@ def memory(blocks: Blocks, given: Calibration) -> int:
     return max(_of_block(block, given) for block in blocks)
 
 
-def seconds(work: int, speed: float) -> float:
-    """Of so many multiply-adds, all else counted in; `speed` of them a second."""
-    return _OVERHEAD * work / speed
+def seconds(work: int, speed: float, dtype: torch.dtype) -> float:
+    """Of so many multiply-adds, all else counted in; `speed` of them a second in float32, most of
+    them done in `dtype`."""
+    return _OVERHEAD[dtype] * work / speed
 
 
 def speed(device: torch.device) -> float:
@@ -153,8 +155,8 @@ def speed(device: torch.device) -> float:
 def waiting(blocks: Blocks, given: Calibration) -> int:
     """Bytes that the forwards of both streams hold where they stop, between and inside blocks."""
     widest = max(unit.columns for block in blocks for unit in block)
-    gap = given.states
-    return 2 * given.tokens * (4 * given.width + widest) * FLOAT + gap
+    gap = given.tokens * given.width * FLOAT
+    return 2 * given.tokens * (4 * given.width + widest) * given.dtype.itemsize + gap
 
 
 def waits_on_disk(blocks: Blocks, given: Calibration, allowed: int = IN_MEMORY) -> bool:

@@ -46,11 +46,11 @@ def _rounded(linear: nn.Linear, scale: Tensor) -> Callable[[Tensor], Tensor]:
     """The layer in int8 without any solving, its inputs divided by `scale`."""
 
     def product(inputs: Tensor) -> Tensor:
-        made = int8.product(inputs, linear.weight, scale)
+        made = int8.product(inputs, linear.weight, scale).to(inputs.dtype)
         return made if linear.bias is None else made + linear.bias
 
     return product
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).square().sum())
+    return float((one.float() - other.float()).square().sum())

@@ -20,12 +20,11 @@ from torch.nn import functional
 
 from quant.errors import SolveError
 from quant.intake.source import Source
-from quant.solver import aside, blocks, experts, folds, lockstep, residual
+from quant.solver import aside, blocks, experts, kinship, lockstep
 from quant.solver.aside import Pair, Pick
 from quant.solver.blocks import Decoder, Stream
 from quant.solver.experts import Reading
 from quant.solver.folds import Feed
-from quant.solver.trace import Tracer
 
 ONE_IN = 17  # tokens are shown to every expert: a prime, so that all places of a row come up
 
@@ -104,30 +103,27 @@ def run(
     block, (through, probe) = decoder.blocks[place], streams
     with ExitStack() as held:
         for copy in decoder.all():
-            its = copy.blocks[place], copy.names(place), source, copy.device, copy.dtype
-            held.enter_context(blocks.filled(*its))
+            where = copy.device, copy.dtype
+            held.enter_context(blocks.filled(copy.blocks[place], copy.names(place), source, *where))
         samples = [_sample(stream, probe) for stream in through]
         outcome = partial(_outcome, block, samples, place)
-        trace = Tracer(block, partial(_forward, block, samples[0], place))
-        with experts.sampling(block, one_in=1):
-            groups = trace.groups()
-            feeds = folds.found(block, groups, trace) if solver.scales_inputs else {}
-            adders = residual.adders(block, groups, trace)
-        unreached = blocks.linears(block).keys() - {name for group in groups for name in group}
+        forward = partial(_forward, block, place=place)
+        kin = kinship.found(block, forward, samples[0], scales_inputs=solver.scales_inputs)
+        unreached = blocks.linears(block).keys() - {name for group in kin.groups for name in group}
         if unreached:
             missed = decoder.home(place) + decoder.module(place, min(unreached))
             raise SolveError(f"{missed}: no calibration token reached it")
-        dtypes = {name: source.tensors.dtype(its) for name, its in decoder.names(place).items()}
         for copy in decoder.all():
-            held.enter_context(experts.sampling(copy.blocks[place], one_in=ONE_IN))
-            held.enter_context(_stops(copy.blocks[place], block, groups, solver, dtypes))
-            held.enter_context(_followed(copy.blocks[place], adders[:-1]))
+            its, owned = copy.blocks[place], _owned(copy, place, source)
+            held.enter_context(experts.sampling(its, one_in=ONE_IN))
+            held.enter_context(_stops(its, block, kin.groups, solver, owned))
+            held.enter_context(_followed(its, kin.adders[:-1]))
         pairs = held.enter_context(_lanes(decoder, place, through))
-        for stream in through if adders else ():
+        for stream in through if kin.adders else ():
             stream.gap = stream.parent.float() - stream.hidden
-        for group in groups:
-            inputs = [_given(*pair, adds=group[0] in adders) for pair in pairs]
-            named = _named(decoder, place, group, feeds.get(group[0]))
+        for group in kin.groups:
+            inputs = [_given(*pair, adds=group[0] in kin.adders) for pair in pairs]
+            named = _named(decoder, place, group, kin.feeds.get(group[0]), source)
             solver.visit(Group(decoder.home(place), *named, inputs, outcome))
             del inputs  # before the next ones come
             _hand_on(decoder, place, group)
@@ -159,13 +155,15 @@ def _hand_on(decoder: Decoder, place: int, names: Sequence[str]) -> None:
 
 
 def _named(
-    decoder: Decoder, place: int, names: Sequence[str], feed: Feed | None
+    decoder: Decoder, place: int, names: Sequence[str], feed: Feed | None, source: Source
 ) -> tuple[Mapping[str, nn.Linear], Feed | None]:
-    """Under the names that the checkpoint has."""
+    """Under the names that the checkpoint has, and the feed with the weight that is there."""
     linears = blocks.linears(decoder.blocks[place])
     named = {decoder.module(place, name): linears[name] for name in names}
     if feed is not None:
-        feed = replace(feed, name=decoder.module(place, feed.name))
+        its = source.tensors.get(decoder.names(place)[f"{feed.name}.weight"])
+        own = its.to(feed.own.device, torch.float32)
+        feed = replace(feed, name=decoder.module(place, feed.name), own=own)
     return named, feed
 
 
@@ -211,11 +209,11 @@ def _stops(
     known: nn.Module,
     groups: Sequence[Sequence[str]],
     solver: Solver,
-    dtypes: Mapping[str, torch.dtype],
+    owned: Mapping[str, Tensor],
 ) -> Iterator[None]:
     """The first layer of each group stops its lane. Served lanes compute with the chosen weights
-    and with what a server sees, the parent's with the weights that are there now. `known` is the
-    copy of the block whose layers the solver knows."""
+    and with what a server sees, the parent's with those that it `owned`. `known` is the copy of the
+    block whose layers the solver knows."""
     leaders, theirs = {group[0] for group in groups}, blocks.linears(known)
 
     def meet(inputs: Tensor, *, name: str, linear: nn.Linear, own: Tensor) -> Tensor:
@@ -230,13 +228,13 @@ def _stops(
                 lockstep.stop(shown)
         if _role.parent:
             return functional.linear(inputs, own.to(inputs.dtype), linear.bias)
-        return functional.linear(solver.seen(theirs[name], inputs), linear.weight, linear.bias)
+        chosen = linear.weight.to(inputs.dtype)
+        seen = solver.seen(theirs[name], inputs).to(inputs.dtype)
+        return functional.linear(seen, chosen, linear.bias)
 
     with ExitStack() as undo:
         for name, linear in blocks.linears(block).items():
-            # As the source has it: no larger than it was, and exactly what it was.
-            own = linear.weight.to(_kept(dtypes[f"{name}.weight"]), copy=True)
-            instead = partial(meet, name=name, linear=linear, own=own)
+            instead = partial(meet, name=name, linear=linear, own=owned[name])
             linear.forward = instead  # type: ignore[method-assign] # undone right below
             undo.callback(delattr, linear, "forward")
         yield
@@ -256,8 +254,22 @@ def _followed(block: nn.Module, adders: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def _kept(stored: torch.dtype) -> torch.dtype:
-    return stored if stored.itemsize < torch.float32.itemsize else torch.float32
+def _owned(decoder: Decoder, place: int, source: Source) -> dict[str, Tensor]:
+    """The weights that the parent's forwards multiply with, no larger than the source has them.
+
+    Where forwards have fewer bits than the source, its own weights come into the layers: what is
+    quantized is what it has.
+    """
+    names, owned = decoder.names(place), {}
+    for name, linear in blocks.linears(decoder.blocks[place]).items():
+        its, computed = names[f"{name}.weight"], linear.weight.dtype
+        stored = source.tensors.dtype(its)
+        kept = stored if stored.itemsize < computed.itemsize else computed
+        owned[name] = linear.weight.to(kept, copy=True)
+        if torch.promote_types(stored, computed) != computed:
+            whole = source.tensors.get(its).to(linear.weight.device)
+            linear.weight = nn.Parameter(whole, requires_grad=False)
+    return owned
 
 
 def _given(lane: Lane, other: Lane, stream: Stream, *, adds: bool) -> Given:
@@ -267,16 +279,12 @@ def _given(lane: Lane, other: Lane, stream: Stream, *, adds: bool) -> Given:
     routed = None
     if served.rows is not None and parent.rows is not None:
         ours, theirs, routed = experts.paired(served.rows, parent.rows, stream.mask)
-        picks = partial(_rows, ours), partial(_rows, theirs)
+        picks = (lambda inputs: inputs[ours]), (lambda inputs: inputs[theirs])
     if stream.shelf is not None:
         lacking = (lambda: stream.gap) if adds else (lambda: None)
         return Pair(stream.shelf, (served.inputs, parent.inputs), picks, routed, lacking)
     gap = stream.real(stream.gap) if adds and stream.gap is not None else None
     return Inputs(picks[0](served.inputs), picks[1](parent.inputs), routed, gap)
-
-
-def _rows(which: Tensor, inputs: Tensor) -> Tensor:
-    return inputs[which]
 
 
 def _next(lane: Lane) -> Reading:
