@@ -2,8 +2,8 @@
 
 A model is made here, a tensor at a time, and kept; `quantserve quantize` runs on it in a process of
 its own, and the kernel says what that held at most. Beside it stand what was foreseen, and the
-floor: a block in float32, the Hessian of its widest layer, and the states of both streams between
-two blocks.
+floor: a block as it is computed, the Hessian of its widest layer, and the states of both streams
+between two blocks.
 
     python -m bench.memory                          # the 1B shape, whole
     python -m bench.memory --shape 7b --blocks 2    # peak memory does not depend on depth
@@ -33,7 +33,7 @@ from bench import tools, yardstick
 from quant import calibration, checkpoint, shards
 from quant.intake import source
 from quant.recipe import Recipe
-from quant.solver import blocks, preflight
+from quant.solver import blocks, devices, preflight
 from quant.solver.preflight import FLOAT, Calibration
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
@@ -196,9 +196,10 @@ def floor(folder: Path, samples: int, length: int) -> dict[str, int]:
     """Bytes that a run cannot do without, whatever it is written in."""
     opened = source.open(str(folder))
     units = preflight.units(blocks.skeleton(opened, HOST).shapes())
-    given = Calibration(samples, length, opened.config.hidden_size)
+    dtype = devices.forward_dtype(HOST, exact=False)
+    given = Calibration(samples, length, opened.config.hidden_size, dtype)
     return {
-        "block": max(FLOAT * sum(unit.weights for unit in block) for block in units),
+        "block": max(dtype.itemsize * sum(unit.weights for unit in block) for block in units),
         "Hessian": max(FLOAT * unit.columns**2 for block in units for unit in block),
         "states": 2 * given.states,
     }
