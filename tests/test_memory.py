@@ -11,6 +11,7 @@ import torch
 
 from bench import memory
 from quant.intake import source
+from quant.solver import devices
 from tests import tiny
 
 SHAPE = {
@@ -34,9 +35,14 @@ def test_a_made_model_is_one_that_can_be_quantized(folder: Path, tmp_path: Path)
     assert bool((opened.tensors.get("model.norm.weight") == 1).all())
 
 
-def test_the_floor_is_a_block_a_hessian_and_the_states(folder: Path) -> None:
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_floor_is_a_block_a_hessian_and_the_states(
+    dtype: torch.dtype, size: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block and states as this processor computes them."""
+    monkeypatch.setattr(devices, "forward_dtype", lambda _device, **_: dtype)
     block = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
-    expected = {"block": 4 * block, "Hessian": 4 * 128**2, "states": 2 * 4 * 8 * 32 * 64}
+    expected = {"block": size * block, "Hessian": 4 * 128**2, "states": 2 * size * 8 * 32 * 64}
     assert memory.floor(folder, samples=8, length=32) == expected
 
 
