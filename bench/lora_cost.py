@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 
 from bench.serve import Load, Server, cpu_s, loop, running, stream
-from quant import artifact
+from quant.lora import served
 from tests.lora import write_lora
 
 BASE, ADAPTER = "base", "adapter"
@@ -45,7 +45,7 @@ class Measured:
 def main() -> None:
     args = _arguments()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as kept:
-        shapes = artifact.linear_shapes(args.artifact)
+        shapes = served.layers(args.artifact)
         lora = write_lora(Path(folder) / ADAPTER, shapes, rank=16, strength=0.02)
         flags = {"off": ["--max-adapters", "0"], "on": ["--adapter", f"{ADAPTER}={lora}"]}
         servers = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 
-from quant import artifact
+from quant.lora import served
 from tests.lora import write_lora
 
 BASE = "base"
@@ -118,7 +118,7 @@ async def learn(client: Client, prompts: tuple[str, ...] = PROMPTS) -> Solo:
 
 def write_versions(folder: Path, base: Path) -> dict[str, list[Path]]:
     """Two adapters for every alias, on all linear layers of `base`."""
-    shapes = artifact.linear_shapes(base)
+    shapes = served.layers(base)
     return {
         alias: [
             write_lora(folder / f"{alias}{which}", shapes, rank=rank,

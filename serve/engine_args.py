@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from quant.lora import served
 from serve import settings as serve_settings
 from serve.errors import SettingsError
 from serve.settings import AVX2_LIMITS, Settings
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-                "qkv_proj", "gate_up_proj")  # fmt: skip
 # vLLM allocates every slot at one of these ranks.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 QUANTIZED = ("gptq", "compressed-tensors")
@@ -113,7 +112,8 @@ def _lora_flags(settings: Settings) -> list[str]:
     slots = settings.max_adapters + 1  # one is free for a swap
     cached = max(slots, settings.max_cached_adapters or 4 * settings.max_adapters)
     return ["--enable-lora", "--max-loras", str(slots), "--max-cpu-loras", str(cached),
-            "--max-lora-rank", str(rank), "--lora-target-modules", *LORA_TARGETS]  # fmt: skip
+            "--max-lora-rank", str(rank), "--lora-target-modules",
+            *served.targets(settings.artifact)]  # fmt: skip
 
 
 def _cpu_dtype(settings: Settings, facts: Facts) -> str:

@@ -115,10 +115,12 @@ class GroupedPunica(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float
     ) -> None:
+        # Most adapters leave the head alone: a look at A saves a product as wide as the vocabulary.
+        groups = [each for each in self.prompt_groups if lora_a_stacked[each.slot].any()]
         lora_delta.add_slots(
             y.view(-1, y.shape[-1]),
             x.view(-1, x.shape[-1]) * scale,
-            self.prompt_groups,
+            groups,
             lora_a_stacked,
             lora_b_stacked,
         )

@@ -20,6 +20,8 @@ from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 from vllm.renderers import hf
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -43,6 +45,7 @@ def register() -> None:
     check_version()
     if multiprocessing.parent_process() is not None:
         lifeline.die_with(os.getppid())
+    refuse_parts(LoRAModelManager)
     if current_platform.is_cpu():
         cpu_ops.register()
         kernels.register()
@@ -58,6 +61,35 @@ def check_version() -> None:
     parameters = list(inspect.signature(run_server_worker).parameters)
     if parameters[:3] != ["listen_address", "sock", "args"]:
         raise SettingsError(f"vLLM {version}: run_server_worker takes {parameters}, not a socket")
+
+
+def refuse_parts(manager: Any) -> None:
+    """Let the engine refuse an adapter of which it would use a part, and ignore the rest.
+
+    The layers that it wrapped decide, whatever was said at start of what it should wrap.
+    """
+    stock = vars(manager)["_create_merged_loras_inplace"]  # a KeyError here: vLLM moved it
+    if stock.__module__ == __name__:
+        return
+
+    def merge(self: Any, lora: Any) -> None:
+        stock(self, lora)
+        found = (self._get_lora_layer_weights(lora, name) for name in self.modules)
+        used = {id(weights) for weights in found if weights is not None}
+        lost = [name for name, weights in lora.loras.items() if id(weights) not in used]
+        if lost := [name for name in lost if not _is_elsewhere(self, name)]:
+            raise ValueError(f"the engine has no adapted layer for {', '.join(sorted(lost)[:3])}")
+
+    manager._create_merged_loras_inplace = merge
+
+
+def _is_elsewhere(manager: Any, module: str) -> bool:
+    """Whether it is part of an adapted layer, or on another rank of a pipeline."""
+    if module.removesuffix(".base_layer") in manager.modules:
+        return True
+    parts = manager.model.named_modules()
+    absent = (name for name, part in parts if isinstance(part, PPMissingLayer))
+    return any(f"{module}.".startswith(f"{name}.") for name in absent)
 
 
 def installed_version() -> str:

@@ -33,7 +33,7 @@ VLLM_DOORS = {"worker", "vllm_compat", "lora_cpu", "cpu_ops", "endpoints", "stat
 # Standard library and pydantic only.
 LIGHT = (
     "quant.artifact", "quant.lora.adapter", "quant.lora.voice", "quant.lora.cell",
-    "quant.lora.fitting", "quant.lora.soft_prompt", "quant.errors",
+    "quant.lora.fitting", "quant.lora.served", "quant.lora.soft_prompt", "quant.errors",
 )  # fmt: skip
 MATHS = (
     "quant.solver.batched", "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",

@@ -17,7 +17,7 @@ from quant.errors import AdapterError
 from quant.intake import fused
 from quant.intake.source import Tensors
 from quant.lora import adapter as lora
-from quant.lora import fitting, merge, obstacles, starts, units, voice
+from quant.lora import fitting, merge, obstacles, served, starts, units, voice
 from quant.lora.adapter import Adapter
 from quant.lora.footing import Base
 
@@ -91,6 +91,7 @@ def _check_fits(adapter: Adapter, base: Base, stored: Tensors) -> None:
         base_weights_fingerprint=base.parent.weights,
         base_artifact=base.artifact,
     )
+    served.check(adapter.folder, adapter.pairs, served.targets(base.folder))
     fitting.fitted(adapter.voice, voice.vocabulary(base.folder), adapter.folder)
     reason = starts.why_not(adapter, has_base=not base.quantized)
     if reason is not None:

@@ -14,7 +14,7 @@ from quant import artifact
 from quant.errors import AdapterError, ArtifactError
 from quant.intake import architecture, fused
 from quant.lora import adapter as lora
-from quant.lora import anatomy, fitting, obstacles, soft_prompt, starts, voice
+from quant.lora import anatomy, fitting, obstacles, served, soft_prompt, starts, voice
 from quant.lora.adapter import Adapter
 from quant.lora.soft_prompt import SoftPrompt
 
@@ -171,6 +171,8 @@ def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
             return Verdict(works=False, reason=f"{start}: give --base, or use `adapter merge`")
         if base is not None:
             _check_base(adapter, base)
+        adapted = served.ANYWHERE if base is None else served.targets(base)
+        served.check(adapter.folder, adapter.pairs, adapted)
         known = voice.vocabulary(base) if base is not None else None
         fitting.fitted(adapter.voice, known, adapter.folder)
     except AdapterError as fault:

@@ -20,7 +20,7 @@ from threading import Lock
 from quant import artifact
 from quant.artifact import Manifest
 from quant.errors import AdapterError
-from quant.lora import adapter, fitting, soft_prompt, voice
+from quant.lora import adapter, fitting, served, soft_prompt, voice
 from quant.lora.adapter import Adapter
 from quant.lora.soft_prompt import SoftPrompt
 from quant.lora.voice import Voice
@@ -59,7 +59,8 @@ class Base:
     """What an adapter must fit: (out, in) by module, the largest rank, the weights' fingerprint.
 
     `tokens` are its own by text, `width` that of its embeddings; None where it does not tell. Where
-    it is an artifact of ours: its folder and manifest.
+    it is an artifact of ours: its folder and manifest. `adapted` are the layers that the engine
+    adds adapters to.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -69,6 +70,7 @@ class Base:
     width: int | None = None
     folder: Path | None = None
     manifest: Manifest | None = None
+    adapted: tuple[str, ...] = served.LAYERS
 
     @property
     def artifact(self) -> str | None:
@@ -91,6 +93,7 @@ def base_of(folder: Path, max_rank: int) -> Base:
         _width(folder),
         folder,
         manifest,
+        served.targets(folder),
     )
 
 
@@ -252,6 +255,7 @@ def _fit(found: Taken, base: Base, source: str) -> Voice:
                 base_weights_fingerprint=base.weights,
                 base_artifact=base.artifact,
             )
+            served.check(found.folder, found.pairs, base.adapted)
             base.scales()  # an old artifact does not tell them
         return fitting.fitted(found.voice, base.tokens, found.folder)
     except AdapterError as fault:

@@ -65,6 +65,15 @@ class Server:
             )
         return reply.choices[0].message.content or ""
 
+    def log_probabilities(self, model: str, prompt: str) -> list[float]:
+        """What it gives every token of `prompt` but the first, which nothing predicts."""
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}
+        with self.http() as api:
+            answer = api.post("/v1/completions", json=body)
+        assert answer.status_code == httpx.codes.OK, answer.text
+        told = answer.json()["choices"][0]["prompt_logprobs"][1:]
+        return [next(iter(token.values()))["logprob"] for token in told]
+
     def until_ready(self, seconds: float = START_TIMEOUT_S) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -34,12 +33,7 @@ def test_log_probabilities_are_those_of_the_dequantized_experts(
     made = quantize(parent, tmp_path / "artifact", **asked)
     with serving(made.folder, tmp_path / "served", "--model-name", "base") as server:
         server.until_ready()
-        body = {"model": "base", "prompt": TEXT, "max_tokens": 1, "prompt_logprobs": 0}
-        with server.http() as api:
-            answer = api.post("/v1/completions", json=body)
-    assert answer.status_code == httpx.codes.OK, answer.text
-    told = answer.json()["choices"][0]["prompt_logprobs"][1:]  # nothing predicts the first token
-    served = torch.tensor([next(iter(token.values()))["logprob"] for token in told])
+        served = torch.tensor(server.log_probabilities("base", TEXT))
     assert (served - expected(parent, made.folder)).abs().max() < TOLERANCE
 
 

@@ -46,12 +46,7 @@ def test_an_adapter_beside_w8a8_is_the_merged_model(tmp_path: Path) -> None:
 
 def missed(server: Server, model: str, parent: Path, *adapters: Path) -> float:
     """By how many nats a token's served log-probability is off the parent's with them merged."""
-    body = {"model": model, "prompt": TEXT, "max_tokens": 1, "prompt_logprobs": 0}
-    with server.http() as api:
-        answer = api.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    told = answer.json()["choices"][0]["prompt_logprobs"][1:]  # nothing predicts the first token
-    served = torch.tensor([next(iter(token.values()))["logprob"] for token in told])
+    served = torch.tensor(server.log_probabilities(model, TEXT))
     opened = source.open(str(parent), adapters=adapters)
     ids = torch.tensor(tokens.of_text(TEXT, tokens.load_tokenizer(parent)))
     with torch.inference_mode():
