@@ -23,6 +23,7 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,14 +40,15 @@ SAMPLE_EVERY = 12  # swaps between looks at the memory: every time the same vers
 
 
 def main() -> None:
-    args = _arguments()
+    args = arguments(sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder, running(_server(args)) as (port, _, server):
         loras = write_versions(Path(folder), args.artifact)
         log, solo = asyncio.run(_measure(f"http://127.0.0.1:{port}", server, loras, args))
     sys.exit(report(log, solo, args.every))
 
 
-def _arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """Exits with 2 where too few swaps would be left to judge the memory by."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--isa", choices=["auto", "avx2"], default="auto")
@@ -54,7 +56,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--swaps", type=int, default=20, help="in a window")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two swaps")
     parser.add_argument("--total", type=int, default=1000, help="swaps until memory is judged")
-    return parser.parse_args()
+    args = parser.parse_args(given)
+    least = args.rounds * args.swaps + 2 * SAMPLE_EVERY
+    if args.total <= least:
+        parser.error(
+            f"--total {args.total}: the windows swap {args.rounds} x {args.swaps} times, and memory"
+            f" is judged by the swaps after them; give more than {least}, or fewer --rounds"
+        )
+    return args
 
 
 def _server(args: argparse.Namespace) -> Server:

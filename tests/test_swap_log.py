@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench import swap
 from bench.swap_log import Log, Swap, Window, report
 from bench.versions import Answer, Solo
 
@@ -58,3 +59,16 @@ def test_the_table_tells_the_windows_swaps_from_those_without_a_pause(
     told = capsys.readouterr().out
     assert "1 swaps, one every 2 s / none" in told and "PUT, ms (p50 / p99)" in told
     assert "without a pause, 0.5 swaps a second" in told
+
+
+def test_swaps_that_leave_none_to_judge_the_memory_by_are_an_argument_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["./artifact", "--rounds", "3", "--swaps", "4", "--total"]
+    assert swap.arguments([*asked, "37"]).total == 37
+    for few in ("12", "36"):
+        with pytest.raises(SystemExit) as ended:
+            swap.arguments([*asked, few])
+        assert ended.value.code == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"--total {few}" in told and "more than 36" in told
