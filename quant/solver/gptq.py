@@ -11,7 +11,8 @@ sum_{i<k} (w_i - q_i) R_ik / R_kk. One Cholesky of the reversed H, and no invers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +42,17 @@ class Hessian:
     def add(self, inputs: Tensor) -> None:
         """Counts every row of `inputs` [tokens, columns]; leave padding out."""
         assert not self._is_mean, "the mean was taken already"
+        if inputs.is_cuda or inputs.dtype == torch.float32:
+            self._accumulate(inputs)
+        else:
+            with _short_factors():
+                self._accumulate(inputs.float())
+        self.tokens += inputs.shape[0]
+
+    def _accumulate(self, inputs: Tensor) -> None:
         for start in range(0, inputs.shape[1], _STRIP):
             strip = inputs[:, start : start + _STRIP]
             accumulate(self._sum[start : start + _STRIP, start:], strip, inputs[:, start:])
-        self.tokens += inputs.shape[0]
 
     def take(self, other: Hessian) -> None:
         """Counts what another one has counted, wherever that lies."""
@@ -77,14 +85,28 @@ class Hessian:
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right in float32, of 16-bit numbers too: a CPU rounds the sum of each call
-    to as many bits, since torch has no such product there with another result."""
+    """total += left^T right, of 16-bit numbers as fast as they can be: in float32, but that a CPU
+    rounds the sum of each call to 16 bits, for torch has no such product there with another
+    result."""
     if left.dtype == torch.float32:
         total.addmm_(left.T, right)
     elif left.is_cuda:  # as its tensor cores do it
         total += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         total += left.T @ right
+
+
+@contextmanager
+def _short_factors() -> Iterator[None]:
+    """Float32 products whose factors have no more than 16 bits: at twice the rate, and as exact, on
+    a CPU that multiplies those. A Hessian whose sums were rounded might not be positive any more.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _mirror(matrix: Tensor) -> None:
