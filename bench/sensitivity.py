@@ -25,7 +25,7 @@ from quant.formats import FULL, INT8, Format
 from quant.intake import source
 from quant.proof import replica
 from quant.solver import allotment, blocks, descent, gptq, int8, layers, sensitivity
-from quant.solver.gptq import Hessian
+from quant.solver.moments import Hessian
 from quant.solver.sensitivity import Offers, Rows, Unit
 
 DAMPING = 0.01

@@ -9,29 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.solver import descent, gptq, grid, int8
-from quant.solver.descent import Moments, Sample
 from quant.solver.gptq import Solution
 from quant.solver.grid import Levels
+from quant.solver.moments import Moments
 from tests.test_gptq import CASES, INT4, correlated, drawn, output_loss
+from tests.test_moments import drifted, moments
 
 ROWS, COLUMNS, DAMPING = 24, 64, 0.01
 INT8 = grid.full_range(8, torch.bfloat16)
-CPU = torch.device("cpu")
-
-
-def moments(served: Tensor, parent: Tensor | None = None, weight: Tensor | None = None) -> Moments:
-    """Of a layer's inputs; the layer itself matters only to what a drift asks of it."""
-    found = Moments(torch.eye(served.shape[1]) if weight is None else weight)
-    found.add(served, served if parent is None else parent)
-    return found
-
-
-def drifted(tokens: int, seed: int = 0, size: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Inputs as served and the parent's: off by a little noise, and by a fixed mixing."""
-    parent = correlated(tokens, COLUMNS, seed)
-    mixing = drawn(COLUMNS, COLUMNS, seed=99) / COLUMNS**0.5
-    noise = drawn(tokens, COLUMNS, seed=seed + 7)
-    return parent + size * (parent @ mixing + noise), parent
 
 
 def ridged(hessian: Tensor) -> Tensor:
@@ -74,67 +59,6 @@ def test_where_no_token_is_ordinary_all_count_alike(batches: list[tuple[int, int
     assert [by.tolist() for by in even] == [[[1.0]] * rows for rows, _ in batches]
 
 
-@pytest.mark.parametrize("rows", [COLUMNS // 4, COLUMNS])  # few are summed in another way
-def test_moments_are_the_means_they_say(rows: int) -> None:
-    served, parent = drifted(50)
-    found = Moments(weight := drawn(rows, COLUMNS))
-    for ours, theirs in zip(*(torch.split(t, [20, 1, 29]) for t in (served, parent)), strict=True):
-        found.add(ours, theirs)
-    hessian = served.double().T @ served.double() / 50
-    drift = (parent - served).double().T @ served.double() / 50
-    assert found.hessian.tokens == 50
-    torch.testing.assert_close(found.hessian.mean().double(), hessian, rtol=1e-4, atol=1e-4)
-    asked = weight.double() @ drift
-    torch.testing.assert_close(found.pull().double(), asked, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        found.pull(slice(1, 9, 3)).double(), asked[1:9:3], rtol=1e-3, atol=1e-3
-    )
-
-
-def test_moments_of_several_devices_are_those_of_all_their_tokens() -> None:
-    served, parent = drifted(90)
-    whole = moments(served, parent)
-    shares = [moments(served[place::3], parent[place::3]) for place in range(3)]
-    found = descent.merged(shares, CPU)
-    assert found.hessian.tokens == 90
-    eye = torch.eye(COLUMNS)
-    torch.testing.assert_close(found.pull(), whole.pull(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.times(eye), whole.times(eye), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 50])
-@pytest.mark.parametrize("adds", [False, True])
-def test_a_sample_tells_what_the_moments_tell(*, tokens: int, adds: bool) -> None:
-    weight, (served, parent) = drawn(ROWS, COLUMNS), drifted(tokens)
-    kept, counted = descent.held_out(tokens, weight, adds=adds), Moments(weight, adds=adds)
-    gap = drawn(tokens, ROWS, seed=3) if adds else None
-    assert isinstance(kept, Sample)
-    assert isinstance(descent.held_out(COLUMNS + 1, weight), Moments)
-    for place in (slice(0, 20), slice(20, None)):
-        for each in (kept, counted):
-            each.add(served[place], parent[place], gap if gap is None else gap[place])
-    assert kept.is_zero() == counted.is_zero() == (tokens == 0)
-    for some in (slice(None), slice(1, ROWS, 3)):
-        ours, theirs = kept.asked(some), counted.asked(some)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    if tokens:
-        other = drawn(ROWS, COLUMNS, seed=8)
-        for ours, theirs in (
-            (kept.times(weight), counted.times(weight)),
-            (kept.gained(weight, other), counted.gained(weight, other)),
-        ):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-
-
-def test_a_sample_keeps_its_tokens_whatever_becomes_of_them() -> None:
-    served, parent = drifted(10)
-    kept = Sample(torch.eye(COLUMNS))
-    kept.add(served, parent)
-    before = kept.times(torch.eye(COLUMNS))
-    served.zero_()
-    assert torch.equal(kept.times(torch.eye(COLUMNS)), before)
-
-
 def test_a_target_moved_by_both_comes_nearest_to_what_the_stream_should_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -154,10 +78,6 @@ def test_a_target_moved_by_both_comes_nearest_to_what_the_stream_should_be(
     monkeypatch.setattr(descent, "PART", COLUMNS * 3)
     parts = descent.shifted(weight, weight, fitted.lack(), held, factor)
     torch.testing.assert_close(parts, target, rtol=1e-2, atol=1e-2)
-
-
-def test_no_token_has_no_drift() -> None:
-    assert torch.equal(Moments(torch.eye(3)).pull(), torch.zeros(3, 3))
 
 
 def missed(weight: Tensor, served: Tensor, parent: Tensor, original: Tensor) -> float:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from quant.errors import SolveError
 from quant.solver import gptq, grid, int8
-from quant.solver.gptq import Hessian, Solution
+from quant.solver.gptq import Solution
 from quant.solver.grid import Levels
+from quant.solver.moments import Hessian
 
 ROWS, COLUMNS, DAMPING = 48, 128, 0.01
 INT4, INT8 = grid.full_range(4, torch.float16), grid.full_range(8, torch.bfloat16)
@@ -221,52 +222,6 @@ def test_a_matrix_turned_in_its_place_is_turned() -> None:
     turned = square.clone()
     gptq._turn(turned)
     assert torch.equal(turned, square.flip(0, 1))
-
-
-@pytest.mark.parametrize("columns", [64, 384, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_hessian_is_the_mean_outer_product_of_what_was_added(
-    columns: int, dtype: torch.dtype
-) -> None:
-    inputs = drawn(50, columns).to(dtype)
-    hessian = Hessian(columns)
-    for part in torch.split(inputs, [20, 1, 29]):
-        hessian.add(part)
-    exact = inputs.double().T @ inputs.double() / 50
-    mean = hessian.mean()
-    assert hessian.tokens == 50 and torch.equal(mean, mean.T)
-    assert float((mean.double() - exact).abs().max()) < 1e-6 * float(exact.diagonal().max())
-
-
-def test_inputs_that_are_mostly_alike_need_no_more_damping_in_sixteen_bits() -> None:
-    """What attention puts out often is: its sums, rounded, would hide what differs."""
-    inputs = (30 * drawn(1, 384) + drawn(2000, 384, seed=1)).bfloat16()
-    hessian = Hessian(384)
-    for part in inputs.split(1000):
-        hessian.add(part)
-    assert gptq.factorize(hessian.mean(), 1e-3, 32).damping == 1e-3
-    rounded = torch.stack([(part.T @ part).float() for part in inputs.split(1000)]).mean(dim=0)
-    assert gptq.factorize(rounded / 1000, 1e-3, 32).damping > 1e-3
-
-
-def test_no_token_is_an_error() -> None:
-    hessian = Hessian(32)
-    hessian.add(torch.empty(0, 32))
-    with pytest.raises(SolveError, match="no calibration token"):
-        hessian.mean()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_inputs_are_an_error(value: float) -> None:
-    inputs = drawn(10, 32)
-    inputs[3, 3] = value
-    with pytest.raises(SolveError, match="inputs are not finite"):
-        hessian_of(inputs)
-
-
-def test_inputs_that_are_all_zero_are_an_error() -> None:
-    with pytest.raises(SolveError, match="inputs are all zero"):
-        hessian_of(torch.zeros(10, 32))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

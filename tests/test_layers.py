@@ -20,8 +20,8 @@ from quant.intake.source import Source
 from quant.recipe import Recipe, Scheme, choose_group_size
 from quant.solver import blocks, descent, gptq, grid, int8, walk
 from quant.solver.blocks import Stream
-from quant.solver.descent import Moments
 from quant.solver.layers import Layers
+from quant.solver.moments import Moments
 from quant.solver.walk import Group, Inputs
 from tests import tiny
 

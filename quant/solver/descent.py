@@ -7,16 +7,16 @@ of QEP (2504.09629) and Qronos (2505.11695).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from quant.solver import columns, gptq
-from quant.solver.gptq import Factor, Hessian, Solution, dequantize
+from quant.solver import columns
+from quant.solver.gptq import Factor, Solution, dequantize
 from quant.solver.grid import Levels
+from quant.solver.moments import HeldOut
 
-ALL = slice(None)
 PART = 1 << 22  # numbers of a weight that are solved together
 _PASSES = 1
 _MOST_TIMES_ORDINARY = 4.0  # squared size of a token's inputs, by the median token's
@@ -46,133 +46,9 @@ def _sizes(rows: Tensor) -> Tensor:
     return sizes
 
 
-class Moments:
-    """Of a layer's inputs over calibration tokens; `weight` [rows, columns] is the parent's.
-
-    `hessian` [columns, columns] is H = mean x x^T of inputs x as served; the drift [columns,
-    columns] is D = mean (p - x) x^T, how the parent's inputs p differ along them; the gap [rows,
-    columns] is G = mean g x^T, what a stream that the layer `adds` to lacks along them.
-    """
-
-    def __init__(self, weight: Tensor, *, adds: bool = False) -> None:
-        rows, width = weight.shape
-        self._weight, self.hessian = weight, Hessian(width, weight.device)
-        self._few = 2 * rows < width  # then w D is less to sum than D, a product for w in it
-        self._drift = weight.new_zeros(rows if self._few else width, width)
-        self._gap = weight.new_zeros(rows if adds else 0, width)
-
-    def add(self, served: Tensor, parent: Tensor, gap: Tensor | None = None) -> None:
-        """Counts every row of the inputs [tokens, columns] and of the gap [tokens, rows]."""
-        self.hessian.add(served)
-        drift = parent - served
-        if self._few:
-            drift = drift @ self._weight.to(drift.dtype).T
-        gptq.accumulate(self._drift, drift, served)
-        if gap is not None:
-            gptq.accumulate(self._gap, gap, served)
-
-    def take(self, other: Moments) -> None:
-        """Counts what another one has counted, wherever that lies."""
-        self.hessian.take(other.hessian)
-        self._drift += other._drift.to(self._drift.device)
-        self._gap += other._gap.to(self._gap.device)
-
-    def is_zero(self) -> bool:
-        """Whether nothing was added, or nothing but zeros as served."""
-        return self.hessian.is_zero()
-
-    def pull(self, rows: slice = ALL) -> Tensor:
-        """w D [rows, columns]: what the drift asks of these `rows` of the layer's outputs."""
-        pulled = self._drift[rows] if self._few else self._weight[rows] @ self._drift
-        return pulled / max(self.hessian.tokens, 1)
-
-    def lack(self) -> Tensor:
-        """G [rows, columns]: what the gap asks of them; no rows where there is no stream."""
-        return self._gap / max(self.hessian.tokens, 1)
-
-    def asked(self, rows: slice = ALL) -> Tensor:
-        """Both, of these `rows`."""
-        found = self.pull(rows)
-        if len(self._gap):
-            found.add_(self._gap[rows], alpha=1 / max(self.hessian.tokens, 1))
-        return found
-
-    def times(self, rows: Tensor) -> Tensor:
-        """r H of each of the rows r [rows, columns]."""
-        return rows @ self.hessian.mean()
-
-    def gained(self, before: Tensor, after: Tensor) -> Tensor:
-        """By how much [rows] the loss e H e^T of each row e of `before` is above `after`'s."""
-        return self.times(before - after).mul_(before + after).sum(dim=1)
-
-
-class Sample:
-    """The same of tokens that are kept as they are: less to hold where they are fewer than columns,
-    and less to multiply."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._served: list[Tensor] = []
-        self._drift: list[Tensor] = []
-        self._gap: list[Tensor] = []
-
-    def add(self, served: Tensor, parent: Tensor, gap: Tensor | None = None) -> None:
-        self._served.append(served.float().clone())
-        self._drift.append((parent - served).float())
-        self._gap.append(served.new_zeros(len(served), 0) if gap is None else gap.float().clone())
-
-    def is_zero(self) -> bool:
-        return not any(bool(rows.any()) for rows in self._served)
-
-    def asked(self, rows: slice = ALL) -> Tensor:
-        weight = self._weight[rows]
-        found = torch.zeros_like(weight)
-        for served, drift, gap in zip(self._served, self._drift, self._gap, strict=True):
-            asked = drift @ weight.T
-            if gap.shape[1]:
-                asked += gap[:, rows]
-            found.addmm_(asked.T, served)
-        return found.div_(max(self._tokens(), 1))
-
-    def times(self, rows: Tensor) -> Tensor:
-        found = torch.zeros_like(rows)
-        for served in self._served:
-            found.addmm_((served @ rows.T).T, served)
-        return found.div_(max(self._tokens(), 1))
-
-    def gained(self, before: Tensor, after: Tensor) -> Tensor:
-        return self._loss(before) - self._loss(after)
-
-    def _loss(self, error: Tensor) -> Tensor:
-        found = error.new_zeros(len(error))
-        for served in self._served:
-            found += (served @ error.T).square_().sum(dim=0)
-        return found.div_(max(self._tokens(), 1))
-
-    def _tokens(self) -> int:
-        return sum(map(len, self._served))
-
-
-def merged(parts: Sequence[Moments], device: torch.device) -> Moments:
-    """Of the tokens of all parts, on `device`, where at least one has been."""
-    whole = next(part for part in parts if part.hessian.device == device)
-    for part in parts:
-        if part is not whole:
-            whole.take(part)
-    return whole
-
-
 def few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
     """In parts of so few rows that what is computed of them stays small beside a Hessian."""
     return torch.split(matrix, max(PART // matrix.shape[1], 1))
-
-
-HeldOut = Moments | Sample  # of tokens that nothing was fitted to
-
-
-def held_out(tokens: int, weight: Tensor, *, adds: bool = False) -> HeldOut:
-    """Whichever of the two is smaller for so many tokens."""
-    return Sample(weight) if tokens <= weight.shape[1] else Moments(weight, adds=adds)
 
 
 def shifted(weight: Tensor, target: Tensor, asked: Tensor, held: HeldOut, factor: Factor) -> Tensor:

@@ -1,8 +1,7 @@
-"""GPTQ: Hessians of layer inputs, and the codes that least disturb a layer's outputs.
+"""GPTQ: the codes that least disturb a layer's outputs, by the Hessian of its inputs.
 
-Tensors in, tensors out. Refuses, with SolveError, what has no solution: no tokens, non-finite
-numbers, inputs that are all zero, a Hessian that stays indefinite at any damping. Never rounds
-silently instead.
+Tensors in, tensors out. Refuses, with SolveError, what has no solution: non-finite numbers, a
+Hessian that stays indefinite at any damping. Never rounds silently instead.
 
 Frantar et al., ICLR 2023 (2210.17323), in the equivalent form of LDLQ (Chee et al., 2307.13304):
 with H = R R^T, R upper triangular, column k is rounded after adding
@@ -11,8 +10,7 @@ sum_{i<k} (w_i - q_i) R_ik / R_kk. One Cholesky of the reversed H, and no invers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,100 +20,9 @@ from quant.errors import SolveError
 from quant.solver import columns, grid
 from quant.solver.grid import Levels
 
-_STRIP = 384  # columns of a Hessian updated at a time; only strips right of the diagonal are
 _PANEL = 128  # columns quantized one after another before the next matrix product
 _MOST_DAMPING = 10.0
 _CHUNK = 1 << 20  # numbers moved at a time
-
-
-class Hessian:
-    """H = sum x x^T / tokens over the inputs [tokens, columns] of a layer, in float32.
-
-    One matrix in all: what was summed becomes the mean in its place, once it is asked for.
-    """
-
-    def __init__(self, columns: int, device: torch.device | None = None) -> None:
-        self._sum = torch.zeros(columns, columns, device=device)
-        self._is_mean = False
-        self.tokens = 0
-
-    def add(self, inputs: Tensor) -> None:
-        """Counts every row of `inputs` [tokens, columns]; leave padding out."""
-        assert not self._is_mean, "the mean was taken already"
-        if inputs.is_cuda or inputs.dtype == torch.float32:
-            self._accumulate(inputs)
-        else:
-            with _short_factors():
-                self._accumulate(inputs.float())
-        self.tokens += inputs.shape[0]
-
-    def _accumulate(self, inputs: Tensor) -> None:
-        for start in range(0, inputs.shape[1], _STRIP):
-            strip = inputs[:, start : start + _STRIP]
-            accumulate(self._sum[start : start + _STRIP, start:], strip, inputs[:, start:])
-
-    def take(self, other: Hessian) -> None:
-        """Counts what another one has counted, wherever that lies."""
-        assert not (self._is_mean or other._is_mean), "the mean was taken already"
-        self._sum += other._sum.to(self.device)
-        self.tokens += other.tokens
-
-    @property
-    def device(self) -> torch.device:
-        return self._sum.device
-
-    def is_zero(self) -> bool:
-        """Whether nothing was added, or nothing but zeros."""
-        return not bool(self._sum.diagonal().any())
-
-    def mean(self) -> Tensor:
-        """[columns, columns]. SolveError without tokens, or with non-finite or all-zero inputs."""
-        if self.tokens == 0:
-            raise SolveError("no calibration token reached it")
-        whole = self._sum
-        if not self._is_mean:
-            _mirror(whole.div_(self.tokens))
-            self._is_mean = True
-        # No product is larger than the larger of its factors' squares.
-        if not bool(torch.isfinite(whole.diagonal()).all()):
-            raise SolveError("its inputs are not finite")
-        if float(whole.diagonal().amax()) == 0:
-            raise SolveError("its inputs are all zero")
-        return whole
-
-
-def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, of 16-bit numbers as fast as they can be: in float32, but that a CPU
-    rounds the sum of each call to 16 bits, for torch has no such product there with another
-    result."""
-    if left.dtype == torch.float32:
-        total.addmm_(left.T, right)
-    elif left.is_cuda:  # as its tensor cores do it
-        total += torch.mm(left.T, right, out_dtype=torch.float32)
-    else:
-        total += left.T @ right
-
-
-@contextmanager
-def _short_factors() -> Iterator[None]:
-    """Float32 products whose factors have no more than 16 bits: at twice the rate, and as exact, on
-    a CPU that multiplies those. A Hessian whose sums were rounded might not be positive any more.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _mirror(matrix: Tensor) -> None:
-    """Below the diagonal what stands above it, without a second matrix."""
-    for start in range(0, len(matrix), _STRIP):
-        strip = slice(start, start + _STRIP)
-        square = matrix[strip, strip].triu()
-        matrix[strip, strip] = square + square.triu(1).T
-        matrix[strip.stop :, strip] = matrix[strip, strip.stop :].T
 
 
 @dataclass(frozen=True, slots=True)

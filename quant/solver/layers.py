@@ -20,11 +20,11 @@ from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
 from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
 from quant.recipe import Recipe
-from quant.solver import descent, gptq, int8, smoothing, weighting
-from quant.solver.descent import HeldOut, Moments
+from quant.solver import descent, gptq, int8, moments, smoothing, weighting
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
 from quant.solver.grid import Levels, full_range
+from quant.solver.moments import HeldOut, Moments
 from quant.solver.preflight import HELD
 from quant.solver.walk import Group
 
@@ -198,7 +198,7 @@ class Layers:
         linear = next(iter(group.linears.values()))
         fitted: dict[torch.device, Moments] = {}
         gaps, adds = weighting.gaps(group.inputs, even), group.inputs[0].gap is not None
-        held = descent.held_out(sum(len(by) // HELD for by in even), weight, adds=adds)
+        held = moments.held_out(sum(len(by) // HELD for by in even), weight, adds=adds)
         for given, by, gap in zip(group.inputs, even, gaps, strict=True):
             dtype = given.served.dtype
             served = self.seen(linear, given.served).mul(by).to(dtype)
@@ -209,7 +209,7 @@ class Layers:
             read = [served, parent, *([] if gap is None else [gap.to(dtype)])]
             fitted[served.device].add(*(each[:last] for each in read))
             held.add(*(each[last:].to(weight.device) for each in read))
-        return descent.merged(list(fitted.values()), weight.device), held
+        return moments.merged(list(fitted.values()), weight.device), held
 
     def _meant(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """The parent's inputs in the units of the served ones."""

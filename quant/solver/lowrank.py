@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.solver.gptq import Hessian
+from quant.solver.moments import Hessian
 
 _SPARE, _ROUNDS = 16, 8  # of a subspace iteration: columns beside those wanted, and its length
 

@@ -24,7 +24,7 @@ from quant.formats import FULL, Format
 from quant.intake.source import Source
 from quant.solver import blocks, descent, experts, gptq, int8, layers, smoothing, walk, weighting
 from quant.solver.blocks import Decoder, Stream
-from quant.solver.gptq import Hessian
+from quant.solver.moments import Hessian
 from quant.solver.walk import Group
 
 _DRAWS = 4  # of the vectors sent back
