@@ -2,18 +2,24 @@
 
 Stock vLLM 0.32 on x86 has quantized experts for AVX-512 and AMX only. Ours are the packed linear
 layers of `kernels_ops`, two for each expert, called for the tokens that the router gave it.
+Experts that are not quantized get vLLM's own CPU kernel, with adapters or without.
 Refuses, while loading, experts that are not gated by SiLU or lie on several ranks.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe import (
+    unquantized_fused_moe_method as stock_plain,
+)
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQMoEMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_int8 as stock_int8,
@@ -27,8 +33,20 @@ Packed = list[tuple[PackedLinear, PackedLinear]]  # of each expert: gate and up 
 
 
 def register() -> None:
-    """Let compressed-tensors take our int8 experts in this process; `kernels` gives gptq's."""
+    """Let compressed-tensors take our int8 experts in this process; `kernels` gives gptq's.
+
+    Experts in full precision are chosen as without LoRA: vLLM would take Triton's, for adapters
+    that no expert gets here (`quant.lora.served`), and a CPU has no Triton.
+    """
     stock_int8.CompressedTensorsW8A8Int8MoEMethod = PackedInt8Experts
+    stock_plain.select_unquantized_moe_backend = plain_backend
+
+
+def plain_backend(moe_config: FusedMoEConfig) -> Any:
+    """vLLM's choice of a backend and its experts, as if no adapter were to come."""
+    plain = copy.copy(moe_config)
+    plain.is_lora_enabled = False
+    return unquantized.select_unquantized_moe_backend(plain)
 
 
 class PackedGPTQExperts(AutoGPTQMoEMethod):  # type: ignore[misc]

@@ -127,3 +127,11 @@ def test_what_no_kernel_computes_is_refused_while_loading() -> None:
     apart = replace(FusedMoEParallelConfig.make_no_parallel(), tp_size=2)
     with pytest.raises(ValueError, match="one rank"):
         kernels_experts.check(replace(CONFIG, moe_parallel_config=apart))
+
+
+def test_experts_in_full_precision_run_on_the_cpu_with_lora_as_without() -> None:
+    chosen = [
+        kernels_experts.plain_backend(replace(CONFIG, is_lora_enabled=lora))
+        for lora in (True, False)
+    ]
+    assert chosen[0] == chosen[1] and chosen[0][0].name == "CPU"
