@@ -19,6 +19,7 @@ from torch import Tensor
 from quant.errors import SolveError
 from quant.solver import columns, grid
 from quant.solver.grid import Levels
+from quant.solver.moments import rounded_factors
 
 _PANEL = 128  # columns quantized one after another before the next matrix product
 _MOST_DAMPING = 10.0
@@ -208,11 +209,10 @@ def better(
     found: tuple[Tensor, Tensor],
     rounded: tuple[Tensor, Tensor],
 ) -> Solution:
-    losses = []
-    for codes, scale in (found, rounded):
-        error = weight - dequantize(codes, scale)
-        losses.append((error @ hessian).mul_(error).sum(dim=1))
-    loss, rounding_loss = losses
+    """Row by row whichever loses less; `found` and `rounded` are codes and scales."""
+    loss = _loss(weight, hessian, found)
+    with rounded_factors():  # of the one that hardly ever wins
+        rounding_loss = _loss(weight, hessian, rounded)
     if not bool(torch.isfinite(loss).all()):
         raise SolveError("its solution is not finite")
     worse = (loss > rounding_loss)[:, None]
@@ -222,3 +222,8 @@ def better(
         loss=torch.minimum(loss, rounding_loss),
         rounding_loss=rounding_loss,
     )
+
+
+def _loss(weight: Tensor, hessian: Tensor, stored: tuple[Tensor, Tensor]) -> Tensor:
+    error = weight - dequantize(*stored)
+    return (error @ hessian).mul_(error).sum(dim=1)

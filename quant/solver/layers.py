@@ -24,7 +24,7 @@ from quant.solver import descent, gptq, int8, moments, smoothing, weighting
 from quant.solver.folds import Feed
 from quant.solver.gptq import Factor, Solution
 from quant.solver.grid import Levels, full_range
-from quant.solver.moments import HeldOut, Moments
+from quant.solver.moments import HeldOut, Moments, rounded_factors
 from quant.solver.preflight import HELD
 from quant.solver.walk import Group
 
@@ -183,7 +183,8 @@ class Layers:
         for part, goal in zip(*(descent.few_rows(rows) for rows in (weight, target)), strict=True):
             start = gptq.solve(goal, matrix, factor, form.group, grid)
             found.append(descent.improved(goal, start, (matrix, held), grid))
-            energy.append((part @ matrix).mul_(part).sum(dim=1))
+            with rounded_factors():
+                energy.append((part @ matrix).mul_(part).sum(dim=1))
         return gptq.stacked(found), torch.cat(energy), factor
 
     def _made_up(self, weight: Tensor, lack: Tensor, matrix: Tensor, held: HeldOut) -> Tensor:
