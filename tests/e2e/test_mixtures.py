@@ -23,6 +23,8 @@ pytestmark = pytest.mark.e2e
 TEXT = "the quick brown fox jumps over the lazy dog and runs through the green forest at night"
 # 1e-4 was measured; the kernels round activations to 16-bit block floating point.
 TOLERANCE = 0.005
+# Rounded inputs tip: noise of 1e-5 in the reference's embedding moves its answers by 0.017.
+ROUNDED = 0.03
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,8 @@ def test_log_probabilities_are_those_of_the_dequantized_experts(
     with serving(made.folder, tmp_path / "served", "--model-name", "base") as server:
         server.until_ready()
         told = torch.tensor(server.log_probabilities("base", TEXT))
-    assert (told - expected(parent, made.folder)).abs().max() < TOLERANCE
+    off = (told - expected(parent, made.folder)).abs().max()
+    assert off < (ROUNDED if scheme == "w8a8" else TOLERANCE)
 
 
 @pytest.mark.parametrize("family", tiny.MIXTURES)
