@@ -116,7 +116,7 @@ def quantize(
     ] = None,
     exact: Annotated[
         bool,
-        typer.Option(help="float32 throughout, where the hardware multiplies 16 bits faster"),
+        typer.Option(help="compute blocks in float32, where 16 bits would be faster"),
     ] = False,
     cache: Annotated[
         Path | None,

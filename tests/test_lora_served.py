@@ -79,7 +79,8 @@ def test_a_plain_head_beside_quantized_layers_is_adapted(tmp_path: Path, section
     ],
 )
 def test_what_is_served(module: str) -> None:
-    served.check(Path("legal"), [module], served.ANYWHERE)
+    assert served.is_served(module, served.ANYWHERE)
+    served.check(Path("legal"), [module], served.ANYWHERE)  # which raises, for any other
 
 
 @pytest.mark.parametrize(

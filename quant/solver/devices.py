@@ -24,8 +24,8 @@ def first(names: str) -> torch.device:
 
 
 def forward_dtype(device: torch.device, *, exact: bool) -> torch.dtype:
-    """What blocks compute in: 16 bits where a device is made for them, unless the run needs to
-    tell small differences; sums are float32 everywhere."""
+    """What blocks compute in: 16 bits where a device is made for them, unless the run is to be
+    `exact`; what is solved is float32 everywhere."""
     made_for = device.type != "cpu" or _multiplies_bfloat16()
     return torch.bfloat16 if made_for and not exact else torch.float32
 
