@@ -16,6 +16,7 @@ import torch
 from quant.intake.source import Source
 from quant.lora import starts
 from quant.recipe import Recipe
+from quant.solver import devices
 
 Facts = Mapping[str, str]
 
@@ -25,8 +26,10 @@ _LIBRARIES = ("numba", "numpy", "safetensors", "torch", "transformers")
 def facts(recipe: Recipe, opened: Source, texts: Path | None, *, gated: bool) -> dict[str, str]:
     """By the names a reader is told them under; `gated` when some of the texts are held out.
 
-    Threads and instruction set are among them: matrix products differ in their last bits.
+    Threads and instruction set are among them: matrix products differ in their last bits, and where
+    one processor computes in 16 bits, another does not.
     """
+    device = devices.first(recipe.device)
     found = {
         "weights": opened.fingerprint.weights,
         "tokenizer": opened.fingerprint.tokenizer,
@@ -39,6 +42,7 @@ def facts(recipe: Recipe, opened: Source, texts: Path | None, *, gated: bool) ->
         "quantserve": f"{version('quantserve')} {_code()}",
         "threads": str(torch.get_num_threads()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "blocks in": str(devices.forward_dtype(device, exact=recipe.exact)).removeprefix("torch."),
         "machine": platform.machine(),
     }
     found |= {name: version(name) for name in _LIBRARIES}
