@@ -1,113 +1,115 @@
 """Mixed formats beside one format for all, at the same size: bits per weight against KL.
 
-    python -m bench.budget demo --calibration texts.jsonl --text held-out.txt --bits 4.5
+    python -m bench.budget --model demo --calibration calib.jsonl --text held-out.txt --bits 4.5
 
 Quantizes the model uniformly in every 4-bit group size that fits it and within each of `--bits`,
 measures all of them on the same windows, and prints each mixed artifact's KL beside that of the
-line between its uniform neighbours. Artifacts are kept in `--folder` and not made twice.
+line between its uniform neighbours. Artifacts are kept in the cache and not made twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from bench import yardstick
+from bench.quality import Quiet
+from bench.yardstick import Yardstick
 from quant import artifact, pipeline, recipe
-from quant.artifact import LayerReport, Manifest
 from quant.errors import RecipeError
-from quant.proof import compare
+from quant.intake import source
+from quant.proof.evidence import TextFidelity
+from quant.recipe import Recipe
 
 GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One artifact: bits per weight, mean KL in nats with its 95% interval, perplexity."""
+    """One artifact: bits per weight, seconds that it took, and what was lost."""
 
     name: str
     bits: float
-    kl: float
-    low: float
-    high: float
-    perplexity: float
+    seconds: float
+    found: TextFidelity
 
-
-class Said:
-    """Lines alone."""
-
-    def say(self, line: str) -> None:
-        print(f"  {line}", flush=True)
-
-    def foreseen(self, line: str, _facts: Mapping[str, float]) -> None:
-        self.say(line)
-
-    def solved(self, report: LayerReport, done: int, total: int) -> None:
-        if done % 50 == 0 or done == total:
-            self.say(f"{done} of {total} layers, {report.name} loss {report.loss:.2e}")
-
-    def measured(self, name: str, done: int, total: int) -> None:
-        if done % 8 == 0:
-            self.say(f"{name}: {done} of {total} windows")
+    @property
+    def kl(self) -> float:
+        return self.found.mean_kl.value
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--bits", type=float, nargs="+", default=[4.5])
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--folder", type=Path, default=Path(".demo/budget"))
-    asked = parser.parse_args()
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    windows = Recipe(samples=args.windows, length=args.length)
+    measure = Yardstick(source.open(args.model), args.text, windows, args.calibration, *args.apart)
     named: dict[str, dict[str, object]] = {f"g{size}": {"group_size": size} for size in GROUPS}
-    named |= {f"mixed-{bits:g}": {"bits_per_weight": bits} for bits in asked.bits}
-    points = []
-    for name, fields in named.items():
-        print(name, flush=True)
-        if (point := _point(asked, name, fields)) is not None:
-            points.append(point)
+    named |= {f"mixed-{bits:g}": {"bits_per_weight": bits} for bits in args.bits}
+    points = [
+        point
+        for name, fields in named.items()
+        if (point := _point(args, name, fields, measure)) is not None
+    ]
     _table(points)
 
 
-def _point(asked: argparse.Namespace, name: str, fields: dict[str, object]) -> Point | None:
-    target: Path = asked.folder / name
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="demo", help="the full-precision parent, or `demo`")
+    add("--calibration", type=Path, required=True, help='JSONL of {"text"} or {"messages"} lines')
+    add("--text", type=Path, required=True, help="UTF-8 text to measure on")
+    add("--apart", type=Path, nargs="+", default=[], help="further lines that it shall not share")
+    add("--bits", type=float, nargs="+", default=[4.5], help="per weight")
+    add("--samples", type=int, default=32, help="calibration rows")
+    add("--length", type=int, default=512, help="tokens of each, and of each window")
+    add("--windows", type=int, default=32, help="windows of the text")
+    add("--threads", type=int, default=os.cpu_count() or 1)
+    add("--cache", type=Path, default=Path("~/.cache/quantserve/budget"), help="artifacts")
+    args = parser.parse_args()
+    args.cache = args.cache.expanduser().absolute()
+    return args
+
+
+def _point(
+    args: argparse.Namespace, name: str, fields: dict[str, object], measure: Yardstick
+) -> Point | None:
+    """None of a group size that the model's layers do not divide into."""
+    yardstick.say(name)
+    target: Path = args.cache / f"{Path(args.model).name}-{args.samples}x{args.length}-{name}"
     if not target.exists():
-        plan = recipe.build({"samples": asked.samples, "length": asked.length, **fields})
-        order = pipeline.Order(asked.model, target, calibration_file=asked.calibration)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        plan = recipe.build({"samples": args.samples, "length": args.length, **fields})
+        order = pipeline.Order(args.model, target, calibration_file=args.calibration)
         try:
-            pipeline.run(plan, order, Said())
+            pipeline.run(plan, order, Quiet())
         except RecipeError as fault:
-            print(f"  left out: {fault}")
+            yardstick.say(f"{name} is left out: {fault}")
             return None
     manifest = artifact.read(target)
     assert manifest is not None and manifest.bits_per_weight is not None
-    if manifest.fidelity is None:
-        beside = compare.Order(asked.model, target, text=asked.text)
-        manifest = compare.run(recipe.draw({}), beside, Said()).manifest
-    return _of(name, manifest)
-
-
-def _of(name: str, manifest: Manifest) -> Point:
-    assert manifest.fidelity is not None and manifest.fidelity.text is not None
-    found, bits = manifest.fidelity.text, manifest.bits_per_weight or 0.0
-    kl = found.mean_kl
-    return Point(name, bits, kl.value, kl.low, kl.high, found.perplexity.value)
+    return Point(name, manifest.bits_per_weight, manifest.seconds, measure.artifact(target))
 
 
 def _table(points: list[Point]) -> None:
     uniform = sorted((p for p in points if p.name.startswith("g")), key=lambda p: p.bits)
-    print("| artifact | bits per weight | mean KL, nats | 95% interval | perplexity"
-          " | KL of the line | ratio |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|")
+    head = ("artifact", "bits per weight", "time", "mean KL, nats", "perplexity",
+            "KL of the line", "ratio")  # fmt: skip
+    print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")
     for point in sorted(points, key=lambda p: p.bits):
         line = None if point in uniform else _line(uniform, point.bits)
-        beside = f"{line:.4f} | {point.kl / line:.3f}" if line else " | "
-        print(f"| {point.name} | {point.bits:.3f} | {point.kl:.4f} | {point.low:.4f} .."
-              f" {point.high:.4f} | {point.perplexity:.2f} | {beside} |")  # fmt: skip
+        kl, worse = point.found.mean_kl, point.found.perplexity_ratio.value - 1
+        cells = [point.name, f"{point.bits:.3f}", f"{point.seconds:.0f} s"]
+        cells += [f"{kl.value:.4f} ({kl.low:.4f} .. {kl.high:.4f})", f"{worse:+.2%}"]
+        cells += [f"{line:.4f}", f"{point.kl / line:.2f}"] if line else ["", ""]
+        print(f"| {' | '.join(cells)} |")
 
 
 def _line(uniform: list[Point], bits: float) -> float | None:
