@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, text
@@ -161,6 +162,16 @@ async def test_replicas_that_start_together_prepare_once(database_url: str) -> N
     assert await made[0].revision() == 0
     for each in made:
         each.close()
+
+
+async def test_replicas_that_open_a_new_file_at_once_all_get_it(tmp_path: Path) -> None:
+    for place in range(20):  # one in a hundred was told that the file is locked
+        url = f"sqlite:///{tmp_path / f'{place}.sqlite'}"
+        made = [Registry(url, f"r{n}", keep=3) for n in range(8)]
+        await asyncio.gather(*(each.prepare() for each in made))
+        assert [await each.revision() for each in made] == [0] * 8
+        for each in made:
+            each.close()
 
 
 async def test_a_schema_step_is_taken_once_and_keeps_the_rows(

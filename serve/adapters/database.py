@@ -7,6 +7,7 @@ time, is RegistryDown whatever its driver calls it.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 ANSWER_TIMEOUT_S = 15.0
 # The database gives up before we do, so that no statement of ours takes effect after its refusal.
+SQLITE_WAIT_S, SQLITE_RETRY_S = 5.0, 0.01
 POSTGRES = {
     "connect_timeout": 5,
     "application_name": "quantserve",
@@ -111,8 +113,24 @@ def _engine(url: str) -> Engine:
 
 def _sqlite_connected(connection: Any, _: object) -> None:
     connection.isolation_level = None  # transactions begin below, not inside the driver
-    for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL"):
-        connection.execute(f"PRAGMA {pragma}")
+    connection.execute(f"PRAGMA busy_timeout={SQLITE_WAIT_S * 1000:.0f}")
+    _write_ahead(connection)
+    connection.execute("PRAGMA synchronous=FULL")
+
+
+def _write_ahead(connection: Any) -> None:
+    """Switches the file to a write-ahead log. Of several that do so at once all but one are told
+    right away that it is locked: for this SQLite does not wait, whatever its busy timeout."""
+    end = time.monotonic() + SQLITE_WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(SQLITE_RETRY_S)
+        else:
+            return
 
 
 def _sqlite_begin(connection: Connection) -> None:
