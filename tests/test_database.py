@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sqlite3
 import time
 from pathlib import Path
 
@@ -36,6 +37,19 @@ async def test_a_folder_that_does_not_exist_is_made_for_sqlite(tmp_path: Path) -
     assert await database.read(one) == 1
     mode = await database.read(lambda c: c.execute(text("PRAGMA journal_mode")).scalar())
     assert mode == "wal"
+    database.close()
+
+
+async def test_a_file_that_cannot_be_written_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a lock is waited for."""
+    monkeypatch.setattr(module, "SQLITE_RETRY_S", 60.0)
+    file = tmp_path / "registry.sqlite"
+    sqlite3.connect(file).execute("CREATE TABLE t (c)").connection.close()
+    database = Database(f"sqlite:///file:{file}?mode=ro&uri=true")
+    with pytest.raises(RegistryDown, match="readonly"):
+        await database.read(one)
     database.close()
 
 
