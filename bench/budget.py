@@ -4,7 +4,7 @@
 
 Quantizes the model uniformly in every 4-bit group size that fits it and within each of `--bits`,
 measures all of them on the same windows, and prints each mixed artifact's KL beside that of the
-line between its uniform neighbours. Artifacts are kept in the cache and not made twice.
+line between its uniform neighbours. Artifacts are left in the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from bench import yardstick
 from bench.quality import Quiet
 from bench.yardstick import Yardstick
-from quant import artifact, pipeline, recipe
+from quant import pipeline, recipe
 from quant.errors import RecipeError
 from quant.intake import source
 from quant.proof.evidence import TextFidelity
@@ -81,20 +81,18 @@ def _arguments() -> argparse.Namespace:
 def _point(
     args: argparse.Namespace, name: str, fields: dict[str, object], measure: Yardstick
 ) -> Point | None:
-    """None of a group size that the model's layers do not divide into."""
+    """None of formats that the model's layers cannot have."""
     yardstick.say(name)
-    target: Path = args.cache / f"{Path(args.model).name}-{args.samples}x{args.length}-{name}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        plan = recipe.build({"samples": args.samples, "length": args.length, **fields})
-        order = pipeline.Order(args.model, target, calibration_file=args.calibration)
-        try:
-            pipeline.run(plan, order, Quiet())
-        except RecipeError as fault:
-            yardstick.say(f"{name} is left out: {fault}")
-            return None
-    manifest = artifact.read(target)
-    assert manifest is not None and manifest.bits_per_weight is not None
+    target: Path = args.cache / f"{Path(args.model).name}-{name}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    plan = recipe.build({"samples": args.samples, "length": args.length, **fields})
+    order = pipeline.Order(args.model, target, calibration_file=args.calibration, force=True)
+    try:
+        manifest = pipeline.run(plan, order, Quiet())
+    except RecipeError as fault:
+        yardstick.say(f"{name} is left out: {fault}")
+        return None
+    assert manifest.bits_per_weight is not None
     return Point(name, manifest.bits_per_weight, manifest.seconds, measure.artifact(target))
 
 
