@@ -45,6 +45,7 @@ class Point:
 
 def main() -> None:
     args = _arguments()
+    yardstick.patiently("budget")
     torch.set_num_threads(args.threads)
     windows = Recipe(samples=args.windows, length=args.length)
     measure = Yardstick(source.open(args.model), args.text, windows, args.calibration, *args.apart)

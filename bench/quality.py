@@ -50,6 +50,7 @@ class Quiet:
 def main() -> None:
     args = _arguments()
     if not args.table:
+        yardstick.patiently("quality")
         torch.set_num_threads(args.threads)
         _run(args)
     for line in tables(yardstick.kept(args.results)):

@@ -58,6 +58,14 @@ def parser(doc: str | None, schemes: Sequence[str], cache: str) -> argparse.Argu
     return made
 
 
+def patiently(module: str) -> None:
+    """Starts `bench.MODULE` over where OpenMP's workers would spin beside the next batch's, as
+    the command's do not: they are told while torch is loaded."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        command = [sys.executable, "-m", f"bench.{module}", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | {"OMP_WAIT_POLICY": "passive"})
+
+
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """What was asked for, with absolute paths; an error where there is nothing to measure on."""
     args = parser.parse_args()
