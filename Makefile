@@ -40,6 +40,7 @@ serve: setup
 test: lint
 	@tests/setup-prometheus.sh
 	@tests/setup-azurite.sh
+	@tests/setup-triton.sh
 	@$(BIN)/python -m pytest
 
 ## check   what to run before a commit: lint, types, unit tests

@@ -47,6 +47,11 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
         "tie_word_embeddings": True,
     },
+    "8b": {  # Llama-3.1-8B
+        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+        "tie_word_embeddings": False,
+    },
     "7b": {  # Llama-2-7B
         "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 49_152,
@@ -135,8 +140,11 @@ def _rival(name: str, args: argparse.Namespace, folder: Path, texts: Path) -> st
     return f"peak {_gb(cost.peak_bytes)}, {cost.seconds:.0f} s"
 
 
-def make(folder: Path, settings: Mapping[str, Any], tokenizer: Path) -> None:
-    """A model of that shape in bfloat16, its norms ones, with another one's tokenizer."""
+def make(
+    folder: Path, settings: Mapping[str, Any], tokenizer: Path, on: torch.device = HOST
+) -> None:
+    """A model of that shape in bfloat16, its norms ones, with another one's tokenizer; its weights
+    are drawn `on` a device."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.copy_companions(tokenizer, folder)
     config = LlamaConfig(
@@ -145,17 +153,17 @@ def make(folder: Path, settings: Mapping[str, Any], tokenizer: Path) -> None:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(on).manual_seed(0)
     writer = shards.Writer(folder)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     for name, weight in model.named_parameters():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        made = torch.ones(weight.shape)
+        made = torch.ones(weight.shape, device=on)
         if weight.ndim > 1:
             made.normal_(0, SPREAD, generator=draw)
-        writer.add(name, made.to(torch.bfloat16))
+        writer.add(name, made.to(torch.bfloat16).cpu())
     writer.close()
     config.save_pretrained(folder)
 

@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from quant.intake import source
 from quant.recipe import Recipe
 from quant.solver import allotment, blocks, devices, heap, preflight, walk
 from quant.solver.layers import Layers, half
-from quant.solver.preflight import Calibration, Unit
+from quant.solver.preflight import Calibration, Operations, Unit
 
 HOST = torch.device("cpu")
 MAY = 1.4  # times the products alone
@@ -58,7 +58,7 @@ def main() -> None:
     dtype = devices.forward_dtype(HOST, exact=args.exact)
     decoder = blocks.skeleton(opened := source.open(args.model), HOST, dtype)
     given = Calibration(args.samples, args.length, opened.config.get_text_config().hidden_size)
-    needed = floor(preflight.units(decoder.shapes())[0], given)
+    needed = least(preflight.units(decoder.shapes())[0], given).total
     timed = list(_blocks(args, recipe, opened, decoder))
     for line in _table(needed, timed, args.threads):
         print(line)
@@ -85,7 +85,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def floor(units: list[Unit], given: Calibration) -> int:
+def least(units: Sequence[Unit], given: Calibration) -> Operations:
     """Multiply-adds of a block's products, as few as they can be."""
     attention = given.length * given.width  # scores and values, causal
     forwards = 2 * given.tokens * (sum(unit.weights for unit in units) + attention)
@@ -96,7 +96,7 @@ def floor(units: list[Unit], given: Calibration) -> int:
         for unit in units
     )
     solving = sum((unit.rows + unit.columns) * unit.columns**2 for unit in units)
-    return forwards + moments + solving
+    return Operations(forwards, moments, solving)
 
 
 def _blocks(
@@ -105,7 +105,7 @@ def _blocks(
     plan = allotment.bound(recipe, decoder.shapes())
     layers = Layers(recipe, plan, half(opened), decoder.shapes(), Quiet())
     rows = calibration.prepare(opened, recipe, args.calibration, source.quiet)
-    size = max(1, preflight.STREAM_TOKENS // rows.input_ids.shape[1])
+    size = max(1, preflight.STREAM_TOKENS["cpu"] // rows.input_ids.shape[1])
     batches = zip(torch.split(rows.input_ids, size), torch.split(rows.mask, size), strict=True)
     streams = blocks.embed(decoder, opened, list(batches))
     for place in range(args.blocks + 1):

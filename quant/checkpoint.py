@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,8 @@ class Layer:
     scale: Tensor
 
     def digest(self) -> str:
-        digest = hashlib.sha256(self.codes.contiguous().numpy().tobytes())
-        digest.update(self.scale.float().contiguous().numpy().tobytes())
+        digest = hashlib.sha256(self.codes.cpu().contiguous().numpy().data)
+        digest.update(self.scale.cpu().float().contiguous().numpy().data)
         return digest.hexdigest()
 
     def weight(self) -> Tensor:
@@ -50,12 +53,13 @@ def encode(form: Format, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
     middle = 1 << (form.bits - 1)
     rows, columns = layer.codes.shape
     groups = layer.scale.shape[1]
-    zeros = torch.full((groups, rows), middle, dtype=torch.int32)
+    on = layer.codes.device
+    zeros = torch.full((groups, rows), middle, dtype=torch.int32, device=on)
     return {
         "qweight": packing.pack_gptq(layer.codes.to(torch.int16) + middle, form.bits),
         "qzeros": packing.pack_zeros(zeros, form.bits),
         "scales": layer.scale.T.to(dtype),
-        "g_idx": (torch.arange(columns) // (columns // groups)).to(torch.int32),
+        "g_idx": (torch.arange(columns, device=on) // (columns // groups)).to(torch.int32),
     }
 
 
@@ -103,10 +107,12 @@ def verify(folder: Path, chosen: Mapping[str, str], plan: Plan) -> None:
     for name, form in plan.items():
         if (told := artifact.format_of(folder, section, name)) != form:
             raise ArtifactError(f"{folder}: config.json says {told} of {name}, which has {form}")
-    missing = dict(chosen)
-    for name, layer in read_layers(folder):
-        if missing.pop(name, None) != layer.digest():
-            raise ArtifactError(f"{folder}: {name} does not read back as it was solved")
+    missing, modules = dict(chosen), _leaves(folder)
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        found = pool.map(partial(_digest, folder, section), modules, modules.values())
+        for name, digest in zip(modules, found, strict=True):
+            if digest is not None and missing.pop(name, None) != digest:
+                raise ArtifactError(f"{folder}: {name} does not read back as it was solved")
     if missing:
         raise ArtifactError(f"{folder} lacks the layer {min(missing)}")
 
@@ -142,6 +148,7 @@ _COMPANIONS = (
 )  # fmt: skip
 _OUR_OWN = ("config.json", "quantize_config.json", artifact.INDEX, artifact.MANIFEST)
 _MARKS = {"qweight", "weight_scale"}  # who has one of them is quantized
+_READERS = 4  # layers that are unpacked at a time
 
 
 def _section(folder: Path) -> Mapping[str, Any]:
@@ -153,26 +160,41 @@ def _layers(
 ) -> Iterator[tuple[str, dict[str, Tensor], Layer | None]]:
     """Module name, its tensors, and the layer they hold where it is a quantized one."""
     section = _section(folder)
-    for module, tensors in _modules(folder, only):
-        if not _MARKS & tensors.keys():
-            yield module, tensors, None
-            continue
-        form = artifact.format_of(folder, section, module)
-        if form == FULL:
-            raise ArtifactError(f"{folder}: config.json says {form} of {module}, which has codes")
-        yield module, tensors, decode(form, tensors)
+    for module, leaves in _leaves(folder).items():
+        if only is None or module in only:
+            yield module, *_read(folder, section, module, leaves)
 
 
-def _modules(folder: Path, only: Collection[str] | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Module name -> its own tensors, in name order."""
+def _digest(
+    folder: Path, section: Mapping[str, Any], module: str, leaves: Mapping[str, str]
+) -> str | None:
+    """Of the layer that a module holds where it is a quantized one."""
+    if not _MARKS & leaves.keys():
+        return None
+    _, layer = _read(folder, section, module, leaves)
+    return None if layer is None else layer.digest()
+
+
+def _read(
+    folder: Path, section: Mapping[str, Any], module: str, leaves: Mapping[str, str]
+) -> tuple[dict[str, Tensor], Layer | None]:
+    """A module's tensors, and the layer they hold where it is a quantized one."""
+    tensors = {}
+    for leaf, file in leaves.items():
+        with safe_open(folder / file, framework="pt") as shard:
+            tensors[leaf] = shard.get_tensor(f"{module}.{leaf}")
+    if not _MARKS & tensors.keys():
+        return tensors, None
+    form = artifact.format_of(folder, section, module)
+    if form == FULL:
+        raise ArtifactError(f"{folder}: config.json says {form} of {module}, which has codes")
+    return tensors, decode(form, tensors)
+
+
+def _leaves(folder: Path) -> dict[str, dict[str, str]]:
+    """Of each module its own tensors and the file of each, in name order."""
     modules: dict[str, dict[str, str]] = {}
     for name, header in artifact.headers(folder).items():
         module, _, leaf = name.rpartition(".")
-        if only is None or module in only:
-            modules.setdefault(module, {})[leaf] = header.file
-    for module, leaves in modules.items():
-        tensors = {}
-        for leaf, file in leaves.items():
-            with safe_open(folder / file, framework="pt") as shard:
-                tensors[leaf] = shard.get_tensor(f"{module}.{leaf}")
-        yield module, tensors
+        modules.setdefault(module, {})[leaf] = header.file
+    return modules

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -16,7 +16,7 @@ from quant import scribe, shards, staging
 from quant.errors import RoomError
 from quant.intake.source import Source
 from quant.recipe import Recipe
-from quant.solver import allotment, preflight
+from quant.solver import allotment, devices, preflight
 from quant.solver.blocks import Decoder
 from quant.solver.preflight import FLOAT, Calibration
 
@@ -75,7 +75,9 @@ class Run:
     def given(self) -> Calibration:
         """At most: a calibration file may hold less."""
         width = self.opened.config.get_text_config().hidden_size
-        return Calibration(self.recipe.samples, self.recipe.length, width, self.decoder.dtype)
+        device = self.decoder.device
+        on = self.decoder.dtype, device.type, devices.allowance(device)
+        return Calibration(self.recipe.samples, self.recipe.length, width, *on)
 
     def units(self) -> preflight.Blocks:
         chosen = self.opened.config.get_text_config().to_dict().get("num_experts_per_tok", 0)
@@ -97,16 +99,18 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
             f"{run.opened.spec}: {most.name} needs {_size(needed)} of memory, and {_size(free)} of"
             f" {run.decoder.device}'s is free; {most.remedy}"
         )
-    work, speed = preflight.operations(blocks, run.given).total, preflight.speed(run.decoder.device)
-    work += _written(run) * _parameters(run.opened)
-    held = psutil.Process().memory_info().rss if run.decoder.device.type == "cpu" else 0
+    device, work = run.decoder.device, preflight.operations(blocks, run.given)
+    work = replace(work, forwards=work.forwards + _written(run) * _parameters(run.opened))
+    speed = preflight.speed(device)
+    forwards = speed if device.type == "cpu" else preflight.speed(device, run.decoder.dtype)
+    held = psutil.Process().memory_info().rss if device.type == "cpu" else 0
     return Estimate(
         memory=needed + held,
         memory_free=free + held,
         disk=disk,
         disk_free=disk_free,
-        seconds=preflight.seconds(work, speed, run.decoder.dtype),
-        operations=work,
+        seconds=preflight.seconds(work, speed, run.given, forwards),
+        operations=work.total,
         speed=speed,
     )
 

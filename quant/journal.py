@@ -29,6 +29,8 @@ from quant.solver.layers import Layers
 from quant.staging import Stage
 
 _JOURNAL, _ROWS = "journal.json", "rows.safetensors"
+_AT_ONCE = 1.0  # seconds: activations that take longer to write are not kept behind every block,
+_WORTH = 10  # but once as many times that was spent on blocks since they were last kept
 
 Say = Callable[[str], None]
 
@@ -54,7 +56,10 @@ class Journal:
 
     def __init__(self, stage: Stage, entry: Entry, blocks: int) -> None:
         self.entry, self._stage, self._blocks = entry, stage, blocks
-        self._before, self._began = entry.seconds, time.monotonic()
+        self._before = entry.seconds
+        self._began = self._kept_at = time.monotonic()
+        self._keeping = 0.0  # seconds that it took the last time
+        self._done, self._parts = entry.done, dict(entry.parts)  # kept or not
         self._promise()
 
     @property
@@ -77,11 +82,10 @@ class Journal:
         """Keeps what belongs to no block, read one tensor at a time, unless a run before did."""
         if self.entry.parts:
             return
-        parts = {}
         for place, (name, read) in enumerate(tensors):
             part = f"outside-{place:05}.safetensors"
-            parts[part] = shards.write(self._stage.state / part, {name: read()})
-        self._write(parts=parts)
+            self._parts[part] = shards.write(self._stage.state / part, {name: read()})
+        self._write(parts=dict(self._parts))
 
     def resume(self, layers: Layers, streams: Sequence[Stream]) -> None:
         """Puts layers and streams where they were behind the last block that is done."""
@@ -97,21 +101,32 @@ class Journal:
     def finished(
         self, tensors: Mapping[str, Tensor], layers: Layers, streams: Sequence[Stream]
     ) -> None:
-        """Keeps one more block: its tensors, and what the next one starts from."""
-        done, state = self.entry.done + 1, self._stage.state
-        part = f"block-{done:05}.safetensors"
-        size = shards.write(state / part, tensors)
-        shards.write(state / _units(done), layers.units)
+        """Keeps one more block: its tensors, and what the next one starts from.
+
+        Where a block is solved faster than that is written, only behind some of them; those since
+        the last one are done again by a run that goes on.
+        """
+        self._done, state = self._done + 1, self._stage.state
+        part = f"block-{self._done:05}.safetensors"
+        self._parts[part] = shards.write(state / part, tensors)
+        shards.write(state / _units(self._done), layers.units)
         layers.units.clear()
-        if done < self._blocks:
-            shards.write(state / _activations(done), _States(streams))
+        began = time.monotonic()
+        last, spent = self._done == self._blocks, began - self._kept_at
+        if self._keeping > _AT_ONCE and spent < _WORTH * self._keeping and not last:
+            return
+        if not last:
+            shards.write(state / _activations(self._done), _States(streams))
+        before = self.entry.done
         self._write(
-            parts=self.entry.parts | {part: size},
-            done=done,
+            parts=dict(self._parts),
+            done=self._done,
             reports=tuple(layers.reports),
             digests=dict(layers.digests),
         )
-        (state / _activations(done - 1)).unlink(missing_ok=True)
+        (state / _activations(before)).unlink(missing_ok=True)
+        self._kept_at = time.monotonic()
+        self._keeping = self._kept_at - began
 
     def units(self) -> dict[str, Tensor]:
         """What smoothing divides layers' inputs and outputs by, of all blocks."""

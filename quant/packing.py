@@ -16,7 +16,8 @@ WIDTHS = (2, 4, 8)
 def pack_gptq(codes: Tensor, bits: int) -> Tensor:
     """[out, in] codes in 0 .. 2**bits - 1 -> int32 words [in * bits / 32, out]."""
     per_word = _per_word(codes.shape[1], bits)
-    words = torch.zeros(codes.shape[1] // per_word, codes.shape[0], dtype=torch.int32)
+    shape = codes.shape[1] // per_word, codes.shape[0]
+    words = torch.zeros(shape, dtype=torch.int32, device=codes.device)
     for slot in range(per_word):
         words |= codes[:, slot::per_word].T.to(torch.int32) << (bits * slot)
     return words

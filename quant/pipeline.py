@@ -45,7 +45,7 @@ from quant.solver import allotment, blocks, devices, heap, preflight, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, half
 from quant.solver.layers import Progress as Watching
-from quant.solver.preflight import IN_MEMORY, STREAM_TOKENS
+from quant.solver.preflight import STREAM_TOKENS
 from quant.staging import Stage
 
 
@@ -174,7 +174,7 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
     # Loaders make a tied head out of the embedding again.
     outside = [name for name in names if name not in within and name != tied]
     kept.outside([(name, partial(layers.kept, opened, name)) for name in outside])
-    per_stream = max(1, STREAM_TOKENS // rows.input_ids.shape[1])
+    per_stream = max(1, STREAM_TOKENS[decoder.device.type] // rows.input_ids.shape[1])
     batches = zip(
         torch.split(rows.input_ids, per_stream), torch.split(rows.mask, per_stream), strict=True
     )
@@ -191,9 +191,9 @@ def _waits_on_disk(decoder: Decoder, rows: Batches) -> bool:
     """Whether activations are too many for memory."""
     samples, length = rows.input_ids.shape
     width = decoder.model.config.get_text_config().hidden_size
-    given = preflight.Calibration(samples, length, width, decoder.dtype)
-    allowed = IN_MEMORY if decoder.device.type == "cpu" else room.left(decoder.device) // 4
-    return preflight.waits_on_disk(preflight.units(decoder.shapes()), given, allowed)
+    on = decoder.dtype, decoder.device.type, devices.allowance(decoder.device)
+    given = preflight.Calibration(samples, length, width, *on)
+    return preflight.waits_on_disk(preflight.units(decoder.shapes()), given)
 
 
 def _finished(

@@ -36,14 +36,14 @@ LIGHT = (
     "quant.lora.fitting", "quant.lora.served", "quant.lora.soft_prompt", "quant.errors",
 )  # fmt: skip
 MATHS = (
-    "quant.solver.batched", "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",
+    "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",
     "quant.solver.gptq", "quant.solver.grid", "quant.solver.int8", "quant.solver.lowrank",
-    "quant.solver.moments", "quant.lora.combine",
+    "quant.solver.moments", "quant.solver.tiles", "quant.lora.combine",
     "quant.lora.nf4", "quant.packing",
 )  # fmt: skip
 MATHS_MAY_IMPORT = {
-    "__future__", "collections", "contextlib", "dataclasses", "math", "numba", "numpy",
-    "torch", "typing",
+    "__future__", "collections", "contextlib", "dataclasses", "importlib", "math", "numba", "numpy",
+    "torch", "triton", "typing",
 }  # fmt: skip
 PICKLERS = (
     "pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve",

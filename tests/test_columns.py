@@ -1,24 +1,52 @@
-"""`solver.columns` and `solver.batched`: both are the slow loops, row by row, on any threads."""
+"""`solver.columns` and `solver.tiles`: both are the slow loops, row by row, on any threads.
+
+The tiles are there on a GPU, or where Triton interprets them (see `test_tiles`).
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 import numba
 import pytest
 import torch
 from torch import Tensor
 
-from quant.solver import batched, columns, grid, int8
+from quant.solver import columns, grid, int8
 from quant.solver.grid import Levels
 
 ROWS, SIZE = 40, 32
 INT4, INT8 = grid.full_range(4, torch.float16), grid.full_range(8, torch.bfloat16)
 LEVELS = [INT4, INT8, int8.CHANNEL]
 
-each_loop = pytest.mark.parametrize("loops", [columns, batched], ids=["compiled", "batched"])
+GPU = torch.cuda.is_available()
+
+
+class Tiles:
+    """Called as `columns` is, the tensors on a GPU where there is one."""
+
+    def __init__(self) -> None:
+        self.module = importlib.import_module("quant.solver.tiles")
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self.module, name)
+        return lambda *args: moved(function(*moved(args, "cuda" if GPU else "cpu")), "cpu")
+
+
+def moved(value: Any, where: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(moved(each, where) for each in value)
+    return value.to(where) if isinstance(value, Tensor) else value
+
+
+LOOPS: dict[str, Any] = {"compiled": columns}
+if GPU or "TRITON_INTERPRET" in os.environ:
+    LOOPS["tiles"] = Tiles()
+each_loop = pytest.mark.parametrize("loops", list(LOOPS.values()), ids=list(LOOPS))
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -88,7 +116,7 @@ def threads(count: int) -> Iterator[None]:
 
 @each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
-def test_steps_and_errors_are_those_of_the_slow_loop(loops: ModuleType, levels: Levels) -> None:
+def test_steps_and_errors_are_those_of_the_slow_loop(loops: Any, levels: Levels) -> None:
     given, feedback, cost, offered = problem(levels)
     steps, errors, scale = loops.quantize(given, feedback, cost, offered, levels)
     expected = feed_back(given, feedback, cost, scale, levels)
@@ -101,7 +129,7 @@ def test_steps_and_errors_are_those_of_the_slow_loop(loops: ModuleType, levels: 
 @each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_the_chosen_scales_feedback_costs_least_among_those_that_round_best(
-    loops: ModuleType,
+    loops: Any,
     levels: Levels,
 ) -> None:
     given, feedback, cost, offered = problem(levels)
@@ -118,9 +146,7 @@ def test_the_chosen_scales_feedback_costs_least_among_those_that_round_best(
 
 @each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
-def test_best_rounding_finds_the_least_loss_of_all_offered(
-    loops: ModuleType, levels: Levels
-) -> None:
+def test_best_rounding_finds_the_least_loss_of_all_offered(loops: Any, levels: Levels) -> None:
     (_, weights), _, cost, offered = problem(levels)
     scale = loops.best_rounding(weights, cost, offered, levels)
     found = rounding_losses(weights, cost, scale[:, None], levels)[:, 0]
@@ -132,7 +158,7 @@ def test_best_rounding_finds_the_least_loss_of_all_offered(
 @each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_descent_is_that_of_the_slow_loop(loops: ModuleType, levels: Levels, sign: float) -> None:
+def test_descent_is_that_of_the_slow_loop(loops: Any, levels: Levels, sign: float) -> None:
     weights, matrix = drawn(ROWS, SIZE), hessian()
     scale = sign * weights.abs().amax(dim=1) / levels.high
     steps = grid.to_steps(weights, scale, levels)
@@ -145,6 +171,17 @@ def test_descent_is_that_of_the_slow_loop(loops: ModuleType, levels: Levels, sig
     for mine, theirs in zip(ours[1:], slow[1:], strict=True):
         size = float(theirs.abs().mean())
         torch.testing.assert_close(mine[same].double(), theirs[same], rtol=1e-3, atol=1e-4 * size)
+
+
+if "tiles" in LOOPS:
+
+    @pytest.mark.parametrize("panel", [8, 12, 128])
+    def test_descent_in_panels_of_tiles_is_that_of_the_slow_loop(
+        panel: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tiles = LOOPS["tiles"]
+        monkeypatch.setattr(tiles.module, "_PANEL", panel)
+        test_descent_is_that_of_the_slow_loop(tiles, INT4, 1.0)
 
 
 def everything() -> list[Tensor]:
@@ -171,7 +208,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 
 @each_loop
-def test_rows_do_not_meet(loops: ModuleType) -> None:
+def test_rows_do_not_meet(loops: Any) -> None:
     (wanted, fed), feedback, cost, offered = problem(INT4)
     whole = loops.quantize((wanted, fed), feedback, cost, offered, INT4)
     for row in (0, 17, ROWS - 1):
@@ -188,7 +225,7 @@ def untouched(inputs: list[Tensor], call: Callable[[], object]) -> bool:
 
 
 @each_loop
-def test_inputs_are_left_alone(loops: ModuleType) -> None:
+def test_inputs_are_left_alone(loops: Any) -> None:
     given, feedback, cost, offered = problem(INT4)
     inputs = [*given, feedback, cost, offered]
     assert untouched(inputs, lambda: loops.quantize(given, feedback, cost, offered, INT4))

@@ -75,7 +75,7 @@ def test_a_target_moved_by_both_comes_nearest_to_what_the_stream_should_be(
     torch.testing.assert_close(target.double(), best, rtol=1e-2, atol=1e-2)
     again = descent.shifted(weight, target, fitted.lack(), held, factor)
     torch.testing.assert_close(again, target, rtol=1e-2, atol=1e-2)  # nothing is asked for twice
-    monkeypatch.setattr(descent, "PART", COLUMNS * 3)
+    monkeypatch.setitem(descent.PART, "cpu", COLUMNS * 3)
     parts = descent.shifted(weight, weight, fitted.lack(), held, factor)
     torch.testing.assert_close(parts, target, rtol=1e-2, atol=1e-2)
 

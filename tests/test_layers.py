@@ -150,7 +150,7 @@ def test_rows_solved_a_few_at_a_time_are_what_they_are_together(
 ) -> None:
     model = opened(tmp_path)
     _, together, _ = solve_blocks(model, Recipe(), Notes())
-    monkeypatch.setattr(descent, "PART", 64 * 10)
+    monkeypatch.setitem(descent.PART, "cpu", 64 * 10)
     _, apart, _ = solve_blocks(model, Recipe(), Notes())
     for name in together.groups[0]:  # whose inputs are the parent's: no target moves
         assert torch.equal(apart.after[name], together.after[name])

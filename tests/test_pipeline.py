@@ -450,7 +450,7 @@ def test_where_activations_wait_decides_nothing(
 ) -> None:
     parent, texts = tiny.model_folder(tmp_path / "parent", family), calibration_file(tmp_path)
     in_memory = quantize(parent, tmp_path / "memory", texts=texts)
-    monkeypatch.setattr(pipeline, "IN_MEMORY", 0)
+    monkeypatch.setattr(devices, "allowance", lambda _device: 0)
     monkeypatch.setattr(aside, "_LEAST", 0)
     on_disk = quantize(parent, tmp_path / "disk", texts=texts)
     one, other = ((made.folder / "model.safetensors").read_bytes() for made in (in_memory, on_disk))

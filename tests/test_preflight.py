@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quant.solver import preflight
-from quant.solver.preflight import Calibration, Unit
+from quant.solver.preflight import Calibration, Operations, Unit
 
 GIVEN = Calibration(samples=32, length=512, width=2048)
 
@@ -100,12 +100,19 @@ def test_a_mixtures_memory_is_bounded_and_its_experts_outputs_lie_on_disk_too() 
 def test_speed_is_that_of_products_done() -> None:
     found = preflight.speed(torch.device("cpu"))
     assert 1e6 < found < 1e16  # a broken count of operations or of seconds is further off
-    for dtype in (torch.float32, torch.bfloat16):
-        few, many = (preflight.seconds(work, found, dtype) for work in (10**9, 10**12))
-        assert few == pytest.approx(many / 1000)
-    assert preflight.seconds(10**9, found, torch.bfloat16) < preflight.seconds(
-        10**9, found, torch.float32
-    )
+    work = Operations(10**9, 10**9, 10**9)
+    coarse = replace(GIVEN, dtype=torch.bfloat16)
+    for given in (GIVEN, coarse, replace(coarse, kind="cuda")):
+        once = preflight.seconds(work, found, given, found)
+        assert once == pytest.approx(preflight.seconds(work, 2 * found, given, 2 * found) * 2)
+    cheap, dear = (preflight.seconds(work, found, given, found) for given in (coarse, GIVEN))
+    assert cheap < dear
+
+
+def test_a_gpus_forwards_have_a_speed_of_their_own() -> None:
+    work, given = Operations(3 * 10**9, 10**9, 10**9), replace(GIVEN, kind="cuda")
+    slow, fast = (preflight.seconds(work, 1e9, given, speed) for speed in (1e9, 4e9))
+    assert slow / fast == pytest.approx(5 / 2)
 
 
 def test_states_of_sixteen_bits_take_half() -> None:

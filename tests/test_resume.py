@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quant import artifact
+from quant import artifact, journal
 from quant.artifact import Manifest
 from quant.proof import card
 from tests import tiny, warm
@@ -199,6 +199,21 @@ def test_a_full_disk_midway_is_one_line_and_resumable(
     assert f"cannot hold {file}: File too large; {promise}" in run.stderr
     assert not list(bench.kept(name).rglob("*.growing"))
     assert done(gone_on(bench, whole, name)) == (2 if "block" in file else 3)
+
+
+def keep_seldom(folder: Path) -> None:
+    """As if states took long to write; it dies in the last block."""
+    journal._AT_ONCE, journal._WORTH = -1.0, 10**9
+    die_at(folder, MOMENTS["at the end of the last block"])
+
+
+def test_blocks_faster_than_their_states_are_written_are_not_kept_one_by_one(
+    bench: Bench, whole: Path
+) -> None:
+    run = cut_short(bench, "seldom", partial(keep_seldom, bench.kept("seldom")))
+    assert run.status == -signal.SIGKILL
+    assert (bench.kept("seldom") / "state" / "block-00002.safetensors").exists()
+    assert done(gone_on(bench, whole, "seldom")) == 1  # what came after it is done again
 
 
 def killed(bench: Bench, name: str) -> None:

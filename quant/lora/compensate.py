@@ -77,7 +77,7 @@ def run(asked: Compensation, adapter: Adapter, base: Base, progress: Progress) -
     rows = calibration.prepare(opened, asked.rows, asked.texts, progress.say)
     decoder = blocks.skeleton(opened, device)
     solver = Compensator(base, own, adapter.rank + asked.rank, asked.rows.damping)
-    together = max(1, STREAM_TOKENS // rows.input_ids.shape[1])
+    together = max(1, STREAM_TOKENS[decoder.device.type] // rows.input_ids.shape[1])
     batches = zip(
         *(torch.split(each, together) for each in (rows.input_ids, rows.mask)), strict=True
     )

@@ -1,6 +1,6 @@
 """The solver's inner loops, compiled: one group of columns at a time, every row for itself.
 
-Float32 tensors in and out; tensors on an accelerator go to `batched` instead. Rows run in parallel
+Float32 tensors in and out; tensors on a GPU go to `tiles` instead. Rows run in parallel
 and never meet, so the result does not depend on the number of threads. The innermost loops run
 along memory without branches, which lets the compiler turn them into vector code; numba keeps what
 it compiled for the next run.
@@ -8,9 +8,10 @@ it compiled for the next run.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar, cast
 
 import numba
 import numpy as np
@@ -19,10 +20,10 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quant.solver import batched
 from quant.solver.grid import FINALISTS, Levels
 
 Floats = NDArray[np.float32]
+Three = tuple[Tensor, Tensor, Tensor]
 Limits = tuple[np.float32, np.float32]  # the lowest and the highest step
 _Loop = TypeVar("_Loop", bound=Callable[..., object])
 
@@ -33,7 +34,7 @@ _WORST = np.finfo(np.float32).max  # fastmath promises the compiler that no infi
 
 def quantize(
     weights: tuple[Tensor, Tensor], feedback: Tensor, cost: Tensor, scales: Tensor, levels: Levels
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """Steps and errors [rows, size] and the scale [rows] of one group of columns.
 
     `weights` are [rows, size]: wanted, and wanted plus what earlier columns fed into them;
@@ -42,7 +43,7 @@ def quantize(
     offered scale whose feedback pass costs least, out of the few that round best.
     """
     if cost.is_cuda:
-        return batched.quantize(weights, feedback, cost, scales, levels)
+        return _on_gpu().quantize(weights, feedback, cost, scales, levels)
     given = (_array(weights[0]), _array(weights[1]))
     known = (_array(feedback), _array(cost))
     lanes = _lanes(len(scales))
@@ -52,14 +53,14 @@ def quantize(
 def best_rounding(weights: Tensor, cost: Tensor, scales: Tensor, levels: Levels) -> Tensor:
     """Of `scales` [rows, offered], the one [rows] under which rounding `weights` costs least."""
     if cost.is_cuda:
-        return batched.best_rounding(weights, cost, scales, levels)
+        return _on_gpu().best_rounding(weights, cost, scales, levels)
     found = _best_rounding_rows(_array(weights), _array(cost), _array(scales), _limits(levels))
     return torch.from_numpy(found)
 
 
 def descend(
     steps: Tensor, scale: Tensor, gradient: Tensor, hessian: Tensor, levels: Levels
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """Moves each step of one group to where the loss is least, the others held.
 
     `steps` [rows, size]; `scale` [rows]; `gradient` [rows, size] is the rows' error times the
@@ -67,9 +68,22 @@ def descend(
     and the denominator [rows] of the change of scale that would then be best.
     """
     if steps.is_cuda:
-        return batched.descend(steps, scale, gradient, hessian, levels)
+        return _on_gpu().descend(steps, scale, gradient, hessian, levels)
     arrays = _array(steps).copy(), _array(scale), _array(gradient), _array(hessian)
     return _tensors(_descend_rows(*arrays, _limits(levels)))
+
+
+class _Loops(Protocol):
+    """What this module offers."""
+
+    quantize: Callable[[tuple[Tensor, Tensor], Tensor, Tensor, Tensor, Levels], Three]
+    best_rounding: Callable[[Tensor, Tensor, Tensor, Levels], Tensor]
+    descend: Callable[[Tensor, Tensor, Tensor, Tensor, Levels], Three]
+
+
+def _on_gpu() -> _Loops:
+    """The same for tensors there; needs Triton, which torch's builds for GPUs bring."""
+    return cast(_Loops, importlib.import_module("quant.solver.tiles"))
 
 
 def _array(tensor: Tensor) -> Floats:
@@ -77,7 +91,7 @@ def _array(tensor: Tensor) -> Floats:
     return found
 
 
-def _tensors(arrays: tuple[Floats, Floats, Floats]) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(arrays: tuple[Floats, Floats, Floats]) -> Three:
     first, second, third = map(torch.from_numpy, arrays)
     return first, second, third
 

@@ -17,7 +17,7 @@ from quant.solver.gptq import Factor, Solution, dequantize
 from quant.solver.grid import Levels
 from quant.solver.moments import HeldOut
 
-PART = 1 << 22  # numbers of a weight that are solved together
+PART = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of a weight that are solved together
 _PASSES = 1
 _MOST_TIMES_ORDINARY = 4.0  # squared size of a token's inputs, by the median token's
 _TELLING = 256  # rows, evenly spread, tell how far a layer's target moves
@@ -48,7 +48,7 @@ def _sizes(rows: Tensor) -> Tensor:
 
 def few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
     """In parts of so few rows that what is computed of them stays small beside a Hessian."""
-    return torch.split(matrix, max(PART // matrix.shape[1], 1))
+    return torch.split(matrix, max(PART[matrix.device.type] // matrix.shape[1], 1))
 
 
 def shifted(weight: Tensor, target: Tensor, asked: Tensor, held: HeldOut, factor: Factor) -> Tensor:

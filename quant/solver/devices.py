@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from quant import room
 from quant.errors import RecipeError
+from quant.solver.preflight import IN_MEMORY
 
 
 def named(names: str) -> list[torch.device]:
@@ -21,6 +23,11 @@ def named(names: str) -> list[torch.device]:
 def first(names: str) -> torch.device:
     """The one that computes what cannot be split."""
     return named(names)[0]
+
+
+def allowance(device: torch.device) -> int:
+    """Bytes of activations that may wait there: of a GPU half of what is free."""
+    return IN_MEMORY if device.type == "cpu" else room.left(device) // 2
 
 
 def forward_dtype(device: torch.device, *, exact: bool) -> torch.dtype:

@@ -7,6 +7,7 @@ be solved, and names it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -72,6 +73,8 @@ class Layers:
         self._damping, self._shapes, self._progress = recipe.damping, shapes, progress
         self.scales_inputs = any(form.inputs == 8 for form in plan.values())
         self._solved: dict[str, Layer] = {}
+        self._hashing = ThreadPoolExecutor(1, "digest")  # while the next layers are solved
+        self._hashed: dict[str, Future[str]] = {}
         self._smoothed: dict[nn.Linear, Tensor] = {}  # what a layer's inputs are divided by
         self._folded: dict[str, Tensor] = {}  # the parent's tensors that do the dividing
 
@@ -129,6 +132,7 @@ class Layers:
             yield name, self.kept(source, name)
             return
         layer = self._solved.pop(module)
+        self.digests[module] = self._hashed.pop(module).result()
         for kind, tensor in checkpoint.encode(self.plan[module], layer, self.dtype).items():
             yield f"{module}.{kind}", tensor
 
@@ -154,7 +158,9 @@ class Layers:
         name = f"{group.prefix}{feed.name}"
         layer = self._solved.get(name)
         if layer is not None:
-            self._set(name, Layer(layer.codes, feed.scaled(layer.scale, 1 / scale.cpu())))
+            self._set(
+                name, Layer(layer.codes, feed.scaled(layer.scale, 1 / scale.to(layer.scale.device)))
+            )
             divisor = torch.ones(len(layer.codes))
             divisor[feed.first :] = scale.cpu()
             self.units[f"{name}.{OUTPUT_DIVISOR}"] = divisor
@@ -225,12 +231,12 @@ class Layers:
             self._told(LayerReport(name=name, loss=0, rounding_loss=0, damping=0, bits=FULL.bits))
 
     def _keep(self, name: str, linear: nn.Linear, solution: Solution) -> None:
-        self._set(name, Layer(solution.codes.cpu(), solution.scale.cpu()))
+        self._set(name, Layer(solution.codes, solution.scale))
         linear.weight.copy_(solution.weight())
 
     def _set(self, name: str, layer: Layer) -> None:
         self._solved[name] = layer
-        self.digests[name] = layer.digest()
+        self._hashed[name] = self._hashing.submit(layer.digest)
 
     def _report(
         self, name: str, solution: Solution, energy: Tensor, damping: float, routed: int | None

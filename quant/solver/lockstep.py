@@ -17,8 +17,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _here = threading.local()
+# cuDNN's would be planned anew in every thread, tens of milliseconds a lane.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class _Abandoned(Exception):
@@ -86,7 +89,8 @@ def stop(shown: object) -> None:
 @contextmanager
 def lanes(forwards: Sequence[Callable[[], Tensor]]) -> Iterator[list[Lane[Any]]]:
     """A lane for each forward, none started; whatever happens, none outlives the block."""
-    with ThreadPoolExecutor(len(forwards), thread_name_prefix="lane") as pool:
+    threads = ThreadPoolExecutor(len(forwards), thread_name_prefix="lane")
+    with sdpa_kernel(_ATTENTION), threads as pool:
         started: list[Lane[Any]] = []
         try:  # from the first lane on: one that nobody closes waits for ever
             for forward in forwards:

@@ -16,6 +16,7 @@ from quant.errors import SolveError
 
 ALL = slice(None)
 _STRIP = 384  # columns of a Hessian updated at a time; only strips right of the diagonal are
+_GPU_STRIP = 2048  # enough of them to occupy one
 
 
 class Hessian:
@@ -40,9 +41,10 @@ class Hessian:
         self.tokens += inputs.shape[0]
 
     def _accumulate(self, inputs: Tensor) -> None:
-        for start in range(0, inputs.shape[1], _STRIP):
-            strip = inputs[:, start : start + _STRIP]
-            accumulate(self._sum[start : start + _STRIP, start:], strip, inputs[:, start:])
+        width = _GPU_STRIP if inputs.is_cuda else _STRIP
+        for start in range(0, inputs.shape[1], width):
+            strip = inputs[:, start : start + width]
+            accumulate(self._sum[start : start + width, start:], strip, inputs[:, start:])
 
     def take(self, other: Hessian) -> None:
         """Counts what another one has counted, wherever that lies."""
@@ -81,7 +83,7 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == torch.float32:
         total.addmm_(left.T, right)
     elif left.is_cuda:  # as its tensor cores do it
-        total += torch.mm(left.T, right, out_dtype=torch.float32)
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
     else:
         total += left.T @ right
 

@@ -21,26 +21,31 @@ FLOAT = 4  # bytes
 _STRIP = 384  # columns beside the diagonal that a Hessian's update computes twice
 _PRODUCTS = 5.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
 _CHECKS = 2  # of them with what is held out
-STREAM_TOKENS = 2048  # go through a block together: enough for a full matrix product
-IN_MEMORY = 1 << 30  # bytes of what forwards hold while they wait; more lies on disk
+# Tokens that go through a block together: enough for a full matrix product.
+STREAM_TOKENS = {"cpu": 2048, "cuda": 16_384}
+IN_MEMORY = 1 << 30  # bytes of what forwards hold while they wait, on a CPU; more lies on disk
 HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone at the rate of float32: beside them stand norms,
 # attention's softmax, loops over columns, and files. Measured, see DECISIONS.md.
-_OVERHEAD = {torch.float32: 1.3, torch.bfloat16: 0.75}
+_OVERHEAD = {("cpu", torch.float32): 1.3, ("cpu", torch.bfloat16): 0.75,
+             ("cuda", torch.float32): 2.5, ("cuda", torch.bfloat16): 4.0}  # fmt: skip
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _STOPS = 2  # of an expert: before its gate and up projections, and before the other
-_PROBE, _PROBES = 768, 4
+_PROBE, _PROBES = {"cpu": 768, "cuda": 4096}, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`samples` rows of `length` tokens, states of `width` numbers of a `dtype` between blocks."""
+    """`samples` rows of `length` tokens, states of `width` numbers of a `dtype` between blocks, on
+    that `kind` of device; `allowed` bytes of what waits may lie there."""
 
     samples: int
     length: int
     width: int
     dtype: torch.dtype = torch.float32
+    kind: str = "cpu"
+    allowed: int = IN_MEMORY
 
     @property
     def tokens(self) -> int:
@@ -134,21 +139,22 @@ def memory(blocks: Blocks, given: Calibration) -> int:
     return max(_of_block(block, given) for block in blocks)
 
 
-def seconds(work: int, speed: float, dtype: torch.dtype) -> float:
-    """Of so many multiply-adds, all else counted in; `speed` of them a second in float32, most of
-    them done in `dtype`."""
-    return _OVERHEAD[dtype] * work / speed
+def seconds(work: Operations, speed: float, given: Calibration, forwards: float) -> float:
+    """Of so many multiply-adds, all else counted in; `speed` of them a second in float32, and
+    `forwards` while a GPU runs blocks and counts moments in what it is made for."""
+    factor = _OVERHEAD[given.kind, given.dtype]
+    return factor * ((work.total - work.solving) / forwards + work.solving / speed)
 
 
-def speed(device: torch.device) -> float:
-    """Multiply-adds a second of float32 matrix products here and now: the best of a few."""
-    factor = torch.rand(_PROBE, _PROBE, device=device)
-    best = 0.0
+def speed(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Multiply-adds a second of matrix products here and now: the best of a few."""
+    side, best = _PROBE[device.type], 0.0
+    factor = torch.rand(side, side, device=device).to(dtype)
     for _ in range(_PROBES):
         began = time.perf_counter()
         product = factor @ factor
         float(product[0, 0])  # waits for an accelerator
-        best = max(best, _PROBE**3 / (time.perf_counter() - began))
+        best = max(best, side**3 / (time.perf_counter() - began))
     return best
 
 
@@ -159,9 +165,9 @@ def waiting(blocks: Blocks, given: Calibration) -> int:
     return 2 * given.tokens * (4 * given.width + widest) * given.dtype.itemsize + gap
 
 
-def waits_on_disk(blocks: Blocks, given: Calibration, allowed: int = IN_MEMORY) -> bool:
+def waits_on_disk(blocks: Blocks, given: Calibration) -> bool:
     """Whether that is more than is allowed."""
-    return waiting(blocks, given) > allowed
+    return waiting(blocks, given) > given.allowed
 
 
 def on_disk(blocks: Blocks, given: Calibration) -> int:
@@ -177,7 +183,7 @@ def _of_block(block: Sequence[Unit], given: Calibration) -> int:
     weights = (FLOAT + FLOAT // 2) * sum(unit.weights for unit in block)
     widest = max(unit.columns for unit in block)
     held = 0 if waits_on_disk([block], given) else waiting([block], given)
-    together = min(max(STREAM_TOKENS, given.length), given.tokens)
+    together = min(max(STREAM_TOKENS[given.kind], given.length), given.tokens)
     batch = together * (8 * given.width + 4 * widest) * FLOAT
     return weights + held + batch + max(_solving(unit, given) for unit in block)
 
@@ -188,5 +194,5 @@ def _solving(unit: Unit, given: Calibration) -> int:
     adds = unit.adds(given)
     kept = 2 * unit.columns + adds * unit.rows
     held = kept * min(given.tokens // HELD, unit.columns)
-    part = min(unit.weights, max(PART, unit.columns))
+    part = min(unit.weights, max(PART[given.kind], unit.columns))
     return FLOAT * (2 * unit.columns**2 + held + 2 * (1 + adds) * unit.weights + _COPIES * part)

@@ -1,0 +1,177 @@
+"""Quantizing a model of a real shape with random weights on one GPU: seconds and memory.
+
+Ours and others, each in a process of its own, on the same tokens; memory is what the GPU has less
+free than before. Beside them stand the products that no GPTQ with such targets goes without (see
+`bench.products`), forwards and moments at this GPU's own bfloat16 rate, solving at its float32
+rate.
+
+    python -m bench.gpu                                  # the 8B shape, whole
+    python -m bench.gpu --blocks 4 --rivals llm-compressor
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import memory, products, tools, yardstick
+from quant import calibration
+from quant.intake import source
+from quant.recipe import Recipe
+from quant.solver import blocks, preflight
+from quant.solver.preflight import Calibration, Operations
+
+GPU = torch.device("cuda")
+SIDE, TIMES = 8192, 10  # of the products that tell the rates
+
+
+@dataclass(slots=True)
+class Held:
+    """Bytes of the GPU that others than us came to hold."""
+
+    peak: int = 0
+
+
+def main() -> None:
+    args = _arguments()
+    folder = args.cache / f"{args.shape}-{args.blocks or 'whole'}"
+    settings = dict(memory.SHAPES[args.shape])
+    if args.blocks:
+        settings["num_hidden_layers"] = args.blocks
+    if not (folder / "config.json").exists():
+        memory.make(folder, settings, source.open(args.tokenizer).folder, GPU)
+    texts = args.cache / "texts.jsonl"
+    memory.letters(texts, args.samples * args.length)
+    rates = rate(torch.bfloat16), rate(torch.float32)
+    least = floor(folder, args.samples, args.length)
+    alone = (least.forwards + least.moments) / rates[0] + least.solving / rates[1]
+    yardstick.say(
+        f"{torch.cuda.get_device_name()}: {2e-12 * rates[0]:.0f} TFLOP/s in bfloat16,"
+        f" {2e-12 * rates[1]:.0f} in float32; {2e-12 * least.total:.0f} TFLOP of products alone"
+    )
+    print(f"| {folder.name}, {args.samples} x {args.length} tokens | time | of the products alone"
+          " | GPU memory | host memory |\n|---|---|---|---|---|")  # fmt: skip
+    print(f"| the products alone | {alone:.1f} s | 1 | | |")
+    for name, run in _contenders(args, folder, texts):
+        with watching() as held:
+            try:
+                cost = run()
+            except tools.Failed as fault:
+                print(f"| {name} | {fault}, {_gb(held.peak)} of the GPU | | | |")
+                continue
+        row = (name, f"{cost.seconds:.0f} s", f"{cost.seconds / alone:.1f}",
+               _gb(held.peak), _gb(cost.peak_bytes))  # fmt: skip
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shape", choices=list(memory.SHAPES), default="8b")
+    add("--blocks", type=int, help="make only so many [all]")
+    add("--samples", type=int, default=128, help="calibration rows")
+    add("--length", type=int, default=2048, help="tokens of each")
+    add("--rivals", nargs="*", choices=list(tools.RIVALS), default=[], help="these after ours")
+    add("--tokenizer", default=source.DEMO, help="a model whose tokenizer the shape gets")
+    add("--limit", type=float, default=4 * 3600.0, help="seconds that anybody may take")
+    add("--cache", type=Path, default=Path("~/.cache/quantserve/memory"), help="models and results")
+    add("--environments", type=Path, default=Path("~/.cache/quantserve/rivals"),
+        help="of the rivals, with a torch for this GPU")  # fmt: skip
+    args = parser.parse_args()
+    args.cache, args.environments = (
+        path.expanduser().absolute() for path in (args.cache, args.environments)
+    )
+    return args
+
+
+def _contenders(
+    args: argparse.Namespace, folder: Path, texts: Path
+) -> Iterator[tuple[str, Callable[[], tools.Cost]]]:
+    opened = source.open(str(folder))
+    recipe = Recipe(group_size=memory.GROUP, samples=args.samples, length=args.length)
+    rows = calibration.prepare(opened, recipe, texts, yardstick.say)
+    asked = tools.Asked(
+        opened, "w4a16", memory.GROUP, rows, recipe, texts, os.cpu_count() or 1, args.limit,
+        args.environments, again=True,
+    )  # fmt: skip
+    ours = [
+        sys.executable, "-m", "serve.cli", "quantize", str(folder), "--out",
+        str(args.cache / "made"), "--force", "--fresh", "--json", "--device", "cuda",
+        "--group-size", str(memory.GROUP), "--calibration", str(texts),
+        "--samples", str(args.samples), "--length", str(args.length),
+    ]  # fmt: skip
+    yield "quantserve", lambda: tools.watched(ours, asked, "ours", {})
+    for name in args.rivals:
+
+        def theirs(name: str = name) -> tools.Cost:
+            out, command, env = tools.ordered(name, asked)
+            try:
+                return tools.watched(command, asked, out.name, env)
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+
+        yield name, theirs
+
+
+@contextmanager
+def watching() -> Iterator[Held]:
+    """How much less of the GPU is free meanwhile."""
+    held, ended = Held(), threading.Event()
+    before, _ = torch.cuda.mem_get_info(GPU)
+
+    def watch() -> None:
+        while not ended.wait(memory.SAMPLE_SECONDS):
+            held.peak = max(held.peak, before - torch.cuda.mem_get_info(GPU)[0])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield held
+    finally:
+        ended.set()
+        thread.join()
+
+
+def rate(dtype: torch.dtype) -> float:
+    """Multiply-adds a second of large products of random numbers, the best of a few."""
+    factor = torch.randn(SIDE, SIDE, device=GPU).to(dtype)
+    best = 0.0
+    for _ in range(TIMES):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        factor @ factor
+        torch.cuda.synchronize()
+        best = max(best, SIDE**3 / (time.perf_counter() - began))
+    torch.cuda.empty_cache()
+    return best
+
+
+def floor(folder: Path, samples: int, length: int) -> Operations:
+    """Of all blocks."""
+    opened = source.open(str(folder))
+    given = Calibration(samples, length, opened.config.hidden_size, torch.bfloat16)
+    units = preflight.units(blocks.skeleton(opened, memory.HOST).shapes())
+    each = [products.least(block, given) for block in units]
+    return Operations(
+        *(sum(getattr(one, part) for one in each) for part in ("forwards", "moments", "solving"))
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+if __name__ == "__main__":
+    main()
