@@ -3,8 +3,9 @@
     python -m bench.sensitivity demo --calibration texts.jsonl --units 14
 
 For units and formats drawn at random: what `solver.sensitivity` foresees from one pass backward,
-the mean KL(parent || parent with that one unit stored so) on the same windows, and, as the rival,
-the layers' own relative loss. At the end how well each orders them (Spearman).
+the mean KL(parent || parent with that one unit stored so, the layer behind it aimed anew), on text
+that neither is fitted to, and, as the rival, the layers' own relative loss. At the end how well
+each orders them (Spearman).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from quant import calibration, recipe
 from quant.formats import FULL, INT8, Format
 from quant.intake import source
 from quant.proof import replica
-from quant.solver import allotment, blocks, descent, gptq, int8, layers, sensitivity
+from quant.solver import allotment, blocks, descent, gptq, int8, layers, sensitivity, trial
 from quant.solver.moments import Hessian
 from quant.solver.sensitivity import Offers, Rows, Unit
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--scheme", choices=["w4a16", "w8a8"], default="w4a16")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--units", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
@@ -44,9 +45,7 @@ def main() -> None:
     opened = source.open(asked.model)
     sizes = recipe.build({"samples": asked.windows, "length": asked.length})
     batches = calibration.prepare(opened, sizes, asked.calibration, print)
-    windows = [
-        (ids[None], mask[None]) for ids, mask in zip(batches.input_ids, batches.mask, strict=True)
-    ]
+    streams = allotment.streams(batches)
     cpu = torch.device("cpu")
     offers = Offers(
         partial(allotment.offered, asked.scheme),
@@ -54,14 +53,14 @@ def main() -> None:
         layers.half(opened),
         DAMPING,
     )
-    units = sensitivity.measure(blocks.skeleton(opened, cpu), opened, windows, offers, _quiet)
+    units = sensitivity.measure(blocks.skeleton(opened, cpu), opened, streams, offers, _quiet)
     every = [(unit, form) for unit in units for form in unit.losses if form != FULL]
     chosen = random.Random(asked.seed).sample(every, min(asked.units, len(every)))
     model = replica.of_parent(opened, cpu)
     print(f"{'first layer of the unit':38} {'format':20}  foreseen  measured  ratio  layers' loss")
     table = []
     for unit, form in chosen:
-        true, own = true_kl(model, unit, form, windows)
+        true, own = true_kl(model, unit, behind(units, unit), form, streams)
         table.append((unit.losses[form], own, true))
         print(f"{unit.names[0]:38} {form!s:20}  {unit.losses[form]:.2e}  {true:.2e}"
               f"  {unit.losses[form] / true:5.2f}  {own:.2e}", flush=True)  # fmt: skip
@@ -71,30 +70,52 @@ def main() -> None:
 
 
 @torch.no_grad()
-def true_kl(model: PreTrainedModel, unit: Unit, form: Format, windows: Rows) -> tuple[float, float]:
-    """Mean KL of the model with one unit stored so, and the unit's own relative loss."""
-    linears = [
-        layer for name in unit.names if isinstance(layer := model.get_submodule(name), nn.Linear)
-    ]
-    read: list[Tensor] = []
-    hook = linears[0].register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2)))
-    expected = [predictions(model, window) for window in windows]
-    hook.remove()
-    kept = [rows[mask.flatten()] for rows, (_, mask) in zip(read, windows, strict=True)]
+def true_kl(
+    model: PreTrainedModel, unit: Unit, adder: Unit | None, form: Format, streams: Rows
+) -> tuple[float, float]:
+    """Mean KL, on the first of the streams, of the model with one unit stored as the others
+    suggest and the layer behind it aimed anew; and the unit's own relative loss."""
+    judge, *fitted = streams
+    linears = of_unit(model, unit)
     weight = torch.cat([linear.weight for linear in linears])
-    solved, own = stored(weight, kept, form)
-    total = tokens = 0.0
-    with instead(linears, solved, rounds_inputs=form == INT8):
-        for before, window in zip(expected, windows, strict=True):
-            after = predictions(model, window)
-            total += float((before.double().exp() * (before.double() - after)).sum())
-            tokens += len(before)
-    return total / tokens, own
+    solved, own = stored(weight, read(model, linears[0], fitted), form)
+    before = predictions(model, judge)
+    behind = of_unit(model, adder) if adder else []
+    parent = [read(model, linear, fitted) for linear in behind]
+    with instead(linears, solved, rounds_inputs=form == INT8), ExitStack() as held:
+        for linear, its in zip(behind, parent, strict=True):
+            reads = list(zip(its, read(model, linear, fitted), strict=True))
+            weight = trial.aimed(linear.weight, reads, DAMPING)
+            held.enter_context(instead([linear], weight, rounds_inputs=False))
+        after = predictions(model, judge)
+    return float((before.double().exp() * (before.double() - after)).sum(-1).mean()), own
 
 
-def predictions(model: PreTrainedModel, window: tuple[Tensor, Tensor]) -> Tensor:
+def behind(units: Sequence[Unit], unit: Unit) -> Unit | None:
+    """The one right behind a unit, if that is a layer which adds to the stream and this is not."""
+    place = units.index(unit) + 1
+    adds = place < len(units) and units[place].adds and not unit.adds
+    return units[place] if adds else None
+
+
+def of_unit(model: PreTrainedModel, unit: Unit) -> list[nn.Linear]:
+    layers = (model.get_submodule(name) for name in unit.names)
+    return [layer for layer in layers if isinstance(layer, nn.Linear)]
+
+
+def read(model: PreTrainedModel, linear: nn.Linear, streams: Rows) -> list[Tensor]:
+    """What a layer reads of the real tokens [tokens, columns] of each stream."""
+    found: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    for ids, _ in streams:
+        model(input_ids=ids, use_cache=False)
+    hook.remove()
+    return [inputs[mask] for inputs, (_, mask) in zip(found, streams, strict=True)]
+
+
+def predictions(model: PreTrainedModel, stream: tuple[Tensor, Tensor]) -> Tensor:
     """Log-probabilities [tokens, vocabulary] behind every real token."""
-    ids, mask = window
+    ids, mask = stream
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[mask]
     return logits.log_softmax(dim=-1)
 

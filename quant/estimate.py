@@ -21,6 +21,7 @@ from quant.solver.blocks import Decoder
 from quant.solver.preflight import FLOAT, Calibration
 
 BESIDE = 200 << 20  # bytes that compiled loops, libraries and the allocator come to take
+_OF_A_BLOCK = 40  # times a stream's states: what a block's layers read and make, twice
 _MARGIN = 32 << 20  # bytes of disk beside the tensors: tokenizer, configuration, headers
 
 
@@ -155,11 +156,13 @@ def _written(run: Run) -> int:
 
 
 def _sensitivity(run: Run, depth: int) -> int:
-    """States before every block, and the head's logits with what is drawn from them."""
-    tokens = min(allotment.WINDOWS, run.recipe.samples) * run.recipe.length
+    """States before every block, what one's layers read and make, and the head's logits with what
+    is drawn from them."""
+    samples, length = run.recipe.samples, run.recipe.length
+    tokens = allotment.STREAMS * allotment.together(samples, length) * length
+    states = tokens * run.given.width * (depth + _OF_A_BLOCK) * run.given.dtype.itemsize
     vocabulary = int(run.opened.config.get_text_config().vocab_size)
-    head = vocabulary * (6 * run.recipe.length + run.given.width)
-    return FLOAT * (tokens * run.given.width * (depth + 6) + head)
+    return states + FLOAT * vocabulary * (6 * length + run.given.width)
 
 
 def _disk(run: Run) -> int:

@@ -95,12 +95,12 @@ def test_a_model_is_measured_and_the_plan_told(scheme: str, bits: float, tmp_pat
     decoder = blocks.skeleton(model, torch.device("cpu"))
     said: list[str] = []
     asked = recipe.build({"scheme": scheme, "bits_per_weight": bits})
-    plan = allotment.within(asked, decoder, model, rows(12), said.append)
+    plan = allotment.within(asked, decoder, model, rows(14), said.append)
     assert plan.keys() == decoder.shapes().keys()
     used = formats.bits_per_weight(plan, decoder.shapes())
     assert bits - 0.5 < used <= bits
     assert len(set(plan.values())) > 1
-    assert said[0].endswith("on 8 rows of the calibration")
+    assert said[0].endswith("on 12 rows of the calibration")
     assert [line.split()[3] for line in said[1:-1]] == ["25%", "50%", "75%", "100%"]
     assert said[-1].startswith(f"{used:.2f} bits per weight: ") and "nats foreseen" in said[-1]
     for form in set(plan.values()):

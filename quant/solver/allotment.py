@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,7 +22,8 @@ from quant.solver.blocks import Decoder
 from quant.solver.budget import Offer
 from quant.solver.sensitivity import Offers, Unit
 
-WINDOWS = 8  # of the calibration's rows: what a unit costs is a mean over some thousand tokens
+STREAMS = 3  # of the calibration's rows: the first judges what the others suggest
+_TOKENS = 2048  # of each: what a unit costs is a mean over them
 
 
 def offered(scheme: str, columns: int) -> list[Format]:
@@ -66,17 +66,26 @@ def within(recipe: Recipe, decoder: Decoder, source: Source, rows: Batches, say:
     assert recipe.bits_per_weight is not None, "only a budget has to be measured"
     of_width, int8_inputs = partial(offered, recipe.scheme), recipe.scheme == "w8a8"
     offers = Offers(of_width, int8_inputs, layers.half(source), recipe.damping)
-    count = min(WINDOWS, len(rows.input_ids))
-    windows = [
-        (rows.input_ids[place : place + 1], rows.mask[place : place + 1]) for place in range(count)
-    ]
+    parts = streams(rows)
+    count = sum(len(ids) for ids, _ in parts)
     say(f"measuring what each layer costs in each format, on {count} rows of the calibration")
-    exactly = replace(decoder, dtype=torch.float32)  # what a format costs is a small difference
-    units = sensitivity.measure(exactly, source, windows, offers, partial(_told, say))
+    units = sensitivity.measure(decoder, source, parts, offers, partial(_told, say))
     plan, loss = chosen(units, decoder.shapes(), recipe.bits_per_weight)
     bits = formats.bits_per_weight(plan, decoder.shapes())
     say(f"{bits:.2f} bits per weight: {formats.listed(plan.values())}; {loss:.2g} nats foreseen")
     return plan
+
+
+def streams(rows: Batches) -> sensitivity.Rows:
+    """The first of the rows, as they are measured on."""
+    each = together(*rows.input_ids.shape)
+    ids, masks = (torch.split(of, each)[:STREAMS] for of in (rows.input_ids, rows.mask))
+    return list(zip(ids, masks, strict=True))
+
+
+def together(rows: int, length: int) -> int:
+    """How many rows make a stream."""
+    return max(1, min(_TOKENS // length, rows // STREAMS))
 
 
 def chosen(units: Sequence[Unit], shapes: Shapes, bits: float) -> tuple[Plan, float]:

@@ -1,0 +1,57 @@
+"""Random vectors of the predictions' Fisher information, sent back to where the last block ends.
+
+At every token the KL of predictions to second order is half of d^T F d for what changes in the
+logits, F = diag(p) - p p^T: the mean of (v . d)^2 / 2 for random v of covariance F. Reads what is
+outside the blocks, once.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from quant.intake.source import Source
+from quant.solver import blocks
+from quant.solver.blocks import Decoder, Stream
+
+
+def gradient(decoder: Decoder, source: Source, stream: Stream) -> Tensor:
+    """Of v . logits, one v for each token, where the last block ends."""
+    draw = torch.Generator().manual_seed(0)
+    where = decoder.device, decoder.dtype
+    with blocks.filled(decoder.model, _outside(decoder, source), source, *where):
+        rows = zip(torch.split(stream.hidden, 1), torch.split(stream.mask, 1), strict=True)
+        return torch.cat([_of_predictions(decoder, *row, draw) for row in rows])
+
+
+def _outside(decoder: Decoder, source: Source) -> dict[str, str]:
+    """Norms and output head: own name -> the source's, the embedding's where they are tied."""
+    embedding = decoder.model.get_input_embeddings()
+    (table,) = (f"{n}.weight" for n, m in decoder.model.named_modules() if m is embedding)
+    head = decoder.model.get_output_embeddings()
+    found = {name: stored for name, stored in decoder.outside().items() if name != table}
+    for name, module in decoder.model.named_modules():
+        if module is head:
+            for leaf, _ in module.named_parameters():
+                stored = decoder.stored_as(f"{name}.{leaf}")
+                tied = stored not in source.tensors
+                found[f"{name}.{leaf}"] = decoder.stored_as(table) if tied else stored
+    return found
+
+
+def _of_predictions(
+    decoder: Decoder, hidden: Tensor, mask: Tensor, draw: torch.Generator
+) -> Tensor:
+    """The model's own head, run on what the blocks put out, and back."""
+    final = hidden.detach().requires_grad_()
+    with ExitStack() as undo, torch.enable_grad():
+        for block in decoder.blocks:
+            block.forward = lambda *_args, **_kwargs: final
+            undo.callback(delattr, block, "forward")
+        logits = decoder.model(inputs_embeds=hidden, use_cache=False).logits[mask]
+    root = logits.detach().float().softmax(dim=-1).sqrt_()  # [tokens, vocabulary]
+    back = torch.randn(root.shape, generator=draw).to(root.device).mul_(root)
+    back -= root.square_().mul_(back.sum(dim=-1, keepdim=True))
+    return torch.autograd.grad(logits, final, back.to(logits.dtype))[0]
