@@ -79,7 +79,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     leave what the next run goes on from, once a block is done, and say so in a note.
     """
     heap.share()
-    on = devices.named(recipe.device)
+    on = _devices(recipe, progress)
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=order.force)
     progress.say(f"opening {order.spec}")
@@ -113,6 +113,13 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         facts = facts.model_copy(update=found)
         sealed = _finished(stage.folder, target.name, layers, asked, facts)
         return barrier.admit(opened, stage.folder, sealed) if barrier else sealed
+
+
+def _devices(recipe: Recipe, progress: Progress) -> list[torch.device]:
+    on = devices.named(recipe.device)
+    if (unused := devices.idle(on)) is not None:
+        progress.say(f"computing on the CPU: --device cuda would use the {unused} that is here")
+    return on
 
 
 def _opened(order: Order, progress: Progress) -> Source:

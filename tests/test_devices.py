@@ -31,6 +31,25 @@ def test_what_is_not_there_is_refused(names: str, reason: str) -> None:
         devices.named(names)
 
 
+def test_a_gpu_that_nobody_uses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.idle([CPU]) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    assert devices.idle([CPU, CPU]) == "H200"
+    assert devices.idle([torch.device("cuda")]) is None
+
+
+def test_a_gpu_without_the_language_of_its_loops_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(devices, "find_spec", lambda _name: None)
+    with pytest.raises(RecipeError, match="pip install triton"):
+        devices.named("cuda")
+
+
 def test_sixteen_bits_are_for_devices_made_for_them_and_runs_that_allow_it() -> None:
     cuda = torch.device("cuda")
     assert devices.forward_dtype(cuda, exact=False) == torch.bfloat16

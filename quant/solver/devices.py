@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+
 import torch
 
 from quant import room
@@ -23,6 +26,13 @@ def named(names: str) -> list[torch.device]:
 def first(names: str) -> torch.device:
     """The one that computes what cannot be split."""
     return named(names)[0]
+
+
+def idle(used: Sequence[torch.device]) -> str | None:
+    """The name of a GPU that is here, where only CPUs are used."""
+    if used[0].type != "cpu" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name()
 
 
 def allowance(device: torch.device) -> int:
@@ -55,4 +65,7 @@ def _named(name: str) -> torch.device:
         raise RecipeError(f"device {name!r}: this torch sees no CUDA device")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"device {name!r}: this machine has {torch.cuda.device_count()}")
+    if found.type == "cuda" and find_spec("triton") is None:
+        raise RecipeError(f"device {name!r}: Triton is missing, which its loops are written in:"
+                          " pip install triton")  # fmt: skip
     return found
