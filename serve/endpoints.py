@@ -158,6 +158,7 @@ class Endpoints:
         _publish(state.openai_serving_models, serving)
         _give_voice(state, serving)
         vllm_compat.watch_requests(_watch)
+        vllm_compat.end_quietly(engine_client)
         for method in ("generate", "encode"):
             stock = getattr(engine_client, method)
             setattr(engine_client, method, _placing(stock, serving, engine.soft))

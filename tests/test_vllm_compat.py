@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers import hf
+from vllm.v1.engine.async_llm import logger
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from quant.lora.cell import TemplateFault
 from serve import vllm_compat
@@ -66,3 +69,31 @@ def test_the_tokenizer_keeps_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(hf, name, vars(hf)[name])  # put back afterwards
     vllm_compat.keep_vocabulary()
     assert vars(hf)[name](SimpleNamespace()) == -1, "a tokenizer would have been given a token"
+
+
+def test_an_engine_that_was_stopped_is_not_logged_as_dead() -> None:
+    """Before that it is, and other faults always."""
+    seen: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = seen.append  # type: ignore[method-assign, assignment]
+    asked: list[float | None] = []
+
+    def stop(timeout: float | None = None) -> None:
+        asked.append(timeout)
+        log(EngineDeadError())
+        log(ValueError())
+
+    def log(fault: Exception) -> None:
+        logger.error("output_handler failed", exc_info=fault)
+
+    client = SimpleNamespace(shutdown=stop)
+    vllm_compat.end_quietly(client)
+    logger.addHandler(handler)
+    try:
+        log(EngineDeadError())
+        client.shutdown(timeout=3.0)
+    finally:
+        logger.removeHandler(handler)
+        logger.removeFilter(vllm_compat._is_no_end)
+    kinds = [type(record.exc_info[1]) for record in seen if record.exc_info]
+    assert kinds == [EngineDeadError, ValueError] and asked == [3.0]
