@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +26,7 @@ from quant.solver import aside
 from quant.solver.aside import Shelf
 from quant.solver.blocks import Stream
 from quant.solver.layers import Layers
+from quant.solver.preflight import Places
 from quant.staging import Stage
 
 _JOURNAL, _ROWS = "journal.json", "rows.safetensors"
@@ -136,13 +137,12 @@ class Journal:
         return found
 
     @contextmanager
-    def shelf(self, *, wanted: bool) -> Iterator[Shelf | None]:
-        """A place on this run's disk for what waits, where that is not to lie in memory."""
-        if not wanted:
-            yield None
-            return
-        with aside.shelf(self._stage.state) as shelf:
-            yield shelf
+    def shelves(self, places: Places) -> Iterator[list[Shelf | None]]:
+        """Where each stream waits: None is the device's memory, a shelf the host's or this run's
+        disk."""
+        hosted = aside.hosted() if places.host else nullcontext()
+        with aside.shelf(self._stage.state) as disk, hosted as host:
+            yield [None] * places.device + [host] * places.host + [disk] * places.disk
 
     def assemble(self) -> int:
         """The checkpoint of all parts, in the folder that becomes the target; its bytes."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -45,7 +45,6 @@ from quant.solver import allotment, blocks, devices, heap, preflight, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, half
 from quant.solver.layers import Progress as Watching
-from quant.solver.preflight import STREAM_TOKENS
 from quant.staging import Stage
 
 
@@ -98,7 +97,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         if recipe.bits_per_weight is not None:
             measured = partial(allotment.within, recipe, decoder, opened, rows, progress.say)
             layers = _layers(recipe, kept.plan(measured), opened, decoder, progress)
-        _solve(layers, decoder, opened, kept, rows)
+        _solve(layers, asked, kept, rows)
         if recipe.scheme == "w8a8":
             shards.write(stage.folder / UNITS, kept.units())
         size = kept.assemble()
@@ -172,8 +171,9 @@ def _layers(
     return Layers(recipe, {**plan, **gates}, half(opened), decoder.shapes(), progress)
 
 
-def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows: Batches) -> None:
+def _solve(layers: Layers, asked: estimate.Run, kept: Journal, rows: Batches) -> None:
     """Keeps every tensor of the parent, the blocks' linear layers quantized."""
+    decoder, opened = asked.decoder, asked.opened
     inside = [sorted(decoder.names(place).values()) for place in range(len(decoder.blocks))]
     within = {name for names in inside for name in names}
     names = opened.tensors.names()
@@ -181,26 +181,18 @@ def _solve(layers: Layers, decoder: Decoder, opened: Source, kept: Journal, rows
     # Loaders make a tied head out of the embedding again.
     outside = [name for name in names if name not in within and name != tied]
     kept.outside([(name, partial(layers.kept, opened, name)) for name in outside])
-    per_stream = max(1, STREAM_TOKENS[decoder.device.type] // rows.input_ids.shape[1])
+    samples, length = rows.input_ids.shape
+    given = replace(asked.given, samples=samples, length=length)
     batches = zip(
-        torch.split(rows.input_ids, per_stream), torch.split(rows.mask, per_stream), strict=True
+        *(torch.split(t, given.per_stream) for t in (rows.input_ids, rows.mask)), strict=True
     )
-    with kept.shelf(wanted=_waits_on_disk(decoder, rows)) as shelf:
-        streams = blocks.embed(decoder, opened, list(batches), shelf)
+    with kept.shelves(preflight.places(asked.units(), given)) as shelves:
+        streams = blocks.embed(decoder, opened, list(batches), shelves)
         kept.resume(layers, streams[0])
         for place in range(kept.entry.done, len(decoder.blocks)):
             walk.run(decoder, place, opened, streams, layers)
             tensors = dict(pair for name in inside[place] for pair in layers.encoded(opened, name))
             kept.finished(tensors, layers, streams[0])
-
-
-def _waits_on_disk(decoder: Decoder, rows: Batches) -> bool:
-    """Whether activations are too many for memory."""
-    samples, length = rows.input_ids.shape
-    width = decoder.model.config.get_text_config().hidden_size
-    on = decoder.dtype, decoder.device.type, devices.allowance(decoder.device)
-    given = preflight.Calibration(samples, length, width, *on)
-    return preflight.waits_on_disk(preflight.units(decoder.shapes()), given)
 
 
 def _finished(

@@ -109,6 +109,14 @@ def test_what_is_kept_is_read_anew_and_leaves_its_place_to_others(shelf: Shelf) 
     assert shelf._end == 2 * end  # the first one's place was free when the third came
 
 
+def test_what_the_host_holds_lies_in_no_folder(tmp_path: Path) -> None:
+    with aside.hosted() as shelf:
+        kept = Kept(drawn(3, 4), shelf)
+        link = Path(f"/proc/self/fd/{shelf._file}").readlink()
+        assert link.is_relative_to("/memfd:activations (deleted)") and shelf._end == 48
+        assert torch.equal(kept.tensor(), drawn(3, 4))
+
+
 def test_without_a_shelf_it_stays_what_it_was() -> None:
     states = drawn(3, 4)
     assert Kept(states, None).tensor() is states

@@ -50,6 +50,8 @@ def test_a_stream_gives_its_real_tokens_in_order() -> None:
     inputs = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert Stream(inputs, mask).real(inputs).tolist() == [[0, 1], [2, 3], [6, 7]]
+    flat = inputs.flatten(0, 1)  # as Qwen2-MoE's code gives them to its shared expert
+    assert torch.equal(Stream(inputs, mask).real(flat), Stream(inputs, mask).real(inputs))
     assert torch.equal(Stream(inputs, mask | True).real(inputs), inputs.view(6, 2))
 
 

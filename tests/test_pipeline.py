@@ -23,7 +23,8 @@ from quant.errors import RecipeError, SpaceError, TargetExists
 from quant.lora import adapter
 from quant.pipeline import Order
 from quant.proof import card
-from quant.solver import aside, devices, grid, int8
+from quant.solver import aside, devices, grid, int8, preflight
+from quant.solver.preflight import Places
 from tests import tiny
 from tests.test_checkpoint import no_file_larger_than
 from tests.test_gptq import plainly_rounded
@@ -449,12 +450,15 @@ def test_where_activations_wait_decides_nothing(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, texts = tiny.model_folder(tmp_path / "parent", family), calibration_file(tmp_path)
-    in_memory = quantize(parent, tmp_path / "memory", texts=texts)
-    monkeypatch.setattr(devices, "allowance", lambda _device: 0)
+    asked: dict[str, Any] = {"texts": texts, "samples": 64, "length": 128}  # three streams
+    in_memory = quantize(parent, tmp_path / "memory", **asked)
+    expected = (in_memory.folder / "model.safetensors").read_bytes()
     monkeypatch.setattr(aside, "_LEAST", 0)
-    on_disk = quantize(parent, tmp_path / "disk", texts=texts)
-    one, other = ((made.folder / "model.safetensors").read_bytes() for made in (in_memory, on_disk))
-    assert one == other
+    for places in (Places(0, 0, 3), Places(0, 3, 0), Places(1, 1, 1)):
+        monkeypatch.setattr(preflight, "places", lambda *_, these=places: these)
+        out = tmp_path / "-".join(map(str, places))
+        quantize(parent, out, **asked)
+        assert (out / "model.safetensors").read_bytes() == expected, places
 
 
 def test_several_devices_make_what_one_makes(tmp_path: Path) -> None:

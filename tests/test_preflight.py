@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quant.solver import preflight
-from quant.solver.preflight import Calibration, Operations, Unit
+from quant.solver.preflight import ON_CPU, Allowed, Calibration, Operations, Places, Unit
 
 GIVEN = Calibration(samples=32, length=512, width=2048)
 
@@ -80,11 +80,34 @@ def test_memory_does_not_depend_on_depth() -> None:
     assert preflight.memory(units(blocks=9), GIVEN) == preflight.memory(units(blocks=1), GIVEN)
 
 
-def test_memory_grows_with_the_calibration_until_activations_wait_on_disk() -> None:
-    few, more, many, most = (replace(GIVEN, samples=count) for count in (1, 4, 256, 1024))
-    assert preflight.waiting(units(), more) < preflight.IN_MEMORY < preflight.waiting(units(), many)
-    assert preflight.memory(units(), few) < preflight.memory(units(), more)
-    assert preflight.memory(units(), many) == preflight.memory(units(), most)
+def test_memory_grows_with_the_calibration_until_the_rest_waits_on_disk() -> None:
+    small, given = units(576, 1536), replace(GIVEN, width=576)
+    few, more, many, most = (replace(given, samples=count) for count in (4, 16, 256, 1024))
+    assert preflight.memory(small, few) < preflight.memory(small, more)
+    assert preflight.on_disk(small, more) == 0 < preflight.on_disk(small, many)
+    a_stream = preflight.waiting(small, many) // many.streams
+    held = preflight.memory(small, many)
+    assert ON_CPU.device - a_stream <= held <= ON_CPU.device
+    assert held == preflight.memory(small, most)
+
+
+def test_streams_wait_in_memory_while_there_is_room_then_on_the_host_then_on_disk() -> None:
+    small, given = units(576, 1536), replace(GIVEN, samples=256, width=576)
+
+    def places(device: int, host: int) -> Places:
+        return preflight.places(small, replace(given, allowed=Allowed(device, host)))
+
+    some = places(ON_CPU.device, 0)
+    assert 0 < some.device < given.streams and sum(some) == given.streams
+    assert places(10**12, 10**12) == (given.streams, 0, 0)
+    assert places(0, 10**12) == (0, given.streams, 0)
+    assert places(0, 0) == (0, 0, given.streams)
+    apart = places(ON_CPU.device, preflight.waiting(small, given) // 4)
+    assert apart == (some.device, given.streams // 4, some.disk - given.streams // 4)
+
+
+def test_a_large_block_leaves_no_room_for_what_waits() -> None:
+    assert preflight.places(units(4096, 11_008), GIVEN) == (0, 0, GIVEN.streams)
 
 
 def test_a_mixtures_memory_is_bounded_and_its_experts_outputs_lie_on_disk_too() -> None:
@@ -94,7 +117,6 @@ def test_a_mixtures_memory_is_bounded_and_its_experts_outputs_lie_on_disk_too() 
     assert preflight.memory([mixture], many) == preflight.memory([mixture], most)
     more = preflight.on_disk([mixture], many) - preflight.on_disk([dense], many)
     assert more == 2 * 2 * many.states  # of two streams, two experts a token
-    assert preflight.on_disk([mixture], replace(GIVEN, samples=1)) == 0
 
 
 def test_speed_is_that_of_products_done() -> None:

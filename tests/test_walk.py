@@ -166,7 +166,7 @@ def walked(
 ) -> tuple[Decoder, list[list[Tensor]], list[list[Tensor]]]:
     """Hidden states of each batch, as served and the parent's: first and behind every block."""
     decoder = blocks.spread(model, on)
-    streams, probe = blocks.embed(decoder, model, given, shelf)
+    streams, probe = blocks.embed(decoder, model, given, [shelf] * len(given))
     served = [[stream.hidden] for stream in streams]
     parents = [[stream.parent] for stream in streams]
     for place in range(len(decoder.blocks)):
@@ -337,7 +337,9 @@ def test_a_mixtures_experts_hold_no_more_of_more_tokens_on_disk(
 
     def held(given: Rows, shelf: Shelf | None) -> int:
         weighing = Weighing()
-        walk.run(decoder, 0, model, blocks.embed(decoder, model, given, shelf), weighing)
+        walk.run(
+            decoder, 0, model, blocks.embed(decoder, model, given, [shelf] * len(given)), weighing
+        )
         return weighing.held
 
     in_memory = held(many, None) - held(few, None)

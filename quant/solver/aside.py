@@ -12,7 +12,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -28,6 +28,7 @@ from quant.errors import SpaceError
 from quant.solver import heap
 
 _LEAST = 1 << 18  # bytes that are worth it
+_HOLES = 128 << 20  # in the heap; where nothing goes aside there is room for more, and less to win
 _here = threading.local()
 
 
@@ -132,6 +133,16 @@ def shelf(folder: Path) -> Iterator[Shelf]:
         yield Shelf(file.fileno(), folder)
 
 
+@contextmanager
+def hosted() -> Iterator[Shelf]:
+    """One whose file lies in the host's memory, for what another device has no room for."""
+    file = os.memfd_create("activations")
+    try:
+        yield Shelf(file, Path("the host's memory"))
+    finally:
+        os.close(file)
+
+
 class Kept:
     """A tensor in memory, or, where there is a shelf, on it until it is asked for."""
 
@@ -205,8 +216,6 @@ class Holdings(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's, o
         large = [storage for storage in held if storage.nbytes() >= max(_LEAST, 1)]
         for storage in large:
             self.shelf.put(storage)
-        if large:
-            heap.give_back()
         yield
         for storage in large:
             self.shelf.take(storage)
@@ -235,11 +244,9 @@ def away(*needed: Tensor) -> Iterator[Shelf | None]:
     """Puts what this thread holds on its shelf meanwhile, but what is `needed`; the shelf, or
     None where it has none and all stays in memory."""
     held: Holdings | None = getattr(_here, "held", None)
-    if held is None:
-        yield None
-        return
-    with held.aside(*needed):
-        yield held.shelf
+    with held.aside(*needed) if held else nullcontext():
+        heap.keep_low(_HOLES if held else 4 * _HOLES)
+        yield held.shelf if held else None
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -73,10 +73,9 @@ class Stream:
         self._gap = None if states is None else Kept(states, self.shelf)
 
     def real(self, inputs: Tensor) -> Tensor:
-        """Inputs [rows, length, columns] of real tokens only, [tokens, columns]."""
-        if bool(self.mask.all()):
-            return inputs.flatten(0, -2)
-        return inputs[self.mask]
+        """Inputs [rows, length, columns] or flat, of real tokens only: [tokens, columns]."""
+        flat, real = inputs.flatten(0, -2), self.mask.flatten()
+        return flat if bool(real.all()) else flat[real]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +199,11 @@ def embed(
     decoder: Decoder,
     source: Source,
     rows: Sequence[tuple[Tensor, Tensor]],
-    shelf: Shelf | None = None,
+    shelves: Sequence[Shelf | None] = (),
 ) -> tuple[list[Stream], Stream]:
     """A stream per (input_ids, mask), and a short one for probing, before the first block.
 
+    Each stream waits on the shelf in its place of `shelves`; without one, in memory.
     Everything outside the blocks but the output head is read for this, and freed again. With
     several devices, each gets every so many-th stream.
     """
@@ -212,6 +212,7 @@ def embed(
         with filled(copy.model, copy.outside(), source, copy.device, copy.dtype):
             for place in range(number, len(rows), len(copies)):
                 ids, mask = (tensor.to(copy.device) for tensor in rows[place])
+                shelf = shelves[place] if shelves else None
                 streams[place] = _record(copy, ids, mask, shelf)
                 streams[place].copy = number
             if copy is decoder:

@@ -9,7 +9,7 @@ import torch
 
 from quant import room
 from quant.errors import RecipeError
-from quant.solver.preflight import IN_MEMORY
+from quant.solver.preflight import ON_CPU, Allowed
 
 
 def named(names: str) -> list[torch.device]:
@@ -35,9 +35,11 @@ def idle(used: Sequence[torch.device]) -> str | None:
     return torch.cuda.get_device_name()
 
 
-def allowance(device: torch.device) -> int:
-    """Bytes of activations that may wait there: of a GPU half of what is free."""
-    return IN_MEMORY if device.type == "cpu" else room.left(device) // 2
+def allowance(device: torch.device) -> Allowed:
+    """Of a GPU three quarters of what is free, the rest for holes in its heap; of its host half."""
+    if device.type == "cpu":
+        return ON_CPU
+    return Allowed(room.left(device) * 3 // 4, room.of_host() // 2)
 
 
 def forward_dtype(device: torch.device, *, exact: bool) -> torch.dtype:

@@ -7,8 +7,21 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+@dataclass(slots=True)
+class _Process:
+    """What was resident when holes were given back last."""
+
+    resident: int = 0
+
+
+_process = _Process()
 
 
 def share() -> None:
@@ -26,3 +39,17 @@ def give_back() -> None:
     """The holes between what is still held, which come to more than all that is."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+    _process.resident = _resident()
+
+
+def keep_low(growth: int) -> None:
+    """Gives them back where the process has grown by so many bytes since that was done last: pages
+    that come back have to be made anew, which costs more than all else about it."""
+    resident = _resident()
+    _process.resident = min(_process.resident, resident)
+    if resident > _process.resident + growth:
+        give_back()
+
+
+def _resident() -> int:
+    return int(psutil.Process().memory_info().rss)

@@ -6,10 +6,12 @@ the calibration by its size; reads no tensor, and no clock but to see how fast t
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +25,6 @@ _PRODUCTS = 5.5  # of a layer's rows with its columns x columns, to solve, impro
 _CHECKS = 2  # of them with what is held out
 # Tokens that go through a block together: enough for a full matrix product.
 STREAM_TOKENS = {"cpu": 2048, "cuda": 16_384}
-IN_MEMORY = 1 << 30  # bytes of what forwards hold while they wait, on a CPU; more lies on disk
 HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone at the rate of float32: beside them stand norms,
@@ -35,17 +36,37 @@ _STOPS = 2  # of an expert: before its gate and up projections, and before the o
 _PROBE, _PROBES = {"cpu": 768, "cuda": 4096}, 4
 
 
+class Allowed(NamedTuple):
+    """Bytes that a block and what waits may take of the device's memory, and of the host's where
+    that is another."""
+
+    device: int
+    host: int = 0
+
+
+ON_CPU = Allowed(3 << 29)  # whatever the machine has: what lies on disk costs little time
+
+
+class Places(NamedTuple):
+    """How many streams wait in the device's memory, how many in the host's, and how many on disk;
+    in that order."""
+
+    device: int
+    host: int
+    disk: int
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """`samples` rows of `length` tokens, states of `width` numbers of a `dtype` between blocks, on
-    that `kind` of device; `allowed` bytes of what waits may lie there."""
+    that `kind` of device."""
 
     samples: int
     length: int
     width: int
     dtype: torch.dtype = torch.float32
     kind: str = "cpu"
-    allowed: int = IN_MEMORY
+    allowed: Allowed = ON_CPU
 
     @property
     def tokens(self) -> int:
@@ -55,6 +76,15 @@ class Calibration:
     def states(self) -> int:
         """Bytes of what goes from one block to the next, of one stream."""
         return self.tokens * self.width * self.dtype.itemsize
+
+    @property
+    def per_stream(self) -> int:
+        """Rows that go through a block together."""
+        return max(1, STREAM_TOKENS[self.kind] // self.length)
+
+    @property
+    def streams(self) -> int:
+        return math.ceil(self.samples / self.per_stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +163,11 @@ def _solved(unit: Unit, given: Calibration) -> int:
 def memory(blocks: Blocks, given: Calibration) -> int:
     """Bytes that the largest block takes at its peak, beside the program itself.
 
-    Its weights and a copy of them in 16 bits, what the forwards of both streams hold where they
-    stop or, with that on disk, the forward of one batch, and what solving takes most.
+    Its weights and a copy of them in 16 bits, the forward of one batch, what solving takes most,
+    and what the forwards hold that wait in the same memory.
     """
-    return max(_of_block(block, given) for block in blocks)
+    held = waiting(blocks, given) * places(blocks, given).device // given.streams
+    return _least(blocks, given) + held
 
 
 def seconds(work: Operations, speed: float, given: Calibration, forwards: float) -> float:
@@ -165,27 +196,38 @@ def waiting(blocks: Blocks, given: Calibration) -> int:
     return 2 * given.tokens * (4 * given.width + widest) * given.dtype.itemsize + gap
 
 
-def waits_on_disk(blocks: Blocks, given: Calibration) -> bool:
-    """Whether that is more than is allowed."""
-    return waiting(blocks, given) > given.allowed
+def places(blocks: Blocks, given: Calibration) -> Places:
+    """Where the streams wait: as many as fit beside a block, and those behind them elsewhere."""
+    count, allowed = given.streams, given.allowed
+    beside = max(allowed.device - _least(blocks, given), 0)
+    device = min(beside * count // waiting(blocks, given), count)
+    host = min(allowed.host * count // _shelved(blocks, given), count - device)
+    return Places(device, host, count - device - host)
 
 
 def on_disk(blocks: Blocks, given: Calibration) -> int:
-    """Bytes of what lies there at once; of a mixture also what each expert put out, until the last
+    """Bytes of what lies there at once."""
+    return _shelved(blocks, given) * places(blocks, given).disk // given.streams
+
+
+def _shelved(blocks: Blocks, given: Calibration) -> int:
+    """Bytes of all streams on a shelf: of a mixture also what each expert put out, until the last
     has."""
-    if not waits_on_disk(blocks, given):
-        return 0
     routed = max(sum(u.share for u in block if u.share < 1) for block in blocks) / _STOPS
     return waiting(blocks, given) + int(2 * routed * given.states)
+
+
+def _least(blocks: Blocks, given: Calibration) -> int:
+    """Bytes that the largest block takes where nothing waits beside it."""
+    return max(_of_block(block, given) for block in blocks)
 
 
 def _of_block(block: Sequence[Unit], given: Calibration) -> int:
     weights = (FLOAT + FLOAT // 2) * sum(unit.weights for unit in block)
     widest = max(unit.columns for unit in block)
-    held = 0 if waits_on_disk([block], given) else waiting([block], given)
     together = min(max(STREAM_TOKENS[given.kind], given.length), given.tokens)
     batch = together * (8 * given.width + 4 * widest) * FLOAT
-    return weights + held + batch + max(_solving(unit, given) for unit in block)
+    return weights + batch + max(_solving(unit, given) for unit in block)
 
 
 def _solving(unit: Unit, given: Calibration) -> int:
