@@ -31,6 +31,7 @@ _COPIES = 10  # of a part that solving it holds at once
 # attention's softmax, loops over columns, and files. Measured, see DECISIONS.md.
 _OVERHEAD = {("cpu", torch.float32): 1.3, ("cpu", torch.bfloat16): 0.75,
              ("cuda", torch.float32): 2.5, ("cuda", torch.bfloat16): 4.0}  # fmt: skip
+_LOOSE = {"cpu": 1.25, "cuda": 1.0}  # times what waits: a heap that many forwards share has holes
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _STOPS = 2  # of an expert: before its gate and up projections, and before the other
 _PROBE, _PROBES = {"cpu": 768, "cuda": 4096}, 4
@@ -166,7 +167,7 @@ def memory(blocks: Blocks, given: Calibration) -> int:
     Its weights and a copy of them in 16 bits, the forward of one batch, what solving takes most,
     and what the forwards hold that wait in the same memory.
     """
-    held = waiting(blocks, given) * places(blocks, given).device // given.streams
+    held = _beside(blocks, given) * places(blocks, given).device // given.streams
     return _least(blocks, given) + held
 
 
@@ -200,7 +201,7 @@ def places(blocks: Blocks, given: Calibration) -> Places:
     """Where the streams wait: as many as fit beside a block, and those behind them elsewhere."""
     count, allowed = given.streams, given.allowed
     beside = max(allowed.device - _least(blocks, given), 0)
-    device = min(beside * count // waiting(blocks, given), count)
+    device = min(beside * count // _beside(blocks, given), count)
     host = min(allowed.host * count // _shelved(blocks, given), count - device)
     return Places(device, host, count - device - host)
 
@@ -208,6 +209,11 @@ def places(blocks: Blocks, given: Calibration) -> Places:
 def on_disk(blocks: Blocks, given: Calibration) -> int:
     """Bytes of what lies there at once."""
     return _shelved(blocks, given) * places(blocks, given).disk // given.streams
+
+
+def _beside(blocks: Blocks, given: Calibration) -> int:
+    """Bytes of all streams in a device's memory, with the holes between them."""
+    return int(_LOOSE[given.kind] * waiting(blocks, given))
 
 
 def _shelved(blocks: Blocks, given: Calibration) -> int:
