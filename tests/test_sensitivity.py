@@ -112,6 +112,17 @@ def test_full_precision_costs_nothing_and_bits_are_worth_their_bytes(tmp_path: P
         assert fours == sorted(fours, reverse=True)
 
 
+def test_nothing_is_fitted_to_the_stream_that_judges(tmp_path: Path) -> None:
+    model = opened(tmp_path)
+    judge, *fitted = streams()
+    other = judge[0].flip(0).flip(1), judge[1]
+    for one, unit in zip(measured(model), measured(model, rows=[other, *fitted]), strict=True):
+        coarse, fine = Format(4, 64), Format(4, 32)
+        assert one.losses[coarse] != unit.losses[coarse]
+        finer = [each.losses[fine] / each.losses[coarse] for each in (one, unit)]
+        assert finer[0] == pytest.approx(finer[1])
+
+
 def test_padding_counts_for_nothing(tmp_path: Path) -> None:
     model = opened(tmp_path)
     short = [(ids[:, :30], mask[:, :30]) for ids, mask in streams()]
