@@ -15,7 +15,7 @@ from torch import Tensor
 from quant.errors import SolveError
 
 ALL = slice(None)
-_STRIP = 384  # columns of a Hessian updated at a time; only strips right of the diagonal are
+STRIP = 384  # columns of a Hessian updated at a time; only strips right of the diagonal are
 _GPU_STRIP = 2048  # enough of them to occupy one
 
 
@@ -41,7 +41,7 @@ class Hessian:
         self.tokens += inputs.shape[0]
 
     def _accumulate(self, inputs: Tensor) -> None:
-        width = _GPU_STRIP if inputs.is_cuda else _STRIP
+        width = _GPU_STRIP if inputs.is_cuda else STRIP
         for start in range(0, inputs.shape[1], width):
             strip = inputs[:, start : start + width]
             accumulate(self._sum[start : start + width, start:], strip, inputs[:, start:])
@@ -103,8 +103,8 @@ def rounded_factors() -> Iterator[None]:
 
 def _mirror(matrix: Tensor) -> None:
     """Below the diagonal what stands above it, without a second matrix."""
-    for start in range(0, len(matrix), _STRIP):
-        strip = slice(start, start + _STRIP)
+    for start in range(0, len(matrix), STRIP):
+        strip = slice(start, start + STRIP)
         square = matrix[strip, strip].triu()
         matrix[strip, strip] = square + square.triu(1).T
         matrix[strip.stop :, strip] = matrix[strip, strip.stop :].T

@@ -18,9 +18,9 @@ import torch
 from quant import formats
 from quant.formats import Shapes
 from quant.solver.descent import PART
+from quant.solver.moments import STRIP
 
 FLOAT = 4  # bytes
-_STRIP = 384  # columns beside the diagonal that a Hessian's update computes twice
 _PRODUCTS = 5.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
 _CHECKS = 2  # of them with what is held out
 # Tokens that go through a block together: enough for a full matrix product.
@@ -144,7 +144,7 @@ def operations(blocks: Blocks, given: Calibration) -> Operations:
     products = sum(
         unit.share
         * (
-            unit.columns * (unit.columns + _STRIP) // 2
+            unit.columns * (unit.columns + STRIP) // 2  # half of a strip is computed twice
             + min(unit.columns**2, 2 * unit.weights)  # the drift, or what it asks of the outputs
             + unit.adds(given) * unit.weights
         )
