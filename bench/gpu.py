@@ -12,22 +12,18 @@ rate.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench import memory, products, tools, yardstick
-from quant import calibration
 from quant.intake import source
-from quant.recipe import Recipe
 from quant.solver import blocks, preflight
 from quant.solver.preflight import Calibration, Operations
 
@@ -43,15 +39,8 @@ class Held:
 
 
 def main() -> None:
-    args = _arguments()
-    folder = args.cache / f"{args.shape}-{args.blocks or 'whole'}"
-    settings = dict(memory.SHAPES[args.shape])
-    if args.blocks:
-        settings["num_hidden_layers"] = args.blocks
-    if not (folder / "config.json").exists():
-        memory.make(folder, settings, source.open(args.tokenizer).folder, GPU)
-    texts = args.cache / "texts.jsonl"
-    memory.letters(texts, args.samples * args.length)
+    args = memory.arguments(_parser())
+    folder, texts = memory.prepared(args, GPU)
     rates = rate(torch.bfloat16), rate(torch.float32)
     least = floor(folder, args.samples, args.length)
     alone = (least.forwards + least.moments) / rates[0] + least.solving / rates[1]
@@ -74,55 +63,21 @@ def main() -> None:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--shape", choices=list(memory.SHAPES), default="8b")
-    add("--blocks", type=int, help="make only so many [all]")
-    add("--samples", type=int, default=128, help="calibration rows")
-    add("--length", type=int, default=2048, help="tokens of each")
-    add("--rivals", nargs="*", choices=list(tools.RIVALS), default=[], help="these after ours")
-    add("--tokenizer", default=source.DEMO, help="a model whose tokenizer the shape gets")
-    add("--limit", type=float, default=4 * 3600.0, help="seconds that anybody may take")
-    add("--cache", type=Path, default=Path("~/.cache/quantserve/memory"), help="models and results")
-    add("--environments", type=Path, default=Path("~/.cache/quantserve/rivals"),
-        help="of the rivals, with a torch for this GPU")  # fmt: skip
-    args = parser.parse_args()
-    args.cache, args.environments = (
-        path.expanduser().absolute() for path in (args.cache, args.environments)
-    )
-    return args
+def _parser() -> argparse.ArgumentParser:
+    made = memory.parser(__doc__)
+    apart = Path("~/.cache/quantserve/rivals-gpu")  # their torch is another one there
+    made.set_defaults(shape="8b", samples=128, length=2048, environments=apart)
+    return made
 
 
 def _contenders(
     args: argparse.Namespace, folder: Path, texts: Path
 ) -> Iterator[tuple[str, Callable[[], tools.Cost]]]:
-    opened = source.open(str(folder))
-    recipe = Recipe(group_size=memory.GROUP, samples=args.samples, length=args.length)
-    rows = calibration.prepare(opened, recipe, texts, yardstick.say)
-    asked = tools.Asked(
-        opened, "w4a16", memory.GROUP, rows, recipe, texts, os.cpu_count() or 1, args.limit,
-        args.environments, again=True,
-    )  # fmt: skip
-    ours = [
-        sys.executable, "-m", "serve.cli", "quantize", str(folder), "--out",
-        str(args.cache / "made"), "--force", "--fresh", "--json", "--device", "cuda",
-        "--group-size", str(memory.GROUP), "--calibration", str(texts),
-        "--samples", str(args.samples), "--length", str(args.length),
-    ]  # fmt: skip
+    asked = memory.asked(args, folder, texts, gpu=True)
+    ours = [*memory.ours(args, folder, texts), "--device", "cuda"]
     yield "quantserve", lambda: tools.watched(ours, asked, "ours", {})
     for name in args.rivals:
-
-        def theirs(name: str = name) -> tools.Cost:
-            out, command, env = tools.ordered(name, asked)
-            try:
-                return tools.watched(command, asked, out.name, env)
-            finally:
-                shutil.rmtree(out, ignore_errors=True)
-
-        yield name, theirs
+        yield name, partial(memory.rival, name, asked)
 
 
 @contextmanager

@@ -70,43 +70,47 @@ class Cost:
 
 
 def main() -> None:
-    args = _arguments()
+    args = arguments(parser(__doc__))
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    folder = args.cache / f"{args.shape}-{args.blocks or 'whole'}"
-    settings = dict(SHAPES[args.shape])
-    if args.blocks:
-        settings["num_hidden_layers"] = args.blocks
-    if not (folder / "config.json").exists():
-        make(folder, settings, source.open(source.DEMO).folder)
-    texts = args.cache / "texts.jsonl"
-    letters(texts, args.samples * args.length)
+    folder, texts = prepared(args, HOST)
     log = args.cache / "log.jsonl"
     program = watched([sys.executable, "-c", "import quant.pipeline"], log)
-    cost = watched(_ours(args, folder, texts), log)
+    cost = watched(ours(args, folder, texts), log)
     events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     foreseen = next(event for event in events if event.get("event") == "estimate")
     least = floor(folder, args.samples, args.length)
     what = {"shape": folder.name, "tokens": f"{args.samples} x {args.length}"}
     print(table(what, (cost, program), foreseen, least))
     for name in args.rivals:
-        print(f"{name}: {_rival(name, args, folder, texts)}")
+        try:
+            took = rival(name, asked(args, folder, texts))
+            print(f"{name}: peak {_gb(took.peak_bytes)}, {took.seconds:.0f} s")
+        except tools.Failed as fault:
+            print(f"{name}: {fault}")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """What every table of models of a shape is asked for."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("--shape", choices=list(SHAPES), default="1b")
     add("--blocks", type=int, help="make only so many [all]")
     add("--samples", type=int, default=32, help="calibration rows")
     add("--length", type=int, default=512, help="tokens of each")
     add("--rivals", nargs="*", choices=list(tools.RIVALS), default=[], help="these after ours")
     add("--threads", type=int, default=os.cpu_count() or 1, help="of everybody")
+    add("--tokenizer", default=source.DEMO, help="a model whose tokenizer the shape gets")
     add("--limit", type=float, default=4 * 3600.0, help="seconds that a rival may take")
     add("--cache", type=Path, default=Path("~/.cache/quantserve/memory"), help="models and results")
     add("--environments", type=Path, default=Path("~/.cache/quantserve/rivals"),
         help="of the rivals, as `bench.rivals` makes them")  # fmt: skip
+    return made
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for, with absolute paths."""
     args = parser.parse_args()
     args.cache, args.environments = (
         path.expanduser().absolute() for path in (args.cache, args.environments)
@@ -114,7 +118,21 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _ours(args: argparse.Namespace, folder: Path, texts: Path) -> list[str]:
+def prepared(args: argparse.Namespace, on: torch.device) -> tuple[Path, Path]:
+    """The model, whose weights are drawn `on` a device unless it is there, and its texts."""
+    folder = args.cache / f"{args.shape}-{args.blocks or 'whole'}"
+    settings = dict(SHAPES[args.shape])
+    if args.blocks:
+        settings["num_hidden_layers"] = args.blocks
+    if not (folder / "config.json").exists():
+        make(folder, settings, source.open(args.tokenizer).folder, on)
+    texts = args.cache / "texts.jsonl"
+    letters(texts, args.samples * args.length)
+    return folder, texts
+
+
+def ours(args: argparse.Namespace, folder: Path, texts: Path) -> list[str]:
+    """The command that quantizes it."""
     return [
         QUANTSERVE, "quantize", str(folder), "--out", str(args.cache / "made"), "--force",
         "--fresh", "--json", "--group-size", str(GROUP), "--calibration", str(texts),
@@ -122,22 +140,24 @@ def _ours(args: argparse.Namespace, folder: Path, texts: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _rival(name: str, args: argparse.Namespace, folder: Path, texts: Path) -> str:
-    """What it held and took on the same tokens, or why it ended; what it wrote is thrown away."""
+def asked(args: argparse.Namespace, folder: Path, texts: Path, *, gpu: bool = False) -> tools.Asked:
+    """The same of the others, on the same tokens."""
     opened = source.open(str(folder))
     recipe = Recipe(group_size=GROUP, samples=args.samples, length=args.length)
     rows = calibration.prepare(opened, recipe, texts, yardstick.say)
-    asked = tools.Asked(
+    return tools.Asked(
         opened, "w4a16", GROUP, rows, recipe, texts, args.threads, args.limit, args.environments,
-        again=True,
+        again=True, gpu=gpu,
     )  # fmt: skip
+
+
+def rival(name: str, asked: tools.Asked) -> tools.Cost:
+    """What it took; what it wrote is thrown away."""
+    out, command, env = tools.ordered(name, asked)
     try:
-        out, command, env = tools.ordered(name, asked)
-        cost = tools.watched(command, asked, out.name, env)
-    except tools.Failed as fault:
-        return str(fault)
-    shutil.rmtree(out, ignore_errors=True)
-    return f"peak {_gb(cost.peak_bytes)}, {cost.seconds:.0f} s"
+        return tools.watched(command, asked, out.name, env)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def make(

@@ -70,6 +70,7 @@ class Asked:
     cache: Path
     again: bool = False
     isa: str = "auto"
+    gpu: bool = False  # theirs is a torch that sees one
 
     def out(self, name: str) -> Path:
         """Where this contender's checkpoint goes."""
@@ -111,7 +112,7 @@ def ordered(name: str, asked: Asked) -> tuple[Path, list[str], Mapping[str, str]
     rival = RIVALS[name]
     if asked.scheme not in rival.schemes:
         raise Failed(f"it has no {asked.scheme}")
-    python = _environment(rival.tool, asked.cache)
+    python = _environment(rival.tool, asked.cache, gpu=asked.gpu)
     out = asked.out(name)
     order = {
         "model": str(asked.opened.folder), "out": str(out), "scheme": asked.scheme,
@@ -126,7 +127,7 @@ def ordered(name: str, asked: Asked) -> tuple[Path, list[str], Mapping[str, str]
     return out, [str(python), "-P", str(script), str(file)], rival.tool.env
 
 
-def _environment(tool: Tool, cache: Path) -> Path:
+def _environment(tool: Tool, cache: Path, *, gpu: bool) -> Path:
     """The tool's own Python, installed here if it is not yet."""
     folder = cache / f"{tool.package}-{tool.version}"
     python, stamp = folder / "bin" / "python", folder / "complete"
@@ -137,7 +138,8 @@ def _environment(tool: Tool, cache: Path) -> Path:
     log = folder / "install.log"
     named = f"torch=={tool.torch}"
     # The build without CUDA where an index has it, else any: without a GPU they compute the same.
-    torches = ([f"{named}+cpu"], ["--index-url", TORCH_CPU, "--retries", "0", named], [named])
+    small = ([f"{named}+cpu"], ["--index-url", TORCH_CPU, "--retries", "0", named])
+    torches = ([named],) if gpu else (*small, [named])
     if not any(_pip(python, wanted, log) for wanted in torches):
         raise Failed(f"{named} could not be installed; {log} says why")
     if not _pip(python, [named, f"{tool.package}=={tool.version}", *tool.beside], log):
