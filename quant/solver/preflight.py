@@ -28,7 +28,8 @@ STREAM_TOKENS = {"cpu": 2048, "cuda": 16_384}
 HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone at the rate of float32: beside them stand norms,
-# attention's softmax, loops over columns, and files. Measured, see DECISIONS.md.
+# attention's softmax, loops over columns, and files. Measured, see DECISIONS.md, but for a GPU that
+# is to be exact.
 _OVERHEAD = {("cpu", torch.float32): 1.3, ("cpu", torch.bfloat16): 0.75,
              ("cuda", torch.float32): 2.5, ("cuda", torch.bfloat16): 4.0}  # fmt: skip
 _LOOSE = {"cpu": 1.25, "cuda": 1.0}  # times what waits: a heap that many forwards share has holes
