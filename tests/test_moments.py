@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant.errors import SolveError
 from quant.solver import gptq
-from quant.solver.moments import Hessian, Moments, Sample, held_out, merged
+from quant.solver.moments import Hessian, Moments, Sample, energy, held_out, merged
 from tests.test_gptq import correlated, drawn, hessian_of
 
 ROWS, COLUMNS = 24, 64
@@ -43,6 +43,14 @@ def test_the_hessian_is_the_mean_outer_product_of_what_was_added(
     mean = hessian.mean()
     assert hessian.tokens == 50 and torch.equal(mean, mean.T)
     assert float((mean.double() - exact).abs().max()) < 1e-6 * float(exact.diagonal().max())
+
+
+@pytest.mark.parametrize("columns", [64, 384, 1000])
+def test_half_of_a_symmetric_matrix_tells_what_rows_lose(columns: int) -> None:
+    rows, hessian = drawn(ROWS, columns), hessian_of(drawn(50, columns, seed=1))
+    expected = ((rows.double() @ hessian.double()) * rows).sum(dim=1)
+    torch.testing.assert_close(energy(rows, hessian).double(), expected, rtol=1e-4, atol=0)
+    assert torch.equal(rows, drawn(ROWS, columns))
 
 
 def test_inputs_that_are_mostly_alike_need_no_more_damping_in_sixteen_bits() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from quant.solver import columns
 from quant.solver.gptq import Factor, Solution, dequantize
 from quant.solver.grid import Levels
-from quant.solver.moments import HeldOut
+from quant.solver.moments import HeldOut, rounded_factors
 
 PART = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of a weight that are solved together
 _PASSES = 1
@@ -61,13 +61,13 @@ def shifted(weight: Tensor, target: Tensor, asked: Tensor, held: HeldOut, factor
     """
     if held.is_zero():
         return target
-    first = 0
+    first, step = 0, max(1, len(weight) // _TELLING)
     for own, goal, its in zip(*map(few_rows, (weight, target, asked)), strict=True):
         way = factor.solved(its)
-        step = max(1, len(own) // _TELLING)
         some = slice(None, None, step)
-        wanted = held.asked(slice(first, first + len(own), step))
-        far = _strength(way[some], goal[some] - own[some], wanted, held)
+        with rounded_factors():  # two numbers, of which a ratio is asked
+            wanted = held.asked(slice(first, first + len(own), step))
+            far = _strength(way[some], goal[some] - own[some], wanted, held)
         its.copy_(way.mul_(far)).add_(goal)
         first += len(own)
     return asked

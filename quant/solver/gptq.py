@@ -19,7 +19,7 @@ from torch import Tensor
 from quant.errors import SolveError
 from quant.solver import columns, grid
 from quant.solver.grid import Levels
-from quant.solver.moments import rounded_factors
+from quant.solver.moments import energy, rounded_factors
 
 _PANEL = 128  # columns quantized one after another before the next matrix product
 _MOST_DAMPING = 10.0
@@ -225,5 +225,4 @@ def better(
 
 
 def _loss(weight: Tensor, hessian: Tensor, stored: tuple[Tensor, Tensor]) -> Tensor:
-    error = weight - dequantize(*stored)
-    return (error @ hessian).mul_(error).sum(dim=1)
+    return energy(weight - dequantize(*stored), hessian)

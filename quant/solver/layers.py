@@ -190,7 +190,7 @@ class Layers:
             start = gptq.solve(goal, matrix, factor, form.group, grid)
             found.append(descent.improved(goal, start, (matrix, held), grid))
             with rounded_factors():
-                energy.append((part @ matrix).mul_(part).sum(dim=1))
+                energy.append(moments.energy(part, matrix))
         return gptq.stacked(found), torch.cat(energy), factor
 
     def _made_up(self, weight: Tensor, lack: Tensor, matrix: Tensor, held: HeldOut) -> Tensor:
@@ -208,6 +208,7 @@ class Layers:
         held = moments.held_out(sum(len(by) // HELD for by in even), weight, adds=adds)
         for given, by, gap in zip(group.inputs, even, gaps, strict=True):
             dtype = given.served.dtype
+            by = by.to(dtype)  # one factor a row, the same for all that is read
             served = self.seen(linear, given.served).mul(by).to(dtype)
             parent = self._meant(linear, given.parent).mul(by).to(dtype)
             last = len(served) - len(served) // HELD

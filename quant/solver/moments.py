@@ -15,7 +15,7 @@ from torch import Tensor
 from quant.errors import SolveError
 
 ALL = slice(None)
-STRIP = 384  # columns of a Hessian updated at a time; only strips right of the diagonal are
+STRIP = 384  # columns of a symmetric matrix at a time, with only what is right of its diagonal
 _GPU_STRIP = 2048  # enough of them to occupy one
 
 
@@ -41,10 +41,9 @@ class Hessian:
         self.tokens += inputs.shape[0]
 
     def _accumulate(self, inputs: Tensor) -> None:
-        width = _GPU_STRIP if inputs.is_cuda else STRIP
-        for start in range(0, inputs.shape[1], width):
-            strip = inputs[:, start : start + width]
-            accumulate(self._sum[start : start + width, start:], strip, inputs[:, start:])
+        for strip in _strips(inputs):
+            right = slice(strip.start, None)
+            accumulate(self._sum[strip, right], inputs[:, strip], inputs[:, right])
 
     def take(self, other: Hessian) -> None:
         """Counts what another one has counted, wherever that lies."""
@@ -101,10 +100,25 @@ def rounded_factors() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    """r H r^T of each row r of `rows` [rows, columns], with half of a product: H is symmetric."""
+    found = rows.new_zeros(len(rows))
+    for strip in _strips(rows):
+        along = rows[:, : strip.start] @ hessian[: strip.start, strip]
+        along.addmm_(rows[:, strip], hessian[strip, strip], beta=2)
+        found += along.mul_(rows[:, strip]).sum(dim=1)
+    return found
+
+
+def _strips(rows: Tensor) -> Iterator[slice]:
+    """Of the columns of `rows` [rows, columns]."""
+    width = _GPU_STRIP if rows.is_cuda else STRIP
+    return (slice(start, start + width) for start in range(0, rows.shape[1], width))
+
+
 def _mirror(matrix: Tensor) -> None:
     """Below the diagonal what stands above it, without a second matrix."""
-    for start in range(0, len(matrix), STRIP):
-        strip = slice(start, start + STRIP)
+    for strip in _strips(matrix):
         square = matrix[strip, strip].triu()
         matrix[strip, strip] = square + square.triu(1).T
         matrix[strip.stop :, strip] = matrix[strip, strip.stop :].T

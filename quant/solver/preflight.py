@@ -21,7 +21,7 @@ from quant.solver.descent import PART
 from quant.solver.moments import STRIP
 
 FLOAT = 4  # bytes
-_PRODUCTS = 5.5  # of a layer's rows with its columns x columns, to solve, improve and judge it
+_PRODUCTS = 4  # of a layer's rows with its columns x columns, to solve, improve and judge it
 _CHECKS = 2  # of them with what is held out
 # Tokens that go through a block together: enough for a full matrix product.
 STREAM_TOKENS = {"cpu": 2048, "cuda": 16_384}
