@@ -76,8 +76,8 @@ class Run:
     def given(self) -> Calibration:
         """At most: a calibration file may hold less."""
         width = self.opened.config.get_text_config().hidden_size
-        device = self.decoder.device
-        on = self.decoder.dtype, device.type, devices.allowance(device)
+        used = {copy.device for copy in self.decoder.all()}
+        on = self.decoder.dtype, self.decoder.device.type, devices.allowance(used), len(used)
         return Calibration(self.recipe.samples, self.recipe.length, width, *on)
 
     def units(self) -> preflight.Blocks:

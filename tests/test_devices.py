@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quant import room
 from quant.errors import RecipeError
-from quant.solver import devices
+from quant.solver import devices, preflight
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,16 @@ def test_a_gpu_without_the_language_of_its_loops_is_refused(
     monkeypatch.setattr(devices, "find_spec", lambda _name: None)
     with pytest.raises(RecipeError, match="pip install triton"):
         devices.named("cuda")
+
+
+def test_every_gpu_may_take_what_the_fullest_can_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [torch.device("cuda", index) for index in (0, 1)]
+    free = dict(zip(gpus, (800, 400), strict=True))
+    monkeypatch.setattr(room, "left", free.__getitem__)
+    monkeypatch.setattr(room, "of_host", lambda: 1000)
+    assert devices.allowance(gpus[:1]) == (600, 500)
+    assert devices.allowance(gpus) == (300, 500)
+    assert devices.allowance([CPU]) == preflight.ON_CPU
 
 
 def test_sixteen_bits_are_for_devices_made_for_them_and_runs_that_allow_it() -> None:

@@ -106,6 +106,17 @@ def test_streams_wait_in_memory_while_there_is_room_then_on_the_host_then_on_dis
     assert apart == (some.device, given.streams // 4, some.disk - given.streams // 4)
 
 
+def test_every_device_has_room_for_streams_of_its_own() -> None:
+    given = replace(GIVEN, kind="cuda", samples=4096, allowed=Allowed(12 << 30))
+    two = replace(given, devices=2)
+    once, twice = (preflight.places(units(), each) for each in (given, two))
+    assert 0 < 2 * once.device == twice.device < given.streams
+    assert preflight.memory(units(), two) == preflight.memory(units(), given)
+    few = replace(two, samples=64)
+    assert preflight.places(units(), few).device == few.streams
+    assert preflight.memory(units(), few) < preflight.memory(units(), replace(few, devices=1))
+
+
 def test_a_large_block_leaves_no_room_for_what_waits() -> None:
     assert preflight.places(units(4096, 11_008), GIVEN) == (0, 0, GIVEN.streams)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -35,11 +35,12 @@ def idle(used: Sequence[torch.device]) -> str | None:
     return torch.cuda.get_device_name()
 
 
-def allowance(device: torch.device) -> Allowed:
-    """Of a GPU three quarters of what is free, the rest for holes in its heap; of its host half."""
-    if device.type == "cpu":
+def allowance(used: Collection[torch.device]) -> Allowed:
+    """Of each GPU three quarters of what is free on the fullest, the rest for holes in its heap; of
+    their host half."""
+    if any(device.type == "cpu" for device in used):
         return ON_CPU
-    return Allowed(room.left(device) * 3 // 4, room.of_host() // 2)
+    return Allowed(min(map(room.left, used)) * 3 // 4, room.of_host() // 2)
 
 
 def forward_dtype(device: torch.device, *, exact: bool) -> torch.dtype:

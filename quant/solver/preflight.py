@@ -39,8 +39,8 @@ _PROBE, _PROBES = {"cpu": 768, "cuda": 4096}, 4
 
 
 class Allowed(NamedTuple):
-    """Bytes that a block and what waits may take of the device's memory, and of the host's where
-    that is another."""
+    """Bytes that a block and what waits may take of a device's memory, and of the host's where that
+    is another."""
 
     device: int
     host: int = 0
@@ -50,7 +50,7 @@ ON_CPU = Allowed(3 << 29)  # whatever the machine has: what lies on disk costs l
 
 
 class Places(NamedTuple):
-    """How many streams wait in the device's memory, how many in the host's, and how many on disk;
+    """How many streams wait in the devices' memory, how many in the host's, and how many on disk;
     in that order."""
 
     device: int
@@ -61,7 +61,7 @@ class Places(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """`samples` rows of `length` tokens, states of `width` numbers of a `dtype` between blocks, on
-    that `kind` of device."""
+    that `kind` of device: so many `devices` share the rows, each `allowed` as much."""
 
     samples: int
     length: int
@@ -69,6 +69,7 @@ class Calibration:
     dtype: torch.dtype = torch.float32
     kind: str = "cpu"
     allowed: Allowed = ON_CPU
+    devices: int = 1
 
     @property
     def tokens(self) -> int:
@@ -168,8 +169,8 @@ def memory(blocks: Blocks, given: Calibration) -> int:
     Its weights and a copy of them in 16 bits, the forward of one batch, what solving takes most,
     and what the forwards hold that wait in the same memory.
     """
-    held = _beside(blocks, given) * places(blocks, given).device // given.streams
-    return _least(blocks, given) + held
+    own = math.ceil(places(blocks, given).device / given.devices)
+    return _least(blocks, given) + _beside(blocks, given) * own // given.streams
 
 
 def seconds(work: Operations, speed: float, given: Calibration, forwards: float) -> float:
@@ -202,7 +203,7 @@ def places(blocks: Blocks, given: Calibration) -> Places:
     """Where the streams wait: as many as fit beside a block, and those behind them elsewhere."""
     count, allowed = given.streams, given.allowed
     beside = max(allowed.device - _least(blocks, given), 0)
-    device = min(beside * count // _beside(blocks, given), count)
+    device = min(given.devices * (beside * count // _beside(blocks, given)), count)
     host = min(allowed.host * count // _shelved(blocks, given), count - device)
     return Places(device, host, count - device - host)
 
