@@ -1,4 +1,4 @@
-"""What each part of the solver is worth: the same run without it, on the same tokens.
+"""What each part of the solver is worth: the same run without it, or with more, on the same tokens.
 
 A part is switched off from here, by putting something plainer in its place in `quant.solver`; the
 product has no such switches. Several seeds draw several calibration sets; every row of the table is
@@ -77,8 +77,9 @@ def _run(args: argparse.Namespace) -> None:
 def _row(args: argparse.Namespace, name: str, seed: int, measure: Yardstick) -> Row:
     group = None if args.scheme == "w8a8" else args.group_size
     recipe = Recipe(
-        scheme=args.scheme, group_size=group, samples=args.samples, length=args.length, seed=seed
-    )
+        scheme=args.scheme, group_size=group, samples=args.samples, length=args.length, seed=seed,
+        refine=MORE.get(name, 0),
+    )  # fmt: skip
     # A run that was cut short goes on in the folder of its own: never in one of other solvers'.
     out = args.cache / "made" / f"{Path(args.model).name}-{args.scheme}-{seed}-{name}"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def _one_sign(weights: Tensor, levels: Levels) -> Tensor:
 
 def _by_rounding(
     weights: tuple[Tensor, Tensor], feedback: Tensor, cost: Tensor, scales: Tensor, levels: Levels
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> columns.Four:
     chosen = columns.best_rounding(weights[1], cost, scales, levels)[:, None]
     return _quantize(weights, feedback, cost, chosen, levels)
 
@@ -163,7 +164,10 @@ WITHOUT: Mapping[str, tuple[Patch, ...]] = {
     "columns as stored": (_STORED_ORDER,),
     "no smoothing": (_NO_SMOOTHING,),
     "plain GPTQ": (_NO_TARGET, _NO_EVENING, _NO_DESCENT, _JUST_FITS, _STORED_ORDER, _NO_SMOOTHING),
+    "--refine 4": (),
+    "--refine 16": (),
 }
+MORE = {"--refine 4": 4, "--refine 16": 16}  # orders of columns, where a part is added
 ALL = ("w4a16", "w8a16", "w8a8")
 # What a scheme does not have cannot be taken from it.
 SCHEMES: Mapping[str, tuple[str, ...]] = {
@@ -181,8 +185,9 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
                  (model, scheme, group)]  # fmt: skip
         full = {row.calibration: _kl(row) for row in alike if row.name == FULL}
         yield f"\n{alike[0].model}, {alike[0].scheme}, {_group(group)}\n"
-        yield "| solver | sets | mean KL, nats | 95% of one set | KL / full | perplexity |"
-        yield "|---|---|---|---|---|---|"
+        told = "sets | mean KL, nats | 95% of one set | KL / full | perplexity | seconds"
+        yield f"| solver | {told} |"
+        yield "|---|---|---|---|---|---|---|"
         for name in dict.fromkeys(row.name for row in alike):
             yield _line(name, [row for row in alike if row.name == name], full)
 
@@ -194,7 +199,8 @@ def _line(name: str, rows: Sequence[Row], full: Mapping[str, float]) -> str:
     first = found[0].mean_kl
     return (
         f"| {name} | {len(rows)} | {_over(kls, '.4f')} | {first.low:.4f} .. {first.high:.4f} | "
-        f"{_over(ratios, '.2f')} | {_over(rises, '+.2%')} |"
+        f"{_over(ratios, '.2f')} | {_over(rises, '+.2%')} | "
+        f"{_over([row.seconds for row in rows if row.seconds], '.0f')} |"
     )
 
 

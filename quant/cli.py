@@ -118,6 +118,13 @@ def quantize(
         bool,
         typer.Option(help="compute blocks in float32, where 16 bits would be faster"),
     ] = False,
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            help="solve every row in so many more column orders and keep the best of them: closer, "
+            "for about a sixth more time each [0]"
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
@@ -144,7 +151,7 @@ def quantize(
     """
     given = {"scheme": scheme, "group_size": group_size, "bits_per_weight": bits_per_weight,
              "samples": samples, "length": length, "seed": seed, "device": device,
-             "exact": exact or None}  # fmt: skip
+             "exact": exact or None, "refine": refine}  # fmt: skip
     recipe = build({name: value for name, value in given.items() if value is not None})
     check_limit(max_kl)
     if not adapter and (training_base != "stored" or initial is not None):

@@ -100,7 +100,7 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
             f"{run.opened.spec}: {most.name} needs {_size(needed)} of memory, and {_size(free)} of"
             f" {run.decoder.device}'s is free; {most.remedy}"
         )
-    device, work = run.decoder.device, preflight.operations(blocks, run.given)
+    device, work = run.decoder.device, preflight.operations(blocks, run.given, run.recipe.refine)
     work = replace(work, forwards=work.forwards + _written(run) * _parameters(run.opened))
     speed = preflight.speed(device)
     forwards = speed if device.type == "cpu" else preflight.speed(device, run.decoder.dtype)

@@ -118,11 +118,12 @@ def threads(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_steps_and_errors_are_those_of_the_slow_loop(loops: Any, levels: Levels) -> None:
     given, feedback, cost, offered = problem(levels)
-    steps, errors, scale = loops.quantize(given, feedback, cost, offered, levels)
+    steps, errors, scale, loss = loops.quantize(given, feedback, cost, offered, levels)
     expected = feed_back(given, feedback, cost, scale, levels)
     same = (steps == expected[0]).all(dim=1)
     assert int((~same).sum()) <= 1  # float32 may break a tie the other way
     torch.testing.assert_close(errors[same].double(), expected[1][same], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss[same].double(), expected[2][same], rtol=1e-4, atol=0)
     assert levels.low <= float(steps.min()) and float(steps.max()) <= levels.high
 
 
@@ -133,7 +134,7 @@ def test_the_chosen_scales_feedback_costs_least_among_those_that_round_best(
     levels: Levels,
 ) -> None:
     given, feedback, cost, offered = problem(levels)
-    _, _, scale = loops.quantize(given, feedback, cost, offered, levels)
+    _, _, scale, _ = loops.quantize(given, feedback, cost, offered, levels)
     order = rounding_losses(given[1], cost, offered, levels).argsort(dim=1)
     finalists = offered.gather(1, order[:, :4])
     tried = [feed_back(given, feedback, cost, one, levels)[2] for one in finalists.T]

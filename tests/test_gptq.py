@@ -187,6 +187,32 @@ def test_the_order_keeps_groups_whole_and_puts_the_largest_first(seed: int, grou
     assert bool((sorted_inside[:, 0].diff() <= 0).all())
 
 
+@pytest.mark.parametrize("group", [32, -1])
+def test_another_draw_is_another_order_of_whole_groups(group: int) -> None:
+    hessian, rows = hessian_of(correlated()), drawn(ROWS, COLUMNS, seed=3)
+    factors = [gptq.factorize(hessian, DAMPING, group, draw) for draw in (0, 1, 2, 1)]
+    orders = [tuple(factor.order.tolist()) for factor in factors]
+    assert orders[1] == orders[3] and len(set(orders)) == 3
+    size = group if group > 0 else COLUMNS
+    for factor in factors:
+        assert torch.equal(factor.order.sort().values, torch.arange(COLUMNS))
+        assert all(len(set((part // size).tolist())) == 1 for part in factor.order.view(-1, size))
+        torch.testing.assert_close(factor.solved(rows), factors[0].solved(rows), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("levels", "group"), CASES)
+def test_the_better_of_two_orders_is_kept_row_by_row(levels: Levels, group: int) -> None:
+    weight, inputs = drawn(ROWS, COLUMNS, seed=9) * 0.05, correlated()
+    hessian = hessian_of(inputs)
+    first, second = (gptq.factorize(hessian, DAMPING, group, draw) for draw in (0, 1))
+    one, other = (gptq.solve(weight, hessian, each, group, levels) for each in (first, second))
+    best = gptq.bettered(one, weight, second, levels)
+    assert torch.equal(best.loss, torch.minimum(one.loss, other.loss))
+    assert 0 < int((best.loss < one.loss).sum()) < ROWS
+    found = output_loss(inputs, weight, best.weight())
+    torch.testing.assert_close(best.loss.double(), found, rtol=1e-3, atol=0)
+
+
 def test_a_column_nobody_reads_is_rounded_by_itself() -> None:
     weight, inputs = drawn(ROWS, COLUMNS), correlated()
     inputs[:, [5, 100]] = 0

@@ -130,6 +130,12 @@ def test_a_mixtures_memory_is_bounded_and_its_experts_outputs_lie_on_disk_too() 
     assert more == 2 * 2 * many.states  # of two streams, two experts a token
 
 
+def test_every_further_order_costs_the_same_solving_and_nothing_else() -> None:
+    none, two, four = (preflight.operations(units(), GIVEN, refine) for refine in (0, 2, 4))
+    assert (two.forwards, two.moments) == (none.forwards, none.moments)
+    assert none.solving < two.solving and four.solving - two.solving == two.solving - none.solving
+
+
 def test_speed_is_that_of_products_done() -> None:
     found = preflight.speed(torch.device("cpu"))
     assert 1e6 < found < 1e16  # a broken count of operations or of seconds is further off

@@ -24,6 +24,7 @@ from quant.solver.grid import FINALISTS, Levels
 
 Floats = NDArray[np.float32]
 Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Limits = tuple[np.float32, np.float32]  # the lowest and the highest step
 _Loop = TypeVar("_Loop", bound=Callable[..., object])
 
@@ -34,8 +35,9 @@ _WORST = np.finfo(np.float32).max  # fastmath promises the compiler that no infi
 
 def quantize(
     weights: tuple[Tensor, Tensor], feedback: Tensor, cost: Tensor, scales: Tensor, levels: Levels
-) -> Three:
-    """Steps and errors [rows, size] and the scale [rows] of one group of columns.
+) -> Four:
+    """Steps and errors [rows, size], the scale [rows] and what it costs [rows], of one group of
+    columns.
 
     `weights` are [rows, size]: wanted, and wanted plus what earlier columns fed into them;
     `feedback` [size, size] holds at [k, later] what an error in column k adds to a later column;
@@ -47,7 +49,9 @@ def quantize(
     given = (_array(weights[0]), _array(weights[1]))
     known = (_array(feedback), _array(cost))
     lanes = _lanes(len(scales))
-    return _tensors(_quantize_rows(given, known, _array(scales), _limits(levels), lanes))
+    found = _quantize_rows(given, known, _array(scales), _limits(levels), lanes)
+    steps, errors, chosen, costs = map(torch.from_numpy, found)
+    return steps, errors, chosen, costs
 
 
 def best_rounding(weights: Tensor, cost: Tensor, scales: Tensor, levels: Levels) -> Tensor:
@@ -70,13 +74,14 @@ def descend(
     if steps.is_cuda:
         return _on_gpu().descend(steps, scale, gradient, hessian, levels)
     arrays = _array(steps).copy(), _array(scale), _array(gradient), _array(hessian)
-    return _tensors(_descend_rows(*arrays, _limits(levels)))
+    moved, matched, energy = map(torch.from_numpy, _descend_rows(*arrays, _limits(levels)))
+    return moved, matched, energy
 
 
 class _Loops(Protocol):
     """What this module offers."""
 
-    quantize: Callable[[tuple[Tensor, Tensor], Tensor, Tensor, Tensor, Levels], Three]
+    quantize: Callable[[tuple[Tensor, Tensor], Tensor, Tensor, Tensor, Levels], Four]
     best_rounding: Callable[[Tensor, Tensor, Tensor, Levels], Tensor]
     descend: Callable[[Tensor, Tensor, Tensor, Tensor, Levels], Three]
 
@@ -89,11 +94,6 @@ def _on_gpu() -> _Loops:
 def _array(tensor: Tensor) -> Floats:
     found: Floats = tensor.contiguous().numpy()
     return found
-
-
-def _tensors(arrays: tuple[Floats, Floats, Floats]) -> Three:
-    first, second, third = map(torch.from_numpy, arrays)
-    return first, second, third
 
 
 def _limits(levels: Levels) -> Limits:
@@ -207,10 +207,10 @@ def _quantize_rows(
     scales: Floats,
     limits: Limits,
     lanes: int,
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[Floats, Floats, Floats, Floats]:
     rows, size = weights[0].shape
     steps, errors = np.empty_like(weights[0]), np.empty_like(weights[0])
-    chosen = np.empty(rows, np.float32)
+    chosen, costs = np.empty(rows, np.float32), np.empty(rows, np.float32)
     for block in prange((rows + lanes - 1) // lanes):
         first = block * lanes
         tried = _finalists(weights[1], known[1], scales, limits, (first, lanes))
@@ -225,7 +225,8 @@ def _quantize_rows(
                     for k in range(size):
                         steps[first + lane, k] = made[0][k, lane]
                         errors[first + lane, k] = made[1][k, lane]
-    return steps, errors, chosen
+        costs[first : first + lanes] = best[: rows - first]
+    return steps, errors, chosen, costs
 
 
 @_parallel

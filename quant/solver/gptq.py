@@ -31,12 +31,14 @@ class Factor:
     """A damped Hessian, ready to solve with: columns in the order they are quantized.
 
     `feedback` [columns, columns] is unit lower triangular, R_ik / R_kk at [k, i]; `cost`
-    [columns] is R_kk^2, what an error in a column costs after the later ones made up for it.
+    [columns] is R_kk^2, what an error in a column costs after the later ones made up for it;
+    `added` [columns] is what the diagonal was damped with.
     """
 
     order: Tensor
     feedback: Tensor
     cost: Tensor
+    added: Tensor
     damping: float
     dead: int  # columns whose input was zero throughout
 
@@ -93,17 +95,18 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return (grouped * scale.float()[..., None]).flatten(1)
 
 
-def factorize(hessian: Tensor, damping: float, group: int) -> Factor:
+def factorize(hessian: Tensor, damping: float, group: int, draw: int = 0) -> Factor:
     """The factor of hessian [columns, columns] + damping * mean(diagonal) * identity.
 
-    The damping doubles until the factorization succeeds. `group` columns share a scale.
+    The damping doubles until the factorization succeeds. `group` columns share a scale. Each
+    `draw` but 0 has them quantized in another order.
     """
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     level = float(diagonal.mean())
     # A dead column is tied to no other: with any diagonal it is rounded to nearest by itself.
     diagonal[dead] = level
-    order = _order(diagonal, group)
+    order = _order(diagonal * _luck(diagonal, draw) if draw else diagonal, group)
     reverse = order.flip(0)
     attempt = damping
     while attempt <= _MOST_DAMPING:
@@ -114,7 +117,8 @@ def factorize(hessian: Tensor, damping: float, group: int) -> Factor:
             _turn(square)  # R^T
             pivots = square.diagonal().clone()
             feedback = square.div_(pivots[:, None])
-            return Factor(order, feedback, pivots.square(), attempt, int(dead.sum()))
+            added = torch.where(dead, level, 0)[order] + attempt * level
+            return Factor(order, feedback, pivots.square(), added, attempt, int(dead.sum()))
         attempt *= 2
     raise SolveError(f"its Hessian could not be factorized with damping up to {attempt / 2:g}")
 
@@ -147,12 +151,28 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, group: int, levels: L
     if not bool(torch.isfinite(weight).all()):
         raise SolveError("its weights are not finite")
     weight = weight.float()
-    size = group if group > 0 else weight.shape[1]
+    codes, scale = _rounded(weight, group if group > 0 else weight.shape[1], levels)
+    with rounded_factors():  # of what hardly ever wins
+        loss = energy(weight - dequantize(codes, scale), hessian)
+    return bettered(Solution(codes, scale, loss, loss), weight, factor, levels)
+
+
+def bettered(start: Solution, weight: Tensor, factor: Factor, levels: Levels) -> Solution:
+    """Row by row `start`, or what the order of this factor comes to where that loses less."""
+    size = weight.shape[1] // start.scale.shape[1]
     back = factor.order.argsort()
-    steps, scales = _quantize(weight[:, factor.order], factor, size, levels)
-    # A group stays whole in `order`: any member tells where its scale went.
-    found = (steps[:, back].to(torch.int8), scales[:, back[::size] // size].contiguous())
-    return better(weight, hessian, found, _rounded(weight, size, levels))
+    steps, scale, loss = _quantize(weight[:, factor.order], factor, size, levels)
+    if not bool(torch.isfinite(loss).all()):
+        raise SolveError("its solution is not finite")
+    gains = loss < start.loss
+    gained = gains[:, None]
+    return Solution(
+        codes=torch.where(gained, steps[:, back].to(torch.int8), start.codes),
+        # A group stays whole in `order`: any member tells where its scale went.
+        scale=torch.where(gained, scale[:, back[::size] // size], start.scale),
+        loss=torch.where(gains, loss, start.loss),
+        rounding_loss=start.rounding_loss,
+    )
 
 
 def _order(diagonal: Tensor, group: int) -> Tensor:
@@ -169,13 +189,23 @@ def _order(diagonal: Tensor, group: int) -> Tensor:
     return (inside + starts[:, None])[groups].flatten()
 
 
-def _quantize(wanted: Tensor, factor: Factor, size: int, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Steps [rows, columns] and scales [rows, groups], in solving order.
+def _luck(diagonal: Tensor, draw: int) -> Tensor:
+    """Factors [columns] that let any column come early, those that matter more often."""
+    generator = torch.Generator().manual_seed(draw)
+    return torch.randn(len(diagonal), generator=generator).exp_().to(diagonal)
 
-    Matrix products run where the weights are, the loops over columns on the CPU.
+
+def _quantize(
+    wanted: Tensor, factor: Factor, size: int, levels: Levels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps [rows, columns] and scales [rows, groups] in solving order, and the loss [rows].
+
+    What a column misses after feedback costs R_kk^2 times its square: in sum that is the loss on
+    the damped Hessian.
     """
     steps, errors = torch.empty_like(wanted), torch.empty_like(wanted)
     feedback, cost, scales = factor.feedback.T, factor.cost, []
+    damped = wanted.new_zeros(len(wanted))
     for start in range(0, wanted.shape[1], size):
         group = slice(start, start + size)
         fed = torch.addmm(wanted[:, group], errors[:, :start], feedback[:start, group])
@@ -187,12 +217,13 @@ def _quantize(wanted: Tensor, factor: Factor, size: int, levels: Levels) -> tupl
             inside = fed[:, first - start : panel.stop - start]
             inside = torch.addmm(inside, errors[:, start:first], feedback[start:first, panel])
             given = (wanted[:, panel], inside)
-            steps[:, panel], errors[:, panel], scale = columns.quantize(
+            steps[:, panel], errors[:, panel], scale, loss = columns.quantize(
                 given, feedback[panel, panel], cost[panel], offered, levels
             )
             offered = scale[:, None]
+            damped += loss
         scales.append(offered)
-    return steps, torch.cat(scales, dim=1)
+    return steps, torch.cat(scales, dim=1), (damped - errors.square_() @ factor.added).clamp_(min=0)
 
 
 def _rounded(weight: Tensor, size: int, levels: Levels) -> tuple[Tensor, Tensor]:
@@ -201,28 +232,3 @@ def _rounded(weight: Tensor, size: int, levels: Levels) -> tuple[Tensor, Tensor]
     scale = levels.stored(grid.largest_fits(grouped, levels))
     codes = grid.to_steps(grouped, scale, levels).to(torch.int8).view(weight.shape)
     return codes, scale.view(weight.shape[0], -1)
-
-
-def better(
-    weight: Tensor,
-    hessian: Tensor,
-    found: tuple[Tensor, Tensor],
-    rounded: tuple[Tensor, Tensor],
-) -> Solution:
-    """Row by row whichever loses less; `found` and `rounded` are codes and scales."""
-    loss = _loss(weight, hessian, found)
-    with rounded_factors():  # of the one that hardly ever wins
-        rounding_loss = _loss(weight, hessian, rounded)
-    if not bool(torch.isfinite(loss).all()):
-        raise SolveError("its solution is not finite")
-    worse = (loss > rounding_loss)[:, None]
-    return Solution(
-        codes=torch.where(worse, rounded[0], found[0]),
-        scale=torch.where(worse, rounded[1], found[1]),
-        loss=torch.minimum(loss, rounding_loss),
-        rounding_loss=rounding_loss,
-    )
-
-
-def _loss(weight: Tensor, hessian: Tensor, stored: tuple[Tensor, Tensor]) -> Tensor:
-    return energy(weight - dequantize(*stored), hessian)

@@ -23,7 +23,7 @@ from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
 from quant.recipe import Recipe
 from quant.solver import descent, gptq, int8, moments, smoothing, weighting
 from quant.solver.folds import Feed
-from quant.solver.gptq import Factor, Solution
+from quant.solver.gptq import Solution
 from quant.solver.grid import Levels, full_range
 from quant.solver.moments import HeldOut, Moments, rounded_factors
 from quant.solver.preflight import HELD
@@ -70,7 +70,8 @@ class Layers:
         self.reports: list[LayerReport] = []
         self.digests: dict[str, str] = {}
         self.units: dict[str, Tensor] = {}  # what smoothing divides by, of blocks not yet kept
-        self._damping, self._shapes, self._progress = recipe.damping, shapes, progress
+        self._damping, self._refine = recipe.damping, recipe.refine
+        self._shapes, self._progress = shapes, progress
         self.scales_inputs = any(form.inputs == 8 for form in plan.values())
         self._solved: dict[str, Layer] = {}
         self._hashing = ThreadPoolExecutor(1, "digest")  # while the next layers are solved
@@ -96,12 +97,12 @@ class Layers:
         try:
             if form.inputs == 8:
                 weight = self._smooth(weight, group, even)
-            solution, energy, factor = self._solve(weight, group, even, form)
+            solution, energy, damping, dead = self._solve(weight, group, even, form)
         except SolveError as fault:
             raise SolveError(f"{' and '.join(names)} could not be solved: {fault}") from fault
-        if factor.dead:
+        if dead:
             self._progress.say(
-                f"{names[0]}: {factor.dead} of {weight.shape[1]} inputs"
+                f"{names[0]}: {dead} of {weight.shape[1]} inputs"
                 " are zero on every calibration token"
             )
         routed = self._routed(names[0], group)
@@ -110,7 +111,7 @@ class Layers:
             rows = slice(start, start + linear.out_features)
             part = solution.rows(rows)
             self._keep(name, linear, part)
-            self._report(name, part, energy[rows], factor.damping, routed)
+            self._report(name, part, energy[rows], damping, routed)
             start = rows.stop
 
     def _routed(self, name: str, group: Group) -> int | None:
@@ -172,8 +173,9 @@ class Layers:
 
     def _solve(
         self, weight: Tensor, group: Group, even: Sequence[Tensor], form: Format
-    ) -> tuple[Solution, Tensor, Factor]:
-        """The solution for stacked rows, the mean square of each row's output, the factor.
+    ) -> tuple[Solution, Tensor, float, int]:
+        """The solution for stacked rows, the mean square of each row's output, the damping that was
+        needed, and how many inputs are dead.
 
         In float32 whatever the forwards are computed in: a loss is a small difference.
         """
@@ -184,14 +186,22 @@ class Layers:
         target = self._made_up(weight, lack, matrix, held) if len(lack) else weight
         factor = gptq.factorize(matrix, self._damping, form.group)
         target = descent.shifted(weight, target, pulled, held, factor)
-        grid = levels(form, self.dtype)
-        found, energy = [], []
-        for part, goal in zip(*(descent.few_rows(rows) for rows in (weight, target)), strict=True):
-            start = gptq.solve(goal, matrix, factor, form.group, grid)
-            found.append(descent.improved(goal, start, (matrix, held), grid))
-            with rounded_factors():
-                energy.append(moments.energy(part, matrix))
-        return gptq.stacked(found), torch.cat(energy), factor
+        grid, goals = levels(form, self.dtype), descent.few_rows(target)
+        found = [gptq.solve(goal, matrix, factor, form.group, grid) for goal in goals]
+        damping, dead = factor.damping, factor.dead
+        del factor  # before the next one is made
+        for draw in range(1, self._refine + 1):
+            other = gptq.factorize(matrix, damping, form.group, draw)
+            for place, goal in enumerate(goals):
+                found[place] = gptq.bettered(found[place], goal, other, grid)
+            del other
+        improved = [
+            descent.improved(goal, start, (matrix, held), grid)
+            for goal, start in zip(goals, found, strict=True)
+        ]
+        with rounded_factors():
+            energy = [moments.energy(part, matrix) for part in descent.few_rows(weight)]
+        return gptq.stacked(improved), torch.cat(energy), damping, dead
 
     def _made_up(self, weight: Tensor, lack: Tensor, matrix: Tensor, held: HeldOut) -> Tensor:
         """The target of a layer that adds to a stream, moved by what that lacks."""

@@ -203,6 +203,7 @@ class Sample:
         return not any(bool(rows.any()) for rows in self._served)
 
     def asked(self, rows: slice = ALL) -> Tensor:
+        self._join()
         weight = self._weight[rows]
         found = torch.zeros_like(weight)
         for served, drift, gap in zip(self._served, self._drift, self._gap, strict=True):
@@ -213,18 +214,26 @@ class Sample:
         return found.div_(max(self._tokens(), 1))
 
     def times(self, rows: Tensor) -> Tensor:
+        self._join()
         found = torch.zeros_like(rows)
         for served in self._served:
             found.addmm_((served @ rows.T).T, served)
         return found.div_(max(self._tokens(), 1))
 
     def gained(self, before: Tensor, after: Tensor) -> Tensor:
+        self._join()
         found = before.new_zeros(len(before))
         moved, twice = before - after, before + after
         with rounded_factors():
             for served in self._served:
                 found += (served @ moved.T).mul_(served @ twice.T).sum(dim=0)
         return found.div_(max(self._tokens(), 1))
+
+    def _join(self) -> None:
+        """One product instead of one for each part that was added."""
+        for parts in (self._served, self._drift, self._gap):
+            if len(parts) > 1:
+                parts[:] = [torch.cat(parts)]
 
     def _tokens(self) -> int:
         return sum(map(len, self._served))

@@ -22,6 +22,8 @@ from quant.solver.moments import STRIP
 
 FLOAT = 4  # bytes
 _PRODUCTS = 4  # of a layer's rows with its columns x columns, to solve, improve and judge it
+_REPEATED = 0.5  # of them once more for every further order of columns
+_LOOPS = 4300  # multiply-adds that would take as long as the loops over columns do, a weight
 _CHECKS = 2  # of them with what is held out
 # Tokens that go through a block together: enough for a full matrix product.
 STREAM_TOKENS = {"cpu": 2048, "cuda": 16_384}
@@ -138,8 +140,9 @@ def units(shapes: Shapes, experts_per_token: int = 0) -> list[list[Unit]]:
     return list(blocks.values())
 
 
-def operations(blocks: Blocks, given: Calibration) -> Operations:
-    """Of a whole run. Attention is taken to be as wide as the states, each half of it causal."""
+def operations(blocks: Blocks, given: Calibration, refine: int = 0) -> Operations:
+    """Of a whole run that solves every row `refine` times more. Attention is taken to be as wide as
+    the states, each half of it causal."""
     layers = [unit for block in blocks for unit in block]
     attention = len(blocks) * given.length * given.width
     through = sum(unit.share * unit.weights for unit in layers) + attention
@@ -152,7 +155,7 @@ def operations(blocks: Blocks, given: Calibration) -> Operations:
         )
         for unit in layers
     )
-    solving = sum(_solved(unit, given) for unit in layers)
+    solving = sum(_solved(unit, given) + refine * _again(unit) for unit in layers)
     return Operations(int(2 * given.tokens * through), int(given.tokens * products), solving)
 
 
@@ -161,6 +164,12 @@ def _solved(unit: Unit, given: Calibration) -> int:
     targets = 1 + unit.adds(given)  # a gap's with a factor of its own, the drift's with the solve's
     products = int((_PRODUCTS + targets) * unit.columns) + (_CHECKS + targets) * held
     return unit.weights * products + targets * unit.columns**3 // 3
+
+
+def _again(unit: Unit) -> int:
+    """In another order of columns, beside which the loops over columns count."""
+    once = int(_REPEATED * unit.columns) + _LOOPS
+    return unit.weights * once + unit.columns**3 // 3
 
 
 def memory(blocks: Blocks, given: Calibration) -> int:

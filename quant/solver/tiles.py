@@ -22,23 +22,20 @@ _WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: next to it float32 has whole nu
 
 def quantize(
     weights: tuple[Tensor, Tensor], feedback: Tensor, cost: Tensor, scales: Tensor, levels: Levels
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `columns.quantize`: steps and errors [rows, size] and the scale [rows]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `columns.quantize`: steps and errors [rows, size], scale and cost [rows]."""
     wanted, fed = (each.contiguous() for each in weights)
     (rows, size), offered = wanted.shape, scales.shape[1]
-    steps, errors, chosen = (
-        torch.empty_like(wanted),
-        torch.empty_like(wanted),
-        wanted.new_empty(rows),
-    )
+    steps, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    chosen, costs = wanted.new_empty(rows), wanted.new_empty(rows)
     given = wanted, fed, feedback.contiguous(), cost.contiguous(), scales.contiguous()
     with torch.cuda.device_of(wanted):
         _quantize[(triton.cdiv(rows, _ROWS),)](
-            *given, steps, errors, chosen, rows, size, offered, levels.low, levels.high,
+            *given, steps, errors, chosen, costs, rows, size, offered, levels.low, levels.high,
             ROWS=_ROWS, WIDTH=_power(size), OFFERED=_power(offered),
             FINALISTS=min(FINALISTS, offered), num_warps=1,
         )  # fmt: skip
-    return steps, errors, chosen
+    return steps, errors, chosen, costs
 
 
 def best_rounding(weights: Tensor, cost: Tensor, scales: Tensor, levels: Levels) -> Tensor:
@@ -92,7 +89,7 @@ def _column(tile, at):
 
 @triton.jit
 def _quantize(  # noqa: PLR0913, PLR0915
-    wanted_at, fed_at, feedback_at, cost_at, scales_at, steps_at, errors_at, chosen_at,
+    wanted_at, fed_at, feedback_at, cost_at, scales_at, steps_at, errors_at, chosen_at, costs_at,
     rows, size, offered, low, high,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, OFFERED: tl.constexpr, FINALISTS: tl.constexpr,
 ):  # fmt: skip
@@ -130,6 +127,7 @@ def _quantize(  # noqa: PLR0913, PLR0915
     tl.store(steps_at + tile, steps, inside)
     tl.store(errors_at + tile, wanted - steps * scale[:, None], inside)
     tl.store(chosen_at + row, scale, here)
+    tl.store(costs_at + row, least, here)
 
 
 @triton.jit
