@@ -122,7 +122,7 @@ def quantize(
         int | None,
         typer.Option(
             help="solve every row in so many more column orders and keep the best of them: closer, "
-            "for about a sixth more time each [0]"
+            "for about a tenth more time each [0]"
         ),
     ] = None,
     cache: Annotated[
