@@ -180,7 +180,7 @@ def test_int8_experts_are_smoothed_inside_themselves_alone(tmp_path: Path) -> No
     opened = source.open(str(parent), cache=tmp_path / "cache")
     ours = replica.of_artifact(opened, made.folder, made.manifest, CPU)
     expected = logits(replica.of_parent(opened, CPU), parent)
-    assert shift(logits(ours, parent), expected) < 2e-3
+    assert shift(logits(ours, parent), expected) < 2.5e-3
 
 
 def test_a_sample_of_others_tokens_fades_as_an_experts_own_grow() -> None:

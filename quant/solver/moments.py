@@ -185,58 +185,41 @@ class Moments:
 
 
 class Sample:
-    """The same of tokens that are kept as they are: less to hold where they are fewer than columns,
-    and less to multiply."""
+    """The same of at most so many `tokens`, kept as they are: where they are fewer than columns,
+    less to hold and less to multiply."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._served: list[Tensor] = []
-        self._drift: list[Tensor] = []
-        self._gap: list[Tensor] = []
+    def __init__(self, weight: Tensor, tokens: int, *, adds: bool = False) -> None:
+        rows, width = weight.shape
+        self._weight, self._count = weight, 0
+        self._served, self._drift = (weight.new_zeros(tokens, width) for _ in range(2))
+        self._gap = weight.new_zeros(tokens, rows if adds else 0)
 
     def add(self, served: Tensor, parent: Tensor, gap: Tensor | None = None) -> None:
-        self._served.append(served.float().clone())
-        self._drift.append((parent - served).float())
-        self._gap.append(served.new_zeros(len(served), 0) if gap is None else gap.float().clone())
+        here = slice(self._count, self._count + len(served))
+        self._served[here], self._drift[here] = served, parent - served
+        if gap is not None:
+            self._gap[here] = gap
+        self._count = here.stop
 
     def is_zero(self) -> bool:
-        return not any(bool(rows.any()) for rows in self._served)
+        return not bool(self._served.any())
 
     def asked(self, rows: slice = ALL) -> Tensor:
-        self._join()
-        weight = self._weight[rows]
-        found = torch.zeros_like(weight)
-        for served, drift, gap in zip(self._served, self._drift, self._gap, strict=True):
-            asked = drift @ weight.T
-            if gap.shape[1]:
-                asked += gap[:, rows]
-            found.addmm_(asked.T, served)
-        return found.div_(max(self._tokens(), 1))
+        asked = self._drift @ self._weight[rows].T
+        if self._gap.shape[1]:
+            asked += self._gap[:, rows]
+        return self._over_tokens(asked.T @ self._served)
 
     def times(self, rows: Tensor) -> Tensor:
-        self._join()
-        found = torch.zeros_like(rows)
-        for served in self._served:
-            found.addmm_((served @ rows.T).T, served)
-        return found.div_(max(self._tokens(), 1))
+        return self._over_tokens((self._served @ rows.T).T @ self._served)
 
     def gained(self, before: Tensor, after: Tensor) -> Tensor:
-        self._join()
-        found = before.new_zeros(len(before))
-        moved, twice = before - after, before + after
         with rounded_factors():
-            for served in self._served:
-                found += (served @ moved.T).mul_(served @ twice.T).sum(dim=0)
-        return found.div_(max(self._tokens(), 1))
+            moved, twice = self._served @ (before - after).T, self._served @ (before + after).T
+        return self._over_tokens(moved.mul_(twice).sum(dim=0))
 
-    def _join(self) -> None:
-        """One product instead of one for each part that was added."""
-        for parts in (self._served, self._drift, self._gap):
-            if len(parts) > 1:
-                parts[:] = [torch.cat(parts)]
-
-    def _tokens(self) -> int:
-        return sum(map(len, self._served))
+    def _over_tokens(self, total: Tensor) -> Tensor:
+        return total.div_(max(self._count, 1))
 
 
 def merged(parts: Sequence[Moments], device: torch.device) -> Moments:
@@ -253,4 +236,6 @@ HeldOut = Moments | Sample  # of tokens that nothing was fitted to
 
 def held_out(tokens: int, weight: Tensor, *, adds: bool = False) -> HeldOut:
     """Whichever of the two is smaller for so many tokens."""
-    return Sample(weight) if tokens <= weight.shape[1] else Moments(weight, adds=adds)
+    if tokens <= weight.shape[1]:
+        return Sample(weight, tokens, adds=adds)
+    return Moments(weight, adds=adds)

@@ -170,8 +170,8 @@ def _served(trials: Sequence[Trial]) -> Iterator[None]:
 def aimed(weight: Tensor, reads: Sequence[tuple[Tensor, Tensor]], damping: float) -> Tensor:
     """The weight [rows, columns] of a layer as a run changes it for what it reads of each stream
     [tokens, columns], in the parent and when served."""
-    known, held = Moments(weight), moments.Sample(weight)
     even = descent.evening(parent for parent, _ in reads)
+    known, held = Moments(weight), moments.Sample(weight, sum(len(by) // HELD for by in even))
     for (parent, served), by in zip(reads, even, strict=True):
         rows = [(each * by).to(each.dtype) for each in (served, parent)]
         last = len(by) - len(by) // HELD
