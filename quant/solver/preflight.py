@@ -21,7 +21,7 @@ from quant.solver.descent import PART
 from quant.solver.moments import STRIP
 
 FLOAT = 4  # bytes
-_PRODUCTS = 4  # of a layer's rows with its columns x columns, to solve, improve and judge it
+_PRODUCTS = 3  # of a layer's rows with its columns x columns, to solve, improve and judge it
 _REPEATED = 0.5  # of them once more for every further order of columns
 _LOOPS = 4300  # multiply-adds that would take as long as the loops over columns do, a weight
 _CHECKS = 2  # of them with what is held out
