@@ -1,8 +1,9 @@
-"""`bench.quality`: each part of the solver is really taken out, and really put back."""
+"""`bench.quality`: each part of the solver is really taken out or added, and really put back."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,15 +22,18 @@ def digests(home: Path, scheme: Scheme) -> dict[str, tuple[float, ...]]:
     names = [n for n in quality.WITHOUT if scheme in quality.SCHEMES.get(n, quality.ALL)]
     found = {}
     for place, name in enumerate([*names, quality.FULL]):
+        asked: dict[str, Any] = {"scheme": scheme, "refine": quality.MORE.get(name, 0)}
         with quality.without(name):
-            made = quantize(parent, home / str(place), scheme=scheme, calibration_file=texts)
+            made = quantize(parent, home / str(place), calibration_file=texts, **asked)
         key = "again" if place == len(names) else name
         found[key] = tuple(layer.loss for layer in made.manifest.layers)
     return found
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
-def test_every_part_taken_out_changes_what_is_solved(scheme: Scheme, tmp_path: Path) -> None:
+def test_every_part_taken_out_or_added_changes_what_is_solved(
+    scheme: Scheme, tmp_path: Path
+) -> None:
     found = digests(tmp_path, scheme)
     assert found.pop("again") == found[quality.FULL]
     others = [losses for name, losses in found.items() if name != quality.FULL]
