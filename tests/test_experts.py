@@ -170,7 +170,12 @@ def test_an_expert_that_is_never_chosen_is_solved_for_the_others_tokens(
 
 def test_int8_experts_are_smoothed_inside_themselves_alone(tmp_path: Path) -> None:
     parent = tiny.model_folder(tmp_path / "parent", "mixtral")
-    made = quantize(parent, tmp_path / "out", scheme="w8a8", texts=calibration_file(tmp_path))
+    texts = calibration_file(tmp_path)
+    draws = [
+        quantize(parent, tmp_path / str(seed), scheme="w8a8", texts=texts, seed=seed)
+        for seed in range(3)
+    ]
+    made = draws[0]
     before, after = load_file(parent / "model.safetensors"), made.tensors
     # The norm in front of the experts feeds the router too: nothing may be folded into it.
     name = "model.layers.0.post_attention_layernorm.weight"
@@ -178,9 +183,10 @@ def test_int8_experts_are_smoothed_inside_themselves_alone(tmp_path: Path) -> No
     ignored = (artifact.quantization_config(made.folder) or {})["ignore"]
     assert "model.layers.1.block_sparse_moe.gate" in ignored
     opened = source.open(str(parent), cache=tmp_path / "cache")
-    ours = replica.of_artifact(opened, made.folder, made.manifest, CPU)
     expected = logits(replica.of_parent(opened, CPU), parent)
-    assert shift(logits(ours, parent), expected) < 2.5e-3
+    served = (replica.of_artifact(opened, each.folder, each.manifest, CPU) for each in draws)
+    shifts = [float(shift(logits(ours, parent), expected)) for ours in served]
+    assert sum(shifts) / len(shifts) < 1.75e-3, shifts  # draws differ by a half and more
 
 
 def test_a_sample_of_others_tokens_fades_as_an_experts_own_grow() -> None:
