@@ -33,6 +33,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pickle-adapter": (("--adapter", "{home}/pickle"), ("adapter_model.bin", "pickle")),
     "group-size": (("--group-size", "128"), ("group size 128 does not divide", "64")),
     "odd-group-size": (("--group-size", "48"), ("group_size", "32, 64, 128 or -1")),
+    "fewer-orders": (("--refine", "-1"), ("refine", "greater than or equal to 0")),
     "few-bits": (("--bits-per-weight", "4.1"), ("4.1 bits per weight are too few", "take 4.2")),
     "three-bits": (("--scheme", "w3a16"), ("no kernel for weights of 1 to 3 bits", "w4a16")),
     "no-text": (("--calibration", "{home}/blank.jsonl"), ("blank.jsonl", "no usable line")),

@@ -34,6 +34,8 @@ def test_the_scheme_decides_the_bits(scheme: str, bits: int) -> None:
         ("group_size", 48),
         ("group_size", 0),
         ("bits_per_weight", 4),
+        ("refine", -1),
+        ("refine", 257),
         ("bits_per_weight", 16.5),
         ("bits_per_weight", float("nan")),
         ("samples", 0),
