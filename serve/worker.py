@@ -12,26 +12,37 @@ import socket
 import sys
 
 import serve.isa  # noqa: F401 - acts on import, before anything asks torch
-from serve import engine_args, forkserver, lifeline, settings
+from serve import engine_args, forkserver, lifeline, settings, vllm_release
+from serve.errors import SettingsError
 
 
 def main() -> None:
     socket_fd, ready_fd, parent = map(int, sys.argv[1:4])
     lifeline.die_with(parent)
-    forkserver.start()
+    chosen = settings.load()
+    facts = engine_args.inspect(chosen)
+    if facts.on_cpu:
+        forkserver.start()
+    _know_vllm()
     import uvloop
 
     from serve import vllm_compat
 
-    vllm_compat.check_version()
     vllm_compat.start_engines_warm()
     vllm_compat.keep_vocabulary()
-    chosen = settings.load()
-    args = vllm_compat.parse(engine_args.flags(chosen, engine_args.inspect(chosen)))
+    args = vllm_compat.parse(engine_args.flags(chosen, facts))
     args.quantserve_ready_fd = ready_fd
     listener = socket.socket(fileno=socket_fd)
     signal.signal(signal.SIGTERM, _interrupt)
     uvloop.run(vllm_compat.run_server_worker(f"http://{chosen.host}:{chosen.port}", listener, args))
+
+
+def _know_vllm() -> None:
+    """End with one line where vLLM is not as we know it, before any of it is imported here."""
+    try:
+        vllm_release.check()
+    except SettingsError as fault:
+        sys.exit(f"SettingsError: {fault}")
 
 
 def _interrupt(*_: object) -> None:
