@@ -22,8 +22,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -108,12 +112,15 @@ struct Int16 {  // what a chunk is unpacked to when many rows share it
 
 // Activations as integers, chunk-major so that a tile walks adjacent lines whatever K is:
 // value[chunk][M][width], scale[chunk][M], and start[chunk][M] = -(code offset) * sum(value),
-// the 32-bit sum every output begins with.
+// the 32-bit sum every output begins with. A chunk that is not finite has NaN for its scale, and so
+// every output of its row is NaN; rows with infinities are gone over again, for those outputs that
+// are infinite.
 struct Rows {
   int64_t m = 0, chunks = 0, width = 0;
   std::vector<int16_t> value;
   std::vector<float> scale;
   std::vector<int32_t> start;
+  std::vector<uint8_t> infinite;  // [M]
 };
 
 struct Weights {
@@ -121,6 +128,15 @@ struct Weights {
   const float* scale;  // [N/16][groups][16]
   int64_t n, groups, bits;
   int64_t block_bytes(int64_t k) const { return k / 8 * (bits == 4 ? Int4::BYTES : Int8::BYTES); }
+  // One of them as a number, of input k; for the few that are asked for alone.
+  float at(int64_t output, int64_t k, const Rows& rows) const {
+    const int8_t* block = codes + output / OUT * block_bytes(rows.chunks * rows.width);
+    const float factor = scale[(output / OUT * groups + (groups == 1 ? 0 : k / rows.width)) * OUT + output % OUT];
+    if (bits == 8) return factor * block[(k / 2 * OUT + output % OUT) * 2 + k % 2];
+    uint16_t word;
+    std::memcpy(&word, block + ((k / 8 * OUT + output % OUT) * 2 + k % 2) * sizeof word, sizeof word);
+    return factor * ((word >> k % 8 / 2 * 4 & 15) - 8);
+  }
 };
 
 template <int J, class Source, int R, int SUMS>
@@ -128,7 +144,9 @@ inline void step(const int8_t* w, const int16_t* x, int64_t stride, Ints (&sum)[
   Ints pair[VECS];
   UNROLL for (int v = 0; v < VECS; v++) pin(pair[v] = Source::template pair<J>(w, v));
   UNROLL for (int r = 0; r < R; r++) {
-    Ints both = spread(*(const int32_t*)(x + r * stride + 2 * J));
+    int32_t values;
+    std::memcpy(&values, x + r * stride + 2 * J, sizeof values);
+    Ints both = spread(values);
     UNROLL for (int v = 0; v < VECS; v++) pin(sum[J % SUMS][r][v] = dot(sum[J % SUMS][r][v], pair[v], both));
   }
 }
@@ -204,9 +222,14 @@ void block(const Weights& weights, const Rows& rows, int64_t n16, int64_t first,
   }
 }
 
-// One run of activations as integers in [-top, top]; the part past `have` is padding.
+// One run of activations as integers in [-top, top], and its scale; the part past `have` is padding.
 template <class T>
 float quantize(const T* x, int64_t have, int64_t width, float biggest, float top, int16_t* out, int32_t* sum) {
+  if (!std::isfinite(biggest)) {
+    std::fill(out, out + width, (int16_t)0);
+    *sum = 0;
+    return std::numeric_limits<float>::quiet_NaN();
+  }
   const float inverse = biggest > 1e-30f ? top / biggest : 0.f;  // smaller would overflow
   int32_t all = 0;
   for (int64_t k = 0; k < have; k++) {
@@ -219,11 +242,23 @@ float quantize(const T* x, int64_t have, int64_t width, float biggest, float top
   return biggest / top;
 }
 
+// The largest magnitude of a run; NaN where there is one, else infinity where there is one: as bits,
+// magnitudes are ordered like integers, infinity above all numbers and NaN above infinity.
 template <class T>
 float magnitude(const T* x, int64_t n) {
-  float most = 0;
-  for (int64_t k = 0; k < n; k++) most = std::max(most, std::fabs((float)x[k]));
-  return most;
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  Bits most = 0;
+  for (int64_t k = 0; k < n; k++) most = std::max<Bits>(most, std::bit_cast<Bits>(x[k]) & std::numeric_limits<Bits>::max() >> 1);
+  return (float)std::bit_cast<T>(most);
+}
+
+// What is not finite in a row times the weights of one output: infinity where all agree, else NaN.
+template <class T>
+float infinite(const T* x, int64_t k, const Weights& weights, const Rows& rows, int64_t output) {
+  float sum = 0;
+  for (int64_t i = 0; i < k && !std::isnan(sum); i++)
+    if (!std::isfinite((float)x[i])) sum += (float)x[i] * weights.at(output, i, rows);
+  return sum;
 }
 
 template <class T>
@@ -231,6 +266,7 @@ void fill(Rows& rows, const T* x, int64_t k, int32_t offset, bool per_token) {
   rows.value.resize(rows.m * rows.chunks * rows.width);
   rows.scale.resize(rows.m * rows.chunks);
   rows.start.resize(rows.m * rows.chunks);
+  rows.infinite.assign(rows.m, 0);
   at::parallel_for(0, rows.m, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
       const T* row = x + m * k;
@@ -239,6 +275,7 @@ void fill(Rows& rows, const T* x, int64_t k, int32_t offset, bool per_token) {
         const int64_t have = std::clamp<int64_t>(k - c * rows.width, 0, rows.width), at = c * rows.m + m;
         const T* run = row + c * rows.width;
         const float most = per_token ? whole : magnitude(run, have);
+        rows.infinite[m] |= !per_token && std::isinf(most);
         int32_t sum;
         rows.scale[at] = quantize(run, have, rows.width, most, per_token ? 127.f : 32767.f, &rows.value[at * rows.width], &sum);
         rows.start[at] = -offset * sum;
@@ -248,7 +285,7 @@ void fill(Rows& rows, const T* x, int64_t k, int32_t offset, bool per_token) {
 }
 
 template <class T>
-void multiply(const Weights& weights, const Rows& rows, const T* bias, T* out) {
+void multiply(const T* x, int64_t k, const Weights& weights, const Rows& rows, const T* bias, T* out) {
   const int64_t blocks = (weights.n + OUT - 1) / OUT, slices = (rows.m + ROWS - 1) / ROWS;
   at::parallel_for(0, blocks * slices, 1, [&](int64_t begin, int64_t end) {
     alignas(64) float acc[ROWS * OUT];
@@ -257,11 +294,14 @@ void multiply(const Weights& weights, const Rows& rows, const T* bias, T* out) {
       const int64_t count = std::min<int64_t>(ROWS, rows.m - first), wide = std::min<int64_t>(OUT, weights.n - n16 * OUT);
       std::fill(acc, acc + count * OUT, 0.f);
       (weights.bits == 4 ? block<Int4> : block<Int8>)(weights, rows, n16, first, count, acc);
-      for (int64_t m = 0; m < count; m++)
+      for (int64_t m = 0; m < count; m++) {
+        if (rows.infinite[first + m])
+          for (int64_t n = 0; n < wide; n++) acc[m * OUT + n] = infinite(x + (first + m) * k, k, weights, rows, n16 * OUT + n);
         for (int64_t n = 0; n < wide; n++) {
           const float extra = bias ? (float)bias[n16 * OUT + n] : 0.f;
           out[(first + m) * weights.n + n16 * OUT + n] = (T)(acc[m * OUT + n] + extra);
         }
+      }
     }
   });
 }
@@ -275,7 +315,7 @@ at::Tensor run(const at::Tensor& x, const Weights& weights, const at::Tensor* bi
   shape.back() = weights.n;
   at::Tensor out = at::empty(shape, x.options());
   fill(rows, x.const_data_ptr<T>(), k, weights.bits == 4 ? 8 : 0, per_token);
-  multiply(weights, rows, bias ? bias->const_data_ptr<T>() : nullptr, out.mutable_data_ptr<T>());
+  multiply(x.const_data_ptr<T>(), k, weights, rows, bias ? bias->const_data_ptr<T>() : nullptr, out.mutable_data_ptr<T>());
   return out;
 }
 

@@ -1,11 +1,12 @@
 """Builds and loads the C++ kernels, once per machine. Nothing ever depends on it succeeding.
 
 The library is compiled for one instruction-set level with the machine's own g++ and kept under a
-name that hashes everything it was made from, so a new source, torch or level never meets an old
-file. It is published by one rename under a file lock: processes that start together wait for the
-first, and a crash leaves no half library. A copy in this package's folder (an image built
-elsewhere) is preferred. Without a compiler, or when the build fails, `load` says why and returns
-False; `serve.kernels_ops` then runs on PyTorch's own packed kernels.
+name that hashes everything it was made from, the compiler included, so a new source, torch, level
+or compiler never meets an old file. It is published by one rename under a file lock: processes that
+start together wait for the first, and a crash leaves no half library. A copy in this package's
+folder (an image built elsewhere) is preferred, whatever compiled it; so is a kept one where no
+compiler works any more. Where there is none, nor a place to keep one, `load` says why in one
+warning and returns False; `serve.kernels_ops` then runs on PyTorch's own packed kernels.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -27,16 +30,18 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels_cpu.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("lora_cpu.cpp"))  # one library
-COMPILER_TIMEOUT_S = 120
+COMPILER_TIMEOUT_S = 120.0
+VERSION_TIMEOUT_S = 10.0
 LEVELS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma",
                "-mf16c"),
 }  # fmt: skip
-# The float flags allow loops over activations to become vector code (no errno, no traps, no NaN
-# ordering); -ffast-math itself would also flush denormals in the whole process.
+# No float flag that changes a result: NaN and infinity go through as in PyTorch. These two only say
+# that nobody reads `errno` or catches a floating-point trap, without which loops that round become
+# calls instead of vector code.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno",
-         "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")  # fmt: skip
+         "-fno-trapping-math")  # fmt: skip
 
 
 class BuildError(Exception):
@@ -63,27 +68,90 @@ def load(folder: Path | None = None) -> bool:
         logger.warning("native kernels need AVX2: running on PyTorch's own, slower")
         return False
     try:
-        library = built(isa, folder or Path.home() / ".cache" / "quantserve" / "kernels")
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(built(isa, folder)))  # type: ignore[no-untyped-call]
     except (BuildError, OSError) as fault:
         logger.warning("native kernels unavailable, running on PyTorch's own, slower: %s", fault)
         return False
     return True
 
 
-def built(isa: str, folder: Path, sources: tuple[Path, ...] = SOURCES) -> Path:
-    """The library for `isa`, compiled into `folder` unless it is there already. BuildError."""
-    name = f"kernels-{isa}-{_identity(isa, sources)}.so"
-    shipped = sources[0].with_name(name)
-    if shipped.is_file():
+def built(isa: str, folder: Path | None = None, sources: tuple[Path, ...] = SOURCES) -> Path:
+    """The library for `isa`: shipped beside the source, kept in `folder`, or compiled into it.
+
+    BuildError or OSError says why there is none.
+    """
+    name = f"kernels-{isa}-{_identity(isa, sources)}"
+    if (shipped := _any(sources[0].parent, name)) is not None:
         return shipped
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    library = folder / name
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.is_file():
-            _compile(isa, sources, library)
+    folder = folder or _cache()
+    try:
+        compiler, version = _compiler()
+    except BuildError:
+        if (kept := _any(folder, name)) is not None:
+            return kept
+        raise
+    library = folder / f"{name}-{version}.so"
+    if not library.is_file():  # a folder that cannot be written to will do, where it has one
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (folder / "lock").open("w") as lock:
+            _wait_for(lock)
+            if not library.is_file():
+                _compile(compiler, isa, sources, library)
     return library
+
+
+def _cache() -> Path:
+    try:
+        return Path.home() / ".cache" / "quantserve" / "kernels"
+    except RuntimeError as fault:  # a user without a name, and no HOME
+        raise BuildError("no home directory to keep them in") from fault
+
+
+def _any(folder: Path, name: str) -> Path | None:
+    return max(folder.glob(f"{name}-*.so"), default=None)
+
+
+def _compiler() -> tuple[str, str]:
+    """The machine's C++ compiler, and what tells its version from others. BuildError."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise BuildError("no C++ compiler (g++) on this machine")
+    version = _output([compiler, "--version"], VERSION_TIMEOUT_S)
+    return compiler, hashlib.sha256(version.encode()).hexdigest()[:8]
+
+
+def _output(command: list[str], timeout_s: float) -> str:
+    """What a compiler prints; it ends within `timeout_s`, and all that it started. BuildError."""
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as fault:
+        raise BuildError(f"{command[0]} does not run: {fault}") from fault
+    with process:
+        try:
+            printed, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as fault:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise BuildError(f"{command[0]} took more than {timeout_s:g} s") from fault
+    if process.returncode:
+        raise BuildError(f"{command[0]} failed: {printed.strip()[-500:]}")
+    return printed
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """BuildError where another process holds it for longer than compiling may take."""
+    end = time.monotonic() + COMPILER_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            if time.monotonic() > end:
+                raise BuildError(f"another process holds {lock.name}") from fault
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _identity(isa: str, sources: tuple[Path, ...]) -> str:
@@ -92,10 +160,7 @@ def _identity(isa: str, sources: tuple[Path, ...]) -> str:
     return hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
 
 
-def _compile(isa: str, sources: tuple[Path, ...], library: Path) -> None:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise BuildError("no C++ compiler (g++) on this machine")
+def _compile(compiler: str, isa: str, sources: tuple[Path, ...], library: Path) -> None:
     root = Path(torch.__file__).parent
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
@@ -103,13 +168,6 @@ def _compile(isa: str, sources: tuple[Path, ...], library: Path) -> None:
         command = [compiler, *FLAGS, *LEVELS[isa], f"-I{root / 'include'}", *map(str, sources),
                    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
                    f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(fresh)]  # fmt: skip
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=COMPILER_TIMEOUT_S
-            )
-        except subprocess.TimeoutExpired as fault:
-            raise BuildError(f"{compiler} took more than {COMPILER_TIMEOUT_S} s") from fault
-        if done.returncode:
-            raise BuildError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        _output(command, COMPILER_TIMEOUT_S)
         os.replace(fresh, library)
     logger.info("compiled native kernels (%s) in %.1f s", isa, time.monotonic() - began)

@@ -36,6 +36,15 @@ def test_it_equals_the_stock_norm(
     )
 
 
+@pytest.mark.parametrize("stranger", [float("nan"), float("inf")])
+def test_it_hides_nothing(norm: cpu_ops.CpuRMSNorm, stranger: float) -> None:
+    x, residual = torch.randn(2, 3, 576)
+    x[1, 9] = stranger
+    wanted = norm.forward_native(x.clone(), residual.clone())[0]
+    got = norm.forward_cpu(x.clone(), residual.clone())[0]
+    assert torch.equal(got.isnan(), wanted.isnan()) and got[1].isnan().any()
+
+
 def test_strided_input_goes_the_stock_way(norm: cpu_ops.CpuRMSNorm) -> None:
     x = torch.randn(4, 1152)[:, :576]
     torch.testing.assert_close(norm.forward_cpu(x), norm.forward_native(x.contiguous()))

@@ -118,6 +118,9 @@ def test_experts_compute_what_their_codes_say(form: Format) -> None:
         wanted = expected(experts, x, form, routing)
         assert (out - wanted).norm() < 1e-3 * wanted.norm()
         assert method.apply(module, x.bfloat16(), *routing).dtype == torch.bfloat16
+        x[-1, 5] = torch.nan
+        strange = method.apply(module, x, *routing)
+        assert strange[-1].isnan().all() and torch.equal(strange[:-1], out[:-1])
 
 
 def test_what_no_kernel_computes_is_refused_while_loading() -> None:

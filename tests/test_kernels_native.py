@@ -6,14 +6,17 @@ The compiler is the machine's own behind a script that counts its runs; small so
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from serve import kernels_native
@@ -52,8 +55,10 @@ class Workshop:
     def write(self, answer: str) -> None:
         self.source.write_text(f'extern "C" int answer() {{ return {answer}; }}')
 
-    def compiler(self, commands: str) -> None:
-        self.script.write_text(f'#!/bin/sh\necho run >> "{self.log}"\n{commands}\n')
+    def compiler(self, commands: str, version: str = "echo g++ 1.0") -> None:
+        """A compiler that answers `--version` as told, and compiles by `commands`."""
+        asked = f'[ "$1" = --version ] && {{ {version}; exit; }}'
+        self.script.write_text(f'#!/bin/sh\n{asked}\necho run >> "{self.log}"\n{commands}\n')
         self.script.chmod(0o755)
 
     def build(self, isa: str = "avx2") -> Path:
@@ -98,6 +103,73 @@ def test_another_source_or_level_is_another_library(workshop: Workshop) -> None:
     new, wider = workshop.build(), workshop.build("avx512")
     assert (answer_of(old), answer_of(new)) == (42, 43)
     assert len({old, new, wider}) == workshop.runs == 3
+
+
+@needs_compiler
+def test_another_compiler_is_another_library(workshop: Workshop) -> None:
+    old = workshop.build()
+    workshop.compiler(f'exec {COMPILER} "$@"', version="echo g++ 2.0")
+    assert workshop.build() != old
+    workshop.compiler(f'exec {COMPILER} "$@"')
+    assert workshop.build() == old
+    assert workshop.runs == 2
+
+
+WITHOUT_COMPILER = {
+    "broken": "exit 1",
+    "killed": "kill -9 $$",
+    "hangs": "sleep 60 & sleep 60",
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("version", WITHOUT_COMPILER.values(), ids=WITHOUT_COMPILER)
+def test_a_compiler_that_does_not_work_leaves_what_is_kept(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    kept = workshop.build()
+    monkeypatch.setattr(kernels_native, "VERSION_TIMEOUT_S", 0.2)
+    workshop.compiler("exit 1", version=version)
+    assert workshop.build() == kept
+    workshop.write("43")
+    with pytest.raises(kernels_native.BuildError, match=r"failed|took more than 0\.2 s"):
+        workshop.build()
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_will_do_where_it_has_the_library(
+    workshop: Workshop,
+) -> None:
+    kept = workshop.build()
+    (workshop.folder / "lock").unlink()
+    (workshop.folder / "lock").mkdir()  # nobody can open it for writing, not even root
+    assert workshop.build() == kept
+    workshop.write("43")
+    with pytest.raises(OSError, match="Is a directory"):
+        workshop.build()
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    workshop.compiler(f'sleep 600 &\necho $! > "{tmp_path / "pid"}"\nwait')
+    monkeypatch.setattr(kernels_native, "COMPILER_TIMEOUT_S", 1.0)
+    with pytest.raises(kernels_native.BuildError, match="took more than 1 s"):
+        workshop.build()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "pid").read_text())).wait(30)  # fails where it lives on
+    assert workshop.left == []
+
+
+def test_a_lock_that_is_never_given_back_is_not_waited_for(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels_native, "COMPILER_TIMEOUT_S", 0.2)
+    workshop.folder.mkdir()
+    with (workshop.folder / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(kernels_native.BuildError, match="another process holds"):
+            workshop.build()
 
 
 @needs_compiler
@@ -158,19 +230,66 @@ def test_no_place_for_libraries_is_a_warning(
 def test_a_broken_library_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     level = kernels_native.level()
     assert level is not None
-    cache = Path.home() / ".cache" / "quantserve" / "kernels"
-    (tmp_path / kernels_native.built(level, cache).name).write_text("not a library")
+    (tmp_path / kernels_native.built(level).name).write_text("not a library")
     assert kernels_native.load(tmp_path) is False
     assert "native kernels unavailable" in caplog.text
 
 
-def test_without_a_compiler_layers_still_answer_right(tmp_path: Path) -> None:
-    env = {**os.environ, "PATH": str(tmp_path), "HOME": str(tmp_path)}
+STRANGER = """
+import os, torch
+from serve import kernels_native
+if os.geteuid() == 0:
+    os.setuid(12345)
+"""
+PLACES = {
+    "no compiler": ({"PATH": "/nowhere", "HOME": "/nowhere"}, "no C++ compiler"),
+    "no home": ({"HOME": "/proc/nowhere"}, "/proc/nowhere"),
+    "a home without rights": ({"HOME": "/proc"}, "/proc"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_where_nothing_can_be_built_layers_still_answer_right(place: str) -> None:
+    env, reason = PLACES[place]
+    lines, stderr = answers({**os.environ, **env}, ANSWER)
+    assert lines == ["AtenLinear", "True", "True"], stderr
+    assert stderr.count("native kernels unavailable") == 1 and reason in stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_user_without_a_name_or_a_home_gets_answers() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "HOME"}
+    lines, stderr = answers(env, STRANGER + ANSWER)
+    assert lines == ["AtenLinear", "True", "True"], stderr
+    assert stderr.count("native kernels unavailable") == 1
+    assert "no home directory" in stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_user_without_a_name_gets_the_shipped_library(tmp_path: Path) -> None:
+    """As in an image that runs under a number of the cluster's choice."""
+    shipped = tmp_path / "serve"
+    shutil.copytree(Path(kernels_native.__file__).parent, shipped)
+    level = kernels_native.level()
+    assert level is not None
+    library = kernels_native.built(level)
+    shutil.copy(library, shipped / library.name)
+    env = {name: value for name, value in os.environ.items() if name != "HOME"}
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + STRANGER + ANSWER
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    lines, stderr = answers(env, code)
+    assert lines == ["NativeLinear", "True", "True"], stderr
+    assert "native kernels" not in stderr
+
+
+def answers(env: dict[str, str], code: str) -> tuple[list[str], str]:
     done = subprocess.run(
-        [sys.executable, "-c", ANSWER], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["AtenLinear", "True", "True"], done.stderr
-    assert "native kernels unavailable" in done.stderr
+    return done.stdout.split(), done.stderr
 
 
 def test_below_avx2_there_is_no_level() -> None:

@@ -205,6 +205,79 @@ def test_w8a8_survives_what_saturates_vllms_own_kernel(path: str) -> None:
     torch.testing.assert_close(got, torch.full((3, 16), 8258048.0), rtol=rounding, atol=0)
 
 
+STRANGE = (float("nan"), float("inf"), -float("inf"))
+
+
+def kinds(numbers: Tensor) -> Tensor:
+    """0 for a number, its sign for an infinity, 2 for NaN."""
+    wide = numbers.float()
+    return torch.where(wide.isnan(), 2.0, torch.where(wide.isinf(), wide.sign(), 0.0))
+
+
+@paths
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, -1), (8, 64), (8, -1)])
+@pytest.mark.parametrize("strangers", [1, 2, 3, 192])
+def test_what_is_not_finite_goes_in_and_comes_out(
+    path: str, bits: int, group: int, dtype: torch.dtype, strangers: int
+) -> None:
+    """As PyTorch's: NaN stays NaN, infinity has a sign or none, other rows know nothing of it."""
+    codes, scales = random_layer(bits, group, (53, 192))
+    codes[:, 7] = 0  # what infinity times nothing is
+    layer, weight = MAKERS[path](codes, scales, bits, int8_rows=False), dequantized(codes, scales)
+    draw = torch.Generator().manual_seed(strangers)
+    for rows in (1, 5, 40):
+        x = random_rows(rows, 192, dtype)
+        for row in range(0, rows, 2):
+            places = torch.randperm(192, generator=draw)[:strangers]
+            chosen = torch.randint(row % 3, 3, (strangers,), generator=draw)
+            x[row, places] = torch.tensor(STRANGE)[chosen].to(dtype)
+        got, wanted = layer(x, None), kinds(x.float() @ weight.float().t())
+        if path == "aten" and bits == 8:  # two nibbles of a code may have two signs
+            assert torch.equal(kinds(got) != 0, wanted != 0)
+            assert (kinds(got) == 2)[wanted == 2].all()
+        else:
+            assert torch.equal(kinds(got), wanted)
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [4, 8])
+def test_infinities_that_agree_are_an_infinity(bits: int) -> None:
+    codes, scales = torch.full((32, 96), 5), torch.ones(32, 3)
+    codes[1, 50], codes[2, 50], scales[3] = -1, 0, -1
+    layer = kernels_ops.native(codes, scales, bits, int8_rows=False)
+    x = torch.full((2, 96), torch.inf)
+    x[1, :50] = x[1, 51:] = 1.0
+    wanted = torch.ones(2, 32)
+    wanted[:, 2], wanted[:, 3], wanted[0, 1], wanted[1, 1] = 2, -1, 2, -1
+    assert torch.equal(kinds(layer(x, torch.zeros(32))), wanted)
+
+
+@paths
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stranger", STRANGE)
+def test_w8a8_says_nan_for_a_row_that_has_no_scale(
+    path: str, dtype: torch.dtype, stranger: float
+) -> None:
+    codes, scales = random_layer(8, -1, (53, 300))
+    layer, x = MAKERS[path](codes, scales, 8, int8_rows=True), random_rows(6, 300, dtype)
+    plain = layer(x, None)
+    x[4, 299] = stranger
+    got = layer(x, torch.ones(53).to(dtype))
+    assert got[4].isnan().all()
+    assert torch.equal(got[:4], layer(x[:4], torch.ones(53).to(dtype)))
+    assert torch.equal(layer(x, None)[:4], plain[:4])
+
+
+@pytest.mark.parametrize("stranger", STRANGE)
+def test_wide_linear_hides_nothing(stranger: float) -> None:
+    weight = torch.randn(1030, 75).bfloat16()
+    for rows in (1, 3, 40):
+        x = random_rows(rows, 75)
+        x[-1, 70] = stranger
+        assert torch.equal(kinds(kernels_ops.wide_linear(x, weight)), kinds(x @ weight.float().t()))
+
+
 @needs_native
 def test_pack_takes_the_native_kernels_where_they_build() -> None:
     codes, scales = random_layer(4, 32, (16, 64))

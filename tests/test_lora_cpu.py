@@ -340,6 +340,21 @@ def test_embedding_adapters_change_only_their_rows() -> None:
     assert torch.equal(layer(ids), base.weight[ids])
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_what_is_not_finite_reaches_its_own_row_alone(dtype: torch.dtype, *, native: bool) -> None:
+    made = bench("qkv", dtype, native=native)
+    made.load(8, random_adapter("qkv", RANKS[8], seed=8))
+    inputs = tokens(6).to(dtype)
+    plain = made.run(inputs, [8] * 6)
+    for stranger in (torch.nan, torch.inf):
+        inputs[4, 47] = stranger
+        got = made.run(inputs, [8] * 6)
+        assert not got[4].isfinite().any()
+        assert torch.equal(got.isnan(), made.expected(inputs, [8] * 6).isnan())
+        assert torch.equal(got[:4], plain[:4]) and torch.equal(got[5], plain[5])
+
+
 def test_registering_twice_changes_nothing() -> None:
     from vllm.lora import utils
 
