@@ -4,7 +4,6 @@ every size in it has been held against the file. Refuses truncated, overlapping 
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from quant import foreign_json
 from quant.errors import ArtifactError
 
 # The format's own limit on a header, which keeps a corrupt length from asking for all memory.
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
+_MOST_DIMENSIONS = 16
+_LONGEST_NAME = 1024
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F4": 4, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
@@ -36,20 +38,27 @@ class TensorHeader(NamedTuple):
 Headers = Mapping[str, TensorHeader]  # by the tensor's name
 
 
+_Size = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    dtype: str
-    shape: list[int]
-    data_offsets: Annotated[list[int], Field(min_length=2, max_length=2)]
+    dtype: Annotated[str, Field(max_length=16)]
+    shape: Annotated[list[_Size], Field(max_length=_MOST_DIMENSIONS)]
+    data_offsets: Annotated[list[_Size], Field(min_length=2, max_length=2)]
 
 
-_HEADER = TypeAdapter(dict[str, _Entry])
+_HEADER = TypeAdapter(dict[Annotated[str, Field(max_length=_LONGEST_NAME)], _Entry])
+_METADATA = TypeAdapter(dict[str, str])
 
 
-def read_headers(path: Path) -> dict[str, TensorHeader]:
-    """Every tensor of one file, in file order. ArtifactError names the file and the fault."""
-    start, entries = _parse(path)
+def read_headers(path: Path, most: int = MAX_HEADER) -> dict[str, TensorHeader]:
+    """Every tensor of one file, in file order; `most` bytes of header are read.
+
+    ArtifactError names the file and the fault.
+    """
+    start, entries = _parse(path, most)
     found: dict[str, TensorHeader] = {}
     place = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
@@ -71,16 +80,18 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     return found
 
 
-def _parse(path: Path) -> tuple[int, dict[str, _Entry]]:
-    """Offset of the data, and the raw entries."""
+def _parse(path: Path, most: int) -> tuple[int, dict[str, _Entry]]:
+    """Offset of the data, and the raw entries, every number in them bounded."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
+            if not 2 <= length <= path.stat().st_size - 8:
                 raise ArtifactError(f"{path} is truncated or not safetensors (header of {length})")
-            raw = json.loads(file.read(length))
+            if length > most:
+                raise ArtifactError(f"{path} has a header of {length} bytes, at most {most}")
+            raw = foreign_json.loads(file.read(length))
         if isinstance(raw, dict):
-            raw.pop("__metadata__", None)
+            _METADATA.validate_python(raw.pop("__metadata__", {}))
         return 8 + length, _HEADER.validate_python(raw)
     except OSError as fault:
         raise ArtifactError(f"{path} cannot be read: {fault.strerror}") from fault

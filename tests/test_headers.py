@@ -142,3 +142,43 @@ def test_four_bit_types_are_measured_in_bits(tmp_path: Path) -> None:
     header = {"a": entry(0, 8, dtype="F4", shape=(4, 4))}
     found = read_headers(write_raw(tmp_path / "x.safetensors", header, bytes(8)))
     assert found["a"].shape == (4, 4)
+
+
+def test_sizes_of_thousands_of_digits_are_refused_before_they_are_multiplied(
+    tmp_path: Path,
+) -> None:
+    """Their product takes many seconds, and holds the interpreter's lock for all of it."""
+    numbers = ",".join(["9" * 4000] * 150)
+    header = f'{{"a":{{"dtype":"F32","shape":[{numbers}],"data_offsets":[0,4]}}}}'.encode()
+    path = write_raw(tmp_path / "x.safetensors", header, bytes(4))
+    with pytest.raises(ArtifactError, match="not a tensor table"):
+        read_headers(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry(0, 4, shape=(1,) * 17)},
+        {"a": entry(0, 4, shape=(1 << 63, 0))},
+        {"a": {**entry(0, 4), "data_offsets": [0, 10**19]}},
+        {"a": entry(0, 4, shape=(10**90,) * 9)},
+        {"a" * 2000: entry(0, 4, shape=(1,))},
+        {"a": entry(0, 4, shape=(1,), dtype="F" * 1000)},
+        {"__metadata__": {"format": 1}, "a": entry(0, 4, shape=(1,))},
+        {"__metadata__": ["x"], "a": entry(0, 4, shape=(1,))},
+        b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},'
+        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+    ],
+    ids=["dimensions", "size", "offset", "product", "name", "dtype", "metadata", "list", "twice"],
+)
+def test_every_number_and_name_is_bounded(tmp_path: Path, header: Any) -> None:
+    path = write_raw(tmp_path / "x.safetensors", header, bytes(4))
+    with pytest.raises(ArtifactError, match="not a tensor table"):
+        read_headers(path)
+
+
+def test_a_reader_may_bound_the_header(good: Path) -> None:
+    length = int.from_bytes(good.read_bytes()[:8], "little")
+    assert read_headers(good, length)
+    with pytest.raises(ArtifactError, match=f"has a header of {length} bytes, at most 16"):
+        read_headers(good, 16)

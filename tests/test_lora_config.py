@@ -194,3 +194,26 @@ def test_patterns_match_as_pefts_do(patterns: dict[str, float], module: str) -> 
 def test_the_config_keeps_only_what_decides_the_answer() -> None:
     assert "lora_dropout" not in LoraConfig.model_fields
     assert parse(PATH, {**PLAIN, "lora_dropout": 0.5}) == parse(PATH, PLAIN)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {f"m{number}": 8 for number in range(20_000)},
+        {f"m{number}.*x": 8 for number in range(17)},
+        {"m" * 301: 8},
+    ],
+    ids=["count", "repeats", "length"],
+)
+def test_patterns_are_few_and_short(tmp_path: Path, patterns: dict[str, int]) -> None:
+    raw = {"peft_type": "LORA", "rank_pattern": patterns}
+    with pytest.raises(AdapterError, match="at most") as refusal:
+        parse(tmp_path / "adapter_config.json", raw)
+    assert refusal.value.field == "rank_pattern" and len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_ranks_and_factors_are_bounded(tmp_path: Path, field: str) -> None:
+    with pytest.raises(AdapterError) as refusal:
+        parse(tmp_path / "adapter_config.json", {"peft_type": "LORA", field: 10**19})
+    assert refusal.value.field == field

@@ -16,7 +16,7 @@ from quant.artifact import Manifest
 from quant.errors import AdapterError, ArtifactError
 from quant.headers import TensorHeader, read_headers
 from quant.lora import lora_parts, obstacles, voice
-from quant.lora.folder import read_json
+from quant.lora.folder import MAX_JSON, read_json
 from quant.lora.lora_config import LoraConfig, by_pattern, parse
 from quant.lora.lora_parts import Pair, Parts
 from quant.lora.voice import Voice
@@ -111,7 +111,7 @@ def headers_of(folder: Path) -> dict[str, TensorHeader]:
     if not (folder / WEIGHTS).is_file():
         raise _no_weights(folder)
     try:
-        return read_headers(folder / WEIGHTS)
+        return read_headers(folder / WEIGHTS, MAX_JSON)
     except ArtifactError as fault:
         raise AdapterError(str(fault), field=WEIGHTS) from fault
 

@@ -1,9 +1,9 @@
 """A JSON file of an adapter's folder, read within limits. Standard library only."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from quant import foreign_json
 from quant.errors import AdapterError
 
 MAX_JSON = 16 << 20  # bytes
@@ -15,8 +15,8 @@ def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
         raise AdapterError(f"{path} is missing", field=path.name)
     check_size(path, most)
     try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as fault:
+        raw = foreign_json.loads(path.read_bytes())
+    except ValueError as fault:
         raise AdapterError(f"{path} is not JSON: {fault}", field=path.name) from fault
     if not isinstance(raw, dict):
         raise AdapterError(f"{path} is not a JSON object", field=path.name)

@@ -5,6 +5,7 @@ that nothing here computes. Field meanings: PEFT 0.21, LoraConfig.
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +29,14 @@ _REASONS = {
 # Starting points that change the base weights themselves: the saved pair is no delta of the
 # published base, unless PEFT converted it while saving (it then stores `true` here).
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_MOST_PATTERNS, _LONGEST_PATTERN = 16384, 300  # a mixture of experts may name each of its modules
+_MOST_REPEATING = 16  # of those that are more than a name
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _REPEAT = re.compile(r"[*+{]")
 _MOST_REPEATS = 2
+
+
+MOST_RANK, MOST_ALPHA = 1 << 20, 1e6
 
 
 class LoraConfig(BaseModel):
@@ -39,8 +45,8 @@ class LoraConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     peft_type: Literal["LORA"]
-    r: int = Field(default=8, ge=1)
-    lora_alpha: FiniteFloat = 8
+    r: int = Field(default=8, ge=1, le=MOST_RANK)
+    lora_alpha: FiniteFloat = Field(8, ge=-MOST_ALPHA, le=MOST_ALPHA)
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: dict[str, int] = {}
@@ -101,9 +107,14 @@ def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first pattern that matches the name, or its tail after a dot."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     return default
+
+
+@lru_cache(maxsize=_MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _refuse_backtracking(path: Path, field: str, pattern: str) -> None:
@@ -111,6 +122,11 @@ def _refuse_backtracking(path: Path, field: str, pattern: str) -> None:
 
     Two repeats of single characters cost at most the cube of a module's name.
     """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise AdapterError(
+            f"{path}: {field}: a pattern of {len(pattern)} characters, at most {_LONGEST_PATTERN}",
+            field=field,
+        )
     if _REPEATED_GROUP.search(pattern) or len(_REPEAT.findall(pattern)) > _MOST_REPEATS:
         raise AdapterError(
             f"{path}: {field}: {pattern!r} repeats a group, or repeats more than {_MOST_REPEATS}"
@@ -124,6 +140,13 @@ def _refuse_backtracking(path: Path, field: str, pattern: str) -> None:
 def _check_patterns(
     path: Path, field: str, patterns: Mapping[str, float], *, least: int | None
 ) -> None:
+    repeating = sum(bool(_REPEAT.search(pattern)) for pattern in patterns)
+    if len(patterns) > _MOST_PATTERNS or repeating > _MOST_REPEATING:
+        raise AdapterError(
+            f"{path}: {field}: {len(patterns)} patterns, {repeating} of them with repeats; at most"
+            f" {_MOST_PATTERNS} and {_MOST_REPEATING}",
+            field=field,
+        )
     for pattern, value in patterns.items():
         _refuse_backtracking(path, field, pattern)
         try:
