@@ -35,6 +35,12 @@ TEMPLATES = {
     "{{ m.content }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}{{ bos_token }}",
 }
 
+SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+DEMANDING = (
+    SYSTEM + "{{ messages[1].content }}",
+    "{% for tool in tools %}{{ tool.function.name }}{% endfor %}{{ messages[0].content }}",
+)
+
 
 @pytest.fixture(scope="module")
 def room() -> Iterator[Cell]:
@@ -124,10 +130,28 @@ def test_the_cell_sees_neither_environment_nor_files(room: Cell) -> None:
 def test_it_is_found_out_how_content_must_come() -> None:
     parts = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
     assert cell.wants_lists(Voice(templates={"default": parts}))
-    for text in (CHAT_TEMPLATE, "{{ messages }}", "{{ raise_exception('system first') }}"):
+    for text in (CHAT_TEMPLATE, "{{ messages }}", *DEMANDING):
         own = Voice(templates={"default": text})
         cell.check(own, Path("lora"))
         assert not cell.wants_lists(own)
+
+
+@pytest.mark.parametrize(
+    ("useless", "why"),
+    [
+        ("{{ raise_exception('never') }}", "never"),
+        ("{% include 'x' %}", "include|loader"),
+        ("{% if true %}" * 2000 + "x" + "{% endif %}" * 2000, "nested|recursion"),
+        ('{{ "" }}', "nothing of a message"),
+        ("\n \n", "nothing of a message"),
+        ("{{ 'x' * 1000000 }}", "1000000 characters"),
+        ("{{ messages[5].content }}{{ tools.x.y }}", "undefined|None|no element"),
+    ],
+    ids=["raises", "include", "nested", "empty", "blank", "flood", "undefined"],
+)
+def test_a_template_that_no_chat_gets_through_is_refused(useless: str, why: str) -> None:
+    with pytest.raises(AdapterError, match=f"(?i)chat template tool_use: .*({why})"):
+        cell.check(Voice(templates={"tool_use": useless}), Path("lora"))
 
 
 @pytest.mark.parametrize("broken", ["{% if %}", "{{ 'x'|nofilter }}", "{{ ''.__class__.x }}"])

@@ -62,13 +62,32 @@ def test_generation_defaults_have_the_names_of_the_server(lora: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"temperature": -1}, {"top_p": 0}, {"top_p": "high"}, {"max_new_tokens": 0},
-     {"repetition_penalty": float("inf")}, {"eos_token_id": "</s>"}, {"top_k": 2.5}],
+     {"repetition_penalty": float("inf")}, {"eos_token_id": "</s>"}, {"top_k": 2.5},
+     {"temperature": 1e308}, {"top_k": 10**20}, {"top_p": 1e-320}, {"repetition_penalty": 1e-320},
+     {"max_new_tokens": 10**30}, {"eos_token_id": -1}, {"eos_token_id": [2, 1 << 31]},
+     {"eos_token_id": [2] * 257}, {"stop_strings": ""}, {"stop_strings": ["a", ""]},
+     {"stop_strings": ["x" * 257]}, {"stop_strings": ["x"] * 65}, {"stop_strings": [3]}],
 )  # fmt: skip
 def test_a_default_that_cannot_be_is_named(lora: Path, wrong: dict[str, Any]) -> None:
     write(lora, "generation_config.json", wrong)
     with pytest.raises(AdapterError, match=r"generation_config\.json") as refusal:
         voice.read(lora)
     assert refusal.value.field == next(iter(wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", {"stop_strings": ["\ud800"]}),
+        ("tokenizer_config.json", {"chat_template": "\udfff"}),
+        ("tokenizer_config.json", {"eos_token": "\ud83d"}),
+        ("added_tokens.json", {"\ud83d": 3}),
+    ],
+)
+def test_half_a_character_is_no_text(lora: Path, name: str, content: dict[str, Any]) -> None:
+    write(lora, name, content)
+    with pytest.raises(AdapterError, match="no Unicode text|as a unicode string"):
+        voice.read(lora)
 
 
 def test_the_template_file_goes_before_the_tokenizers(lora: Path) -> None:

@@ -9,12 +9,12 @@ place. Blocking; one caller at a time. Standard library only.
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import Timer
-from typing import Any
+from typing import Any, NamedTuple
 
 from quant.errors import AdapterError
 from quant.lora.voice import TEMPLATE, Voice
@@ -23,9 +23,18 @@ SECONDS = 2.0  # of one rendering
 START_S = 20.0  # of the first: python and jinja2 are loaded, perhaps by a machine that is busy
 LONGEST_ANSWER = 128 << 20  # bytes of JSON
 STOPPED = "stopped"
-_FATAL = {STOPPED, "MemoryError", "OverflowError", "SecurityError", "TemplateAssertionError",
-          "TemplateSyntaxError"}  # fmt: skip
+_FATAL = {STOPPED, "MemoryError", "OverflowError", "SecurityError", "SyntaxError",
+          "TemplateAssertionError", "TemplateSyntaxError"}  # fmt: skip
+LONGEST_TRIED = 256 << 10  # characters that a chat of one short message may become
 _WORD = "quantserve asks"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "quantserve_looks",
+        "description": "Looks.",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
+    },
+}
 _PROGRAM = Path(__file__).with_name("cell_inmate.py")
 
 
@@ -99,37 +108,62 @@ class Cell:
 
 
 def check(voice: Voice, folder: Path) -> None:
-    """AdapterError where a template is none, or cannot render one short chat within its limits.
+    """AdapterError where a template is none, or makes no text of any short chat within its limits.
 
-    One that turns our chat down may have its reasons, and is not asked for them.
+    One may ask for a system message, for tools, or for content in parts: all are tried.
     """
-    for text in voice.templates.values():
-        fault = _tried(text)[1]
+    for name, text in voice.templates.items():
+        fault = _tried(text).fault
         if fault is not None:
-            raise AdapterError(f"{folder}: its chat template: {fault}", field=TEMPLATE)
+            which = "" if name == "default" else f" {name}"
+            raise AdapterError(f"{folder}: its chat template{which}: {fault}", field=TEMPLATE)
 
 
 def wants_lists(voice: Voice) -> bool:
     """Whether a message's content must come as a list of parts, plain text not being taken."""
-    return any(_tried(text)[0] for text in voice.templates.values())
+    return any(_tried(text).lists for text in voice.templates.values())
+
+
+class _Tried(NamedTuple):
+    lists: bool = False
+    fault: str | None = None
 
 
 @lru_cache(maxsize=64)
-def _tried(template: str) -> tuple[bool, str | None]:
-    """Whether it wants lists; and what is wrong with it for good."""
+def _tried(template: str) -> _Tried:
+    """What becomes of short chats: the first that shows its message decides on lists.
+
+    A fault is that of the plainest chat, unless one is for good.
+    """
+    first, written = "", False
     with Cell() as cell:
-        for content in (_WORD, [{"type": "text", "text": _WORD}]):
-            chat = [{"role": "user", "content": content}]
-            variables = {"messages": chat, "tools": None, "add_generation_prompt": True, **_TOKENS}
+        for messages, tools in _chats():
+            variables = {"messages": messages, "tools": tools, "add_generation_prompt": True}
             try:
-                text = cell.render(template, variables)
+                text = cell.render(template, variables | _TOKENS)
             except TemplateFault as fault:
                 if fault.kind in _FATAL:
-                    return False, str(fault)
+                    return _Tried(fault=str(fault))
+                first = first or str(fault)
                 continue
+            if len(text) > LONGEST_TRIED:
+                return _Tried(
+                    fault=f"it makes {len(text)} characters of one short message, at most"
+                    f" {LONGEST_TRIED}"
+                )
             if _WORD in text and "'type': 'text'" not in text:  # a list that was printed as one
-                return isinstance(content, list), None
-    return False, None
+                return _Tried(lists=isinstance(messages[-1]["content"], list))
+            written = written or bool(text.strip())
+    return _Tried(fault=None if written else first or "it makes nothing of a message")
+
+
+def _chats() -> Iterator[tuple[list[dict[str, Any]], list[Any] | None]]:
+    """One short chat, said in every way that a template may insist on."""
+    for tools in (None, [_TOOL]):
+        for content in (_WORD, [{"type": "text", "text": _WORD}]):
+            asked = {"role": "user", "content": content}
+            yield [asked], tools
+            yield [{**asked, "role": "system"}, asked], tools
 
 
 def _started() -> subprocess.Popen[bytes]:

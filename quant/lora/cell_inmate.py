@@ -22,8 +22,9 @@ LONGEST = 16 << 20  # characters of a rendered chat
 KEPT = 16  # compiled templates
 MARK = "CONTINUE_HERE "
 FAULTS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, OSError,
-    RuntimeError, TypeError, ValueError,
+    jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+    MemoryError, NameError, OSError, RuntimeError, StopIteration, SyntaxError, TypeError,
+    ValueError,
 )  # fmt: skip
 
 

@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from quant.errors import AdapterError
 from quant.lora.folder import MAX_JSON, check_size, read_json
@@ -40,21 +40,34 @@ _SILENT = frozenset({
 })  # fmt: skip
 
 
+def _listed(value: Any) -> Any:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+_ONE_OR_MORE = BeforeValidator(_listed)
+LONGEST_STOP, MOST_STOPS, MOST_EOS = 256, 64, 256
+_Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
 class _Generation(BaseModel):
-    """The fields of generation_config.json that a server can fill in for a client."""
+    """The fields of generation_config.json that a server can fill in for a client.
+
+    The engine computes with 32 bits, and checks most of this again where it can only end.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    temperature: FiniteFloat | None = Field(None, ge=0)
-    top_p: FiniteFloat | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    temperature: FiniteFloat | None = Field(None, ge=0, le=100)
+    top_p: FiniteFloat | None = Field(None, ge=1e-6, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: FiniteFloat | None = Field(None, ge=0, le=1)
-    repetition_penalty: FiniteFloat | None = Field(None, gt=0)
+    repetition_penalty: FiniteFloat | None = Field(None, ge=0.01, le=100)
     presence_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
     frequency_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
-    max_new_tokens: int | None = Field(None, ge=1)
-    eos_token_id: int | list[int] | None = None
-    stop_strings: str | list[str] | None = None
+    max_new_tokens: int | None = Field(None, ge=1, lt=1 << 31)
+    eos_token_id: Annotated[list[_Token], _ONE_OR_MORE, Field(max_length=MOST_EOS)] = []
+    stop_strings: Annotated[list[_Stop], _ONE_OR_MORE, Field(max_length=MOST_STOPS)] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +117,17 @@ def read(folder: Path) -> Voice:
     numbers = asked.model_dump(exclude={"eos_token_id", "stop_strings"}, exclude_none=True)
     if "max_new_tokens" in numbers:
         numbers["max_tokens"] = numbers.pop("max_new_tokens")
-    return Voice(
+    found = Voice(
         templates=_templates(folder, config.get("chat_template")),
         tokens={n: text for n in NAMED_TOKENS if (text := _content(special.get(n)))},
         defaults=numbers,
-        stop=tuple(_listed(asked.stop_strings)),
-        eos=tuple(_listed(asked.eos_token_id)),
+        stop=tuple(asked.stop_strings),
+        eos=tuple(asked.eos_token_id),
         added=_added(folder, config),
         ignored=tuple(sorted(_ignored(generation))),
     )
+    _check_texts(found, folder)
+    return found
 
 
 def vocabulary(base: Path) -> Mapping[str, int] | None:
@@ -160,6 +175,13 @@ def stop_ids(voice: Voice, known: Mapping[str, int]) -> tuple[int, ...]:
     """The tokens that end an answer, beside the base's own: by number, and the named EOS."""
     named = known.get(voice.tokens.get("eos_token", ""))
     return tuple(dict.fromkeys((*voice.eos, *(() if named is None else (named,)))))
+
+
+def _check_texts(own: Voice, folder: Path) -> None:
+    """AdapterError for half a surrogate pair, which JSON can spell and no message can carry."""
+    for text in (*own.templates.values(), *own.tokens.values(), *own.stop, *own.added):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise AdapterError(f"{folder}: {text[:40]!r} is no Unicode text", field=GENERATION)
 
 
 def _templates(folder: Path, configured: object) -> dict[str, str]:
@@ -230,10 +252,6 @@ def _content(token: object) -> str:
     """A token's text: plain, or as a saved AddedToken."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _optional(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
