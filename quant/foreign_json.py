@@ -7,6 +7,7 @@ no configuration needs. What the values mean is the reader's business. Standard 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,10 @@ _MOST_CHARACTERS = 400  # of any other number
 
 
 def loads(raw: bytes) -> Any:
-    """The value that `raw` holds. ValueError says what is wrong with it."""
+    """The value that `raw`, in UTF-8, holds. ValueError says what is wrong with it."""
     try:
         value = json.loads(
-            raw, parse_int=_integer, parse_float=_float, parse_constant=float,
+            raw.decode("utf-8"), parse_int=_integer, parse_float=_float, parse_constant=float,
             object_pairs_hook=_object,
         )  # fmt: skip
     except RecursionError as fault:
@@ -45,8 +46,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Readers differ in which of two they believe."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{name[:100]!r} is there twice")
     return found
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quant import artifact
+from quant.durable import settle
 from quant.errors import SpaceError
 from quant.headers import TensorHeader, read_headers
 
@@ -56,15 +57,6 @@ def whole(path: Path, pieces: Iterable[Any]) -> None:
     except OSError as fault:
         growing.unlink(missing_ok=True)
         raise SpaceError(f"{path.parent} cannot hold {path.name}: {fault.strerror}") from fault
-
-
-def settle(folder: Path) -> None:
-    """Brings what was renamed in a folder to disk."""
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
 
 
 def assemble(parts: Mapping[Path, int], folder: Path, shard_bytes: int = SHARD_BYTES) -> int:

@@ -14,11 +14,12 @@ from fastapi import APIRouter, FastAPI, Header, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve.adapters.catalog import By
-from serve.adapters.pool import Version, version_name
+from serve.adapters.names import version_name
+from serve.adapters.pool import Version
 from serve.adapters.rows import Alias
 from serve.errors import AdapterRefused, BadRequest, NotFound, RegistryDown, ServeError
 from serve.serving import Serving
-from serve.settings import LONGEST_ALIAS, check_alias
+from serve.settings import LONGEST_ALIAS
 from serve.turn import current
 
 IfMatch = Annotated[str | None, Header()]
@@ -169,23 +170,12 @@ async def _changed(
 
 
 async def _put(serving: Serving, alias: str, wish: Wish, who: By) -> Alias:
-    check_name(serving, alias)
     source = wish.source or wish.path
     if wish.canary is not None:
         return await serving.catalog.canary(alias, who, wish.canary.weight, source=source)
     if not source:
         return await serving.catalog.pin(alias, who, pinned=bool(wish.pinned))
     return await serving.catalog.put(alias, source, who, pinned=wish.pinned)
-
-
-def check_name(serving: Serving, alias: str) -> None:
-    """BadRequest for an alias that cannot be."""
-    if alias == serving.base_name:
-        raise BadRequest(f"{alias!r} is the base model's name", param="alias")
-    try:
-        check_alias(alias)
-    except ValueError as fault:
-        raise BadRequest(str(fault), param="alias") from fault
 
 
 async def counted(serving: Serving, change: Awaitable[Alias]) -> Alias:

@@ -179,8 +179,11 @@ def _check(settings: Settings) -> None:
 
 
 def _check_adapters(settings: Settings) -> None:
-    from serve.adapters import store
+    from serve.adapters import names, store
 
+    for alias in settings.adapters:
+        if why := names.fault(alias, names.base_names(settings)):
+            raise SettingsError(f"--adapter {alias}=...: {why}; give it another alias")
     base = store.base_of(settings.artifact, settings.max_lora_rank)
     for source in settings.adapters.values():
         if Path(source).exists() or not (

@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from serve.adapters.rows import Alias
-from serve.admin import by, check_name, counted
+from serve.admin import by, counted
 from serve.errors import AdapterMissing, BadRequest, Conflict, NotFound
 from serve.serving import Serving
 
@@ -52,7 +52,6 @@ def routes(app: FastAPI) -> APIRouter:
                 "adapters of stacked expert weights cannot be checked against the base here",
                 param="is_3d_lora_weight",
             )
-        check_name(serving(), body.lora_name)
         await _load(serving(), body)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

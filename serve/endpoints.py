@@ -116,15 +116,19 @@ class Published(dict[str, LoRARequest]):
             raise KeyError(alias)
         return request_of(version)
 
-    def _version(self, alias: str) -> Version | None:
+    def _version(self, model: str) -> Version | None:
+        alias, named = self._pool.asked(model)
         turn = current.get()
         if turn is None:
             route = self._pool.get(alias)
-            return route.stable if route else None
+            return named or (route.stable if route else None)
         if turn.version is None:
-            turn.version = self._pool.lease(alias, turn.identity)
+            turn.version = (
+                self._pool.hold(named) if named else self._pool.lease(alias, turn.identity)
+            )
             turn.alias = alias if turn.version else turn.alias
-        return turn.version if turn.alias == alias else None
+        same = turn.alias == alias and named in (None, turn.version)
+        return turn.version if same else None
 
 
 class Endpoints:
@@ -150,9 +154,9 @@ class Endpoints:
         app.router.lifespan_context = _stopping(app.router.lifespan_context, serving)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        base_name = str(args.served_model_name[0])
+        base_name, *others = map(str, args.served_model_name)
         engine = VllmEngine(engine_client, _soft_prompts(engine_client))
-        serving = Serving(settings.load(), engine, stats.metrics, base_name)
+        serving = Serving(settings.load(), engine, stats.metrics, base_name, *others)
         serving.ready_fd = vars(args).get("quantserve_ready_fd")
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
@@ -285,9 +289,12 @@ def _model_routes(app: FastAPI) -> APIRouter:
 
     @router.get("/v1/models/{model:path}")
     async def get_model(model: str) -> dict[str, Any]:
+        serving: Serving = app.state.quantserve
+        alias, version = serving.pool.asked(model)
         for card in cards():
-            if card["id"] == model:
-                return card
+            if card["id"] == alias:
+                made = {"created": int(version.loaded_at)} if version else {}
+                return card | {"id": model} | made
         raise ModelNotFound(f"the model {model!r} does not exist", param="model")
 
     return router

@@ -67,6 +67,13 @@ class SourceUnavailable(ServeError):
     retry_after_s = 10
 
 
+class SourcesBusy(ServeError):
+    """As many adapters are being fetched as may be; nothing was tried."""
+
+    status, type, code = 503, "server_error", "sources_busy"
+    retry_after_s = 10
+
+
 class StoreFailed(ServeError):
     """The disk does not take an adapter."""
 

@@ -7,18 +7,23 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from serve import keys
+from serve.adapters import last_seen
 from serve.adapters.catalog import By, Catalog
-from serve.adapters.pool import AdapterPool, Engine
+from serve.adapters.intake import Intake
+from serve.adapters.pool import AdapterPool, Engine, Route
 from serve.adapters.reconciler import Reconciler
 from serve.adapters.registry import Registry, sqlite_url
 from serve.adapters.slots import Slots
 from serve.adapters.sources import Sources
-from serve.adapters.store import Store, base_of
-from serve.errors import Conflict, ServeError
+from serve.adapters.store import Store, Stored, base_of
+from serve.errors import Conflict, RegistryDown, ServeError, StoreFailed
 from serve.metrics import Metrics
 from serve.settings import Settings
 from serve.voices import Templates
@@ -29,37 +34,45 @@ logger = logging.getLogger(__name__)
 class Serving:
     """The keys, the adapters and whether requests are admitted."""
 
-    def __init__(self, chosen: Settings, engine: Engine, metrics: Metrics, base_name: str) -> None:
+    def __init__(
+        self, chosen: Settings, engine: Engine, metrics: Metrics, base_name: str, *others: str
+    ) -> None:
+        """`others` are further names of the base."""
         state_dir = chosen.state_dir or Path("/nonexistent")  # the supervisor always sets one
         self.settings, self.metrics, self.base_name = chosen, metrics, base_name
         self.keys = keys.load(chosen.api_key_file)
-        self.pool = AdapterPool(engine, Slots(slots_of(chosen), chosen.adapter_wait))
+        slots = Slots(slots_of(chosen), chosen.adapter_wait)
+        self.pool = AdapterPool(engine, slots, (base_name, *others))
         registry = Registry(
             chosen.database_url or sqlite_url(state_dir),
             chosen.replica or f"{socket.gethostname()}:{chosen.port}",
             keep=chosen.keep_versions,
         )
-        store = Store(
+        self._store = Store(
             chosen.store_dir or state_dir / "store",
             base_of(chosen.artifact, chosen.max_lora_rank),
             sources_of(chosen),
         )
-        cache = state_dir / "registry-cache.json"
-        self.reconciler = Reconciler(registry, store, self.pool, metrics, cache)
-        self.catalog = Catalog(registry, store, self.pool, self.reconciler)
+        intake = Intake(self._store)
+        cache = state_dir / last_seen.NAME
+        self.reconciler = Reconciler(registry, intake, self.pool, metrics, cache)
+        self.catalog = Catalog(registry, intake, self.pool, self.reconciler)
         self.registry, self.templates = registry, Templates()
         self.ready_fd: int | None = None
         self.draining = False
         self.started = int(time.time())
-        self._watching: asyncio.Task[None] | None = None
+        self._following: list[asyncio.Task[None]] = []
+        self._spare: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> None:
         """Load what the registry wants and the operator gave, then follow the registry."""
         every_s = self.settings.reconcile_interval
         await self.reconciler.start(every_s)
-        for alias, source in self.settings.adapters.items():
-            await self._seed(alias, source)
-        self._watching = asyncio.create_task(self.reconciler.watch(every_s))
+        left = await self._seed(self.settings.adapters)
+        await self._serve_unregistered(left)
+        self._following = [asyncio.create_task(self.reconciler.watch(every_s))]
+        if left:
+            self._following.append(asyncio.create_task(self._seed_later(left, every_s)))
         self.metrics.adapters_loaded.set_function(self.pool.__len__)
         self.metrics.slots_pinned.set_function(lambda: self.pool.slots.pinned)
         self.metrics.slot_waiting.set_function(lambda: self.pool.slots.waiting)
@@ -67,12 +80,15 @@ class Serving:
 
     async def stop(self) -> None:
         """End what runs beside requests, and let go of the registry."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait({self._watching})
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
+        await self.reconciler.close()
         await self.pool.close()
         self.registry.close()
         self.templates.close()
+        if self._spare is not None:
+            self._spare.cleanup()
 
     def announce(self) -> None:
         """Tell the supervisor, where there is one, that the app has started; drain on SIGUSR1."""
@@ -85,16 +101,52 @@ class Serving:
         self.draining = True
         self.metrics.ready.set(0)
 
-    async def _seed(self, alias: str, source: str) -> None:
-        """An alias given at start, unless the registry knows better: it has been changed since."""
-        if alias in self.reconciler.rows:
-            return
+    async def _seed(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Aliases given at start, unless the registry knows better: it has been changed since.
+
+        Returns those that it could not be told of.
+        """
+        left = {}
+        for alias, source in given.items():
+            try:
+                await self.catalog.put(alias, source, By("start"), new=True)
+            except Conflict:
+                logger.info("%s: the registry has it, and knows better", alias)
+            except RegistryDown:
+                left[alias] = source
+            except ServeError as fault:
+                logger.error("adapter %s is not served: %s", alias, fault)  # noqa: TRY400
+        return left
+
+    async def _serve_unregistered(self, given: Mapping[str, str]) -> None:
+        """Serve them without the registry. The disk may be what keeps it from working: then their
+        files are kept elsewhere, for this run."""
+        for alias, source in given.items():
+            if self.pool.get(alias) is not None:
+                continue  # as it was last seen
+            self.reconciler.given.add(alias)
+            try:
+                stored = await asyncio.to_thread(self._take_in_anywhere, source)
+                version = await self.pool.load(alias, stored)
+                await self.pool.publish(alias, Route(version))
+                self.pool.release(version)
+            except ServeError as fault:
+                logger.error("adapter %s is not served: %s", alias, fault)  # noqa: TRY400
+
+    def _take_in_anywhere(self, source: str) -> Stored:
         try:
-            await self.catalog.put(alias, source, By("start"), new=True)
-        except Conflict:
-            logger.info("%s: another replica was first", alias)
-        except ServeError as fault:
-            logger.error("adapter %s is not served: %s", alias, fault)  # noqa: TRY400
+            return self._store.take_in(source)
+        except StoreFailed as fault:
+            logger.error("%s; its files are kept for this run only", fault)  # noqa: TRY400
+            self._spare = self._spare or tempfile.TemporaryDirectory(prefix="quantserve-store-")
+            return replace(self._store, root=Path(self._spare.name)).take_in(source)
+
+    async def _seed_later(self, left: dict[str, str], every_s: float) -> None:
+        """Until the registry has been told of all that were given."""
+        while left:
+            await asyncio.sleep(every_s)
+            if self.registry.identity is not None:
+                left = await self._seed(left)
 
 
 def slots_of(chosen: Settings) -> int:

@@ -87,6 +87,8 @@ def check_alias(alias: str) -> str:
         raise ValueError(f"adapter alias {alias!r}: use letters, digits and . _ - /")
     if len(alias) > LONGEST_ALIAS:
         raise ValueError(f"adapter alias {alias[:20]!r}...: at most {LONGEST_ALIAS} characters")
+    if not {"", ".", ".."}.isdisjoint(alias.split("/")):
+        raise ValueError(f"adapter alias {alias!r}: between slashes stand names, no '.' or '..'")
     if alias.rpartition("/")[2] in RESERVED:
         raise ValueError(f"adapter alias {alias!r}: {', '.join(RESERVED)} end admin routes")
     return alias

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from safetensors.torch import save_file
 
 from serve.adapters.catalog import By, Catalog
+from serve.adapters.intake import Intake
 from serve.adapters.pool import AdapterPool, Version
 from serve.adapters.reconciler import Reconciler
 from serve.adapters.registry import Registry
@@ -99,15 +100,15 @@ class Replica:
 
 def replica(
     folder: Path, url: str, *, name: str = "one", base: Base = BASE, slots: int = 3,
-    sources: Sources | None = None,
+    sources: Sources | None = None, base_names: tuple[str, ...] = (),
 ) -> Replica:  # fmt: skip
     """One that keeps its files in `folder`."""
     engine, metrics = MemoryEngine(), Metrics(CollectorRegistry())
-    pool = AdapterPool(engine, Slots(slots, wait_s=0.2))
+    pool = AdapterPool(engine, Slots(slots, wait_s=0.2), base_names)
     store = Store(folder / "store", base, sources or Sources())
-    registry = Registry(url, name, keep=3)
-    reconciler = Reconciler(registry, store, pool, metrics, folder / "registry-cache.json")
-    catalog = Catalog(registry, store, pool, reconciler)
+    registry, intake = Registry(url, name, keep=3), Intake(store)
+    reconciler = Reconciler(registry, intake, pool, metrics, folder / "registry-cache.json")
+    catalog = Catalog(registry, intake, pool, reconciler)
     return Replica(engine, pool, store, registry, reconciler, catalog, metrics)
 
 

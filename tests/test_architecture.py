@@ -32,8 +32,9 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "base", 
 VLLM_DOORS = {"worker", "vllm_compat", "lora_cpu", "cpu_ops", "endpoints", "stats"}
 # Standard library and pydantic only.
 LIGHT = (
-    "quant.artifact", "quant.lora.adapter", "quant.lora.voice", "quant.lora.cell",
-    "quant.lora.fitting", "quant.lora.served", "quant.lora.soft_prompt", "quant.errors",
+    "quant.artifact", "quant.durable", "quant.errors", "quant.foreign_json", "quant.lora.adapter",
+    "quant.lora.cell", "quant.lora.fitting", "quant.lora.folder", "quant.lora.served",
+    "quant.lora.soft_prompt", "quant.lora.voice",
 )  # fmt: skip
 MATHS = (
     "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",
@@ -230,7 +231,9 @@ def test_light_modules_need_no_torch() -> None:
     assert not wrong, f"{LIGHT} need only the standard library and pydantic: {wrong}"
 
 
-@pytest.mark.parametrize("module", [*LIGHT, "quant.cli", "serve.cli", "serve.settings"])
+@pytest.mark.parametrize(
+    "module", [*LIGHT, "quant.cli", "serve.cli", "serve.settings", "serve.adapters.store"]
+)
 def test_import_is_light(module: str) -> None:
     heavy = {"torch", "transformers", "vllm", "accelerate", "numpy"} & loaded_by(module)
     assert not heavy, f"importing {module} loads {sorted(heavy)}; import them inside the command"

@@ -29,8 +29,9 @@ def test_what_the_standard_library_reads_is_read_the_same() -> None:
         (b'{"a":' * 65 + b"1" + b"}" * 65, "nested deeper than 64"),
         (b"{", "Expecting"),
         (b"\xff", "codec can't decode"),
+        ('{"a": 1}'.encode("utf-16"), "codec can't decode"),
     ],
-    ids=["digits", "fraction", "twice", "brackets", "lists", "objects", "text", "bytes"],
+    ids=["digits", "fraction", "twice", "brackets", "lists", "objects", "text", "bytes", "utf-16"],
 )
 def test_what_only_costs_is_refused(raw: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):

@@ -86,7 +86,7 @@ def test_a_default_that_cannot_be_is_named(lora: Path, wrong: dict[str, Any]) ->
 )
 def test_half_a_character_is_no_text(lora: Path, name: str, content: dict[str, Any]) -> None:
     write(lora, name, content)
-    with pytest.raises(AdapterError, match="no Unicode text|as a unicode string"):
+    with pytest.raises(AdapterError, match=r"no Unicode text|as a unicode string"):
         voice.read(lora)
 
 

@@ -7,17 +7,18 @@ what came to nothing stands in the history with its reason.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
-from serve.adapters.pool import AdapterPool, version_name
+from serve.adapters import names
+from serve.adapters.intake import Intake
+from serve.adapters.names import version_name
+from serve.adapters.pool import AdapterPool
 from serve.adapters.reconciler import Reconciler
 from serve.adapters.registry import Registry
 from serve.adapters.rows import Alias, Event, Record
-from serve.adapters.store import Store
 from serve.errors import (
     AdapterRefused,
     BadRequest,
@@ -43,9 +44,9 @@ class Catalog:
     """Changes to the registry, carried out on this replica first."""
 
     def __init__(
-        self, registry: Registry, store: Store, pool: AdapterPool, reconciler: Reconciler
+        self, registry: Registry, intake: Intake, pool: AdapterPool, reconciler: Reconciler
     ) -> None:
-        self._registry, self._store = registry, store
+        self._registry, self._intake = registry, intake
         self._pool, self._reconciler = pool, reconciler
 
     async def put(
@@ -56,6 +57,7 @@ class Catalog:
         AdapterRefused when it does not fit the base. The alias keeps what it had unless this
         returns.
         """
+        names.check(alias, self._pool.base_names)
         async with self._told(alias, "put", by):
             await self._check(alias, by, new=new)
             record = await self._take_in(alias, source, by)
@@ -75,6 +77,7 @@ class Catalog:
         self, alias: str, by: By, weight: float, *, source: str = "", version: str = ""
     ) -> Alias:
         """Give a share of the users another version; neither source nor version: the same one."""
+        names.check(alias, self._pool.base_names)
         async with self._told(alias, "canary", by):
             row = await self._check(alias, by)
             record = await self._take_in(alias, source, by) if source else None
@@ -197,7 +200,7 @@ class Catalog:
             )
 
     async def _take_in(self, alias: str, source: str, by: By) -> Record:
-        stored = await asyncio.to_thread(self._store.take_in, source)
+        stored = await self._intake.take_in(source)
         made = time.time()
         return Record(alias, stored.digest, stored.source, stored.rank, stored.bytes, made, by.who)
 

@@ -1,7 +1,8 @@
 """A SQL database asked from the event loop: opened by URL, one thread, one kind of silence.
 
-Every piece of work is one transaction. A database that cannot be reached, or does not answer in
-time, is RegistryDown whatever its driver calls it.
+Every piece of work is one transaction. A database that cannot be reached, is damaged, has no room,
+or does not answer in time, is RegistryDown whatever its driver calls it. A SQLite file is opened
+for each transaction, so that one which was removed or replaced meanwhile is seen to be.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from serve.errors import RegistryDown, SettingsError
 
@@ -25,6 +26,10 @@ T = TypeVar("T")
 ANSWER_TIMEOUT_S = 15.0
 # The database gives up before we do, so that no statement of ours takes effect after its refusal.
 SQLITE_WAIT_S, SQLITE_RETRY_S = 5.0, 0.01
+COMMIT_S = 2.0  # that are left for it, or nothing is committed: its caller may have gone
+IN_MEMORY = (None, "", ":memory:")
+REMEDY = "`quantserve registry check` says more, `quantserve registry restore` puts it right"
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 POSTGRES = {
     "connect_timeout": 5,
     "application_name": "quantserve",
@@ -35,11 +40,23 @@ POSTGRES = {
 
 
 class Database:
-    """Transactions on a thread of their own: SQLite has one writer, and a hang holds one thread."""
+    """Transactions on a thread of their own: SQLite has one writer, and a hang holds one thread.
+
+    `file` is SQLite's, None for any other.
+    """
 
     def __init__(self, url: str) -> None:
-        self._engine = _engine(url)
+        parsed = checked(url)
+        self.was_there = False  # then SQLite must not make a new one
+        self.file = _file(parsed)
+        self.name = str(self.file or parsed.render_as_string(hide_password=True))
+        self._engine = _engine(parsed)
         self._thread = ThreadPoolExecutor(1, "registry")
+
+    @property
+    def local(self) -> bool:
+        """Whether it is this machine's own, so that its silence is no network's."""
+        return self._engine.dialect.name == "sqlite"
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """What `work` finds, in one transaction. RegistryDown when there is no answer."""
@@ -48,6 +65,16 @@ class Database:
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Like `read`, holding the writer's lock where the database has one."""
         return await self._run(work, writes=True)
+
+    def _look(self) -> None:
+        """SQLite makes a new database where it finds nothing: not where there was one."""
+        if self.file is None:
+            return
+        if not self.was_there:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        elif not (self.file.is_file() and self.file.stat().st_size):
+            gone = "empty" if self.file.exists() else "gone"
+            raise RegistryDown(f"the adapter registry {self.name} is {gone}: {REMEDY}")
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -59,9 +86,13 @@ class Database:
         def transaction() -> T:
             if time.monotonic() > end:  # it waited behind a hang, and its caller has gone
                 raise TimeoutError
+            self._look()
             connecting = self._engine.connect().execution_options(writes=writes)
             with connecting as connection, connection.begin():
-                return work(connection)
+                found = work(connection)
+                if time.monotonic() > end - min(COMMIT_S, ANSWER_TIMEOUT_S / 2):
+                    raise TimeoutError  # which takes everything back
+                return found
 
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -69,12 +100,18 @@ class Database:
         except TimeoutError as fault:
             silence = f"the adapter registry has not answered for {ANSWER_TIMEOUT_S:g} s"
             raise RegistryDown(silence) from fault
-        except (OperationalError, InterfaceError) as fault:
-            raise RegistryDown(f"the adapter registry does not answer: {fault.orig}") from fault
-        except DBAPIError as fault:
-            if not fault.connection_invalidated:
-                raise
-            raise RegistryDown(f"the adapter registry went away: {fault.orig}") from fault
+        except (SQLAlchemyError, sqlite3.Error, OSError) as fault:
+            raise _down(fault, self.name) from fault
+
+
+def _down(fault: Exception, name: str) -> RegistryDown:
+    """Whatever a driver or the disk says, under the one name, with what to do about damage."""
+    cause = fault.orig if isinstance(fault, DBAPIError) else fault
+    if getattr(cause, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
+        return RegistryDown(f"the adapter registry {name} is damaged ({cause}): {REMEDY}")
+    if isinstance(fault, DBAPIError) and fault.connection_invalidated:
+        return RegistryDown(f"the adapter registry went away: {cause}")
+    return RegistryDown(f"the adapter registry does not answer: {cause}")
 
 
 def checked(url: str) -> URL:
@@ -92,12 +129,15 @@ def checked(url: str) -> URL:
     return parsed.set(drivername="sqlite" if backend == "sqlite" else "postgresql+psycopg")
 
 
-def _engine(url: str) -> Engine:
-    parsed = checked(url)
+def _file(parsed: URL) -> Path | None:
+    """SQLite's, unless its name is a URI of its own, or it is kept in memory."""
+    name = parsed.database if parsed.drivername == "sqlite" else None
+    return None if name in IN_MEMORY or name.startswith("file:") else Path(name)
+
+
+def _engine(parsed: URL) -> Engine:
     if parsed.drivername == "sqlite":
-        if parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed)
+        engine = create_engine(parsed, poolclass=None if parsed.database in IN_MEMORY else NullPool)
         event.listen(engine, "connect", _sqlite_connected)
         event.listen(engine, "begin", _sqlite_begin)
         return engine

@@ -13,14 +13,16 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from serve.adapters import names
 from serve.adapters.canary import share_of
 from serve.adapters.locks import Locks
+from serve.adapters.names import version_name
 from serve.adapters.slots import Slots
 from serve.adapters.store import Stored
 from serve.errors import Conflict
@@ -80,15 +82,16 @@ class Engine(Protocol):
     async def unload(self, version: Version) -> None: ...
 
 
-def version_name(alias: str, digest: str) -> str:
-    return f"{alias}@{digest[:12]}"
-
-
 class AdapterPool:
-    """Every method runs in the event loop's thread; one lock per version orders its loads."""
+    """Every method runs in the event loop's thread; one lock per version orders its loads.
 
-    def __init__(self, engine: Engine, slots: Slots) -> None:
+    `base_names` are what the base answers to: no alias is published under one of them.
+    """
+
+    def __init__(self, engine: Engine, slots: Slots, base_names: Collection[str] = ()) -> None:
         self._engine, self.slots, self.locks = engine, slots, Locks()
+        self.base_names = frozenset(base_names)
+        self._pinning = asyncio.Lock()
         self._live: dict[str, Route] = {}
         self._loaded: dict[str, Version] = {}  # by name
         self._ids = itertools.count(1)
@@ -114,6 +117,22 @@ class AdapterPool:
         if route is None:
             return None
         version = route.version_for(user)
+        version.leases += 1
+        return version
+
+    def asked(self, model: str) -> tuple[str, Version | None]:
+        """The alias that a model id names; and the version, where it is `alias@digest` of one that
+        is published here. A name that nothing is served under is an alias without a version."""
+        alias, digest = names.asked(model) if model not in self.base_names else (model, "")
+        route = self._live.get(alias)
+        if not digest or route is None:
+            return model, None
+        found = (v for v in route.versions if v.digest.startswith(digest))
+        version = next(found, None)
+        return (alias, version) if version else (model, None)
+
+    def hold(self, version: Version) -> Version:
+        """Lease one version, whoever asks."""
         version.leases += 1
         return version
 
@@ -147,7 +166,12 @@ class AdapterPool:
             return version
 
     async def publish(self, alias: str, route: Route | None) -> None:
-        """Answer an alias by `route` from now on, None: by nothing; retire what it drops."""
+        """Answer an alias by `route` from now on, None: by nothing; retire what it drops.
+
+        BadRequest for a name that is the base's, or none: then the alias is answered by nothing.
+        """
+        if route is not None:
+            names.check(alias, self.base_names)
         old = self._live.get(alias)
         if route is None:
             self._live.pop(alias, None)
@@ -170,6 +194,10 @@ class AdapterPool:
         vLLM cannot unpin: what should be pinned no longer is taken out and put back, which running
         requests do not notice.
         """
+        async with self._pinning:
+            await self._settle_pins()
+
+    async def _settle_pins(self) -> None:
         routes = (route for route in self._live.values() if route.pinned)
         wanted = {route.stable for route in routes if not route.stable.soft}
         for version in self.loaded():

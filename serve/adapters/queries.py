@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, delete, insert, select, update
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import Connection, delete, insert, select, text, update
 
 from serve.adapters import schema
-from serve.adapters.rows import Alias, Event, Record, Snapshot, State
+from serve.adapters.database import REMEDY
+from serve.adapters.rows import ALIAS, RECORD, Alias, Event, Record, Snapshot, State
+from serve.errors import RegistryDown
+
+T = TypeVar("T")
 
 EVENTS_KEPT = 1000  # of each alias
 REPLICA_FORGOTTEN_S = 3600.0  # unseen for so long, a replica is gone, and what it said
@@ -78,7 +83,7 @@ def prune(connection: Connection, name: str, row: Alias | None, keep: int) -> No
 
 
 def add_event(connection: Connection, told: Event, replica: str) -> None:
-    row = {**asdict(told), "at": time.time(), "replica": replica}
+    row = {**asdict(told), "at": now(connection), "replica": replica}
     connection.execute(insert(schema.history).values(row))
 
 
@@ -99,23 +104,43 @@ def states(connection: Connection, name: str) -> list[dict[str, Any]]:
 
 def report(connection: Connection, replica: str, told: Iterable[State]) -> set[str]:
     """Replace what a replica says; the digests that any replica or version still needs."""
-    now = time.time()
+    at = now(connection)
     seen, said = schema.replicas, schema.states
-    gone = select(seen.c.replica).where(seen.c.seen_at < now - REPLICA_FORGOTTEN_S)
+    gone = select(seen.c.replica).where(seen.c.seen_at < at - REPLICA_FORGOTTEN_S)
     connection.execute(delete(said).where(said.c.replica.in_(gone)))
-    connection.execute(delete(seen).where(seen.c.seen_at < now - REPLICA_FORGOTTEN_S))
+    connection.execute(delete(seen).where(seen.c.seen_at < at - REPLICA_FORGOTTEN_S))
     connection.execute(delete(seen).where(seen.c.replica == replica))
-    connection.execute(insert(seen).values(replica=replica, seen_at=now))
+    connection.execute(insert(seen).values(replica=replica, seen_at=at))
     connection.execute(delete(said).where(said.c.replica == replica))
     for state in told:
-        connection.execute(insert(said).values({**asdict(state), "replica": replica, "at": now}))
+        connection.execute(insert(said).values({**asdict(state), "replica": replica, "at": at}))
     named = select(schema.versions.c.digest).union(select(said.c.digest))
     return set(connection.execute(named).scalars())
 
 
+def now(connection: Connection) -> float:
+    """Seconds since 1970 by the database's clock where it has one: replicas' clocks differ."""
+    if connection.dialect.name == "postgresql":
+        told = connection.execute(text("SELECT extract(epoch FROM clock_timestamp())"))
+        return float(told.scalar_one())
+    return time.time()
+
+
 def _to_alias(row: Any) -> Alias:
-    return Alias(**row._mapping)
+    return _checked(ALIAS, row)
 
 
 def _to_record(row: Any) -> Record:
-    return Record(**row._mapping)
+    return _checked(RECORD, row)
+
+
+def _checked(kind: TypeAdapter[T], row: Any) -> T:
+    """RegistryDown for what no release of ours has written: SQLite takes any value anywhere."""
+    try:
+        return kind.validate_python(dict(row._mapping))
+    except ValidationError as fault:
+        first = fault.errors(include_url=False)[0]
+        where = f"{first['loc'][0]}: {first['msg']}" if first["loc"] else first["msg"]
+        raise RegistryDown(f"the adapter registry holds a damaged row ({where}): {REMEDY}") from (
+            fault
+        )

@@ -1,9 +1,15 @@
-"""The registry's rows as objects."""
+"""The registry's rows as objects, and what checks them on their way in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import StringConstraints, TypeAdapter
+
+# A folder of the store is named after it.
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,9 +17,9 @@ class Alias:
     """One alias as it should be; `revision` is the registry's when it last changed."""
 
     alias: str
-    stable: str
-    previous: str | None = None
-    canary: str | None = None
+    stable: Digest
+    previous: Digest | None = None
+    canary: Digest | None = None
     weight: float = 0.0
     pinned: bool = False
     revision: int = 0
@@ -28,7 +34,7 @@ class Record:
     """One immutable version of an alias, and where its bytes were found."""
 
     alias: str
-    digest: str
+    digest: Digest
     source: str
     rank: int
     bytes: int
@@ -67,3 +73,6 @@ class Snapshot:
     revision: int
     aliases: Mapping[str, Alias]
     records: Mapping[tuple[str, str], Record]  # by alias and digest
+
+
+ALIAS, RECORD = TypeAdapter(Alias), TypeAdapter(Record)

@@ -23,7 +23,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from quant.lora import adapter, voice
-from serve.errors import AdapterMissing, AdapterRefused, SourceUnavailable
+from serve.errors import AdapterMissing, AdapterRefused, SourcesBusy, SourceUnavailable
 
 NEEDED = (adapter.CONFIG, adapter.WEIGHTS)
 FILES = (adapter.CONFIG, adapter.LINEAGE, *voice.FILES, adapter.WEIGHTS)  # small ones first
@@ -31,6 +31,8 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?/?")
 CHUNK = 4 << 20
 FETCH_TIMEOUT_S = 600.0
+FETCHES = 8  # from elsewhere at once; one that hangs keeps its thread, and there are no more
+_FETCHING = ThreadPoolExecutor(FETCHES, "fetch")
 # A file by name and its size, as far as it is known; None when it is not there.
 Opener = Callable[[str], tuple[IO[bytes], int] | None]
 T = TypeVar("T")
@@ -45,6 +47,15 @@ class Sources:
     schemes: tuple[str, ...] = ("file", "s3", "gs", "az")
     hub: bool = False
     max_bytes: int = 2 << 30
+
+    def host(self, source: str) -> str:
+        """Where a source lies: a bucket, the hub, or "" for this machine's own folders."""
+        scheme, found, rest = source.partition("://")
+        if not found:
+            return "hf" if self._is_hub_id(source) else ""
+        if scheme in ("file", "hf"):
+            return "" if scheme == "file" else scheme
+        return f"{scheme}://{rest.partition('/')[0]}"
 
     def fetch(self, source: str, into: Path) -> str:
         """Copy an adapter's files into the folder `into`. Blocking.
@@ -233,12 +244,12 @@ def _commit(repo: str, revision: str | None) -> str:
 
 def _remote(work: Callable[[], T], source: str) -> T:
     """Each store has exceptions of its own: a value is easier to judge than `except`."""
-    thread = ThreadPoolExecutor(1, "fetch")
-    fetching = thread.submit(work)
-    thread.shutdown(wait=False)
+    fetching = _FETCHING.submit(work)
     try:
         fault = fetching.exception(FETCH_TIMEOUT_S)
     except TimeoutError as late:
+        if fetching.cancel():
+            raise SourcesBusy(f"{source}: {FETCHES} other fetches have not ended") from late
         raise SourceUnavailable(
             f"{source} took over {FETCH_TIMEOUT_S:g} s", param="source"
         ) from late

@@ -8,26 +8,30 @@ when no request, version or replica can need it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
 from quant import artifact
 from quant.artifact import Manifest
+from quant.durable import settle, settle_all
 from quant.errors import AdapterError
 from quant.lora import adapter, fitting, served, soft_prompt, voice
 from quant.lora.adapter import Adapter
+from quant.lora.folder import read_json
 from quant.lora.soft_prompt import SoftPrompt
 from quant.lora.voice import Voice
-from serve.adapters import units
 from serve.adapters.sources import Sources
-from serve.errors import AdapterRefused, StoreFailed
+from serve.errors import AdapterMissing, AdapterRefused, StoreFailed
 
+logger = logging.getLogger(__name__)
 Taken = Adapter | SoftPrompt
 STAGING = ".partial-"
 STATED = ("r", "lora_alpha", "target_modules")
@@ -113,6 +117,7 @@ class Store:
     sources: Sources
     _moving: Lock = field(default_factory=Lock)
     _found: dict[str, tuple[Stamp, Stored]] = field(default_factory=dict)  # read whole, and right
+    _lost: dict[str, str] = field(default_factory=dict)  # why a copy was thrown away
 
     def take_in(self, source: str, expected: str | None = None) -> Stored:
         """Fetch `source`, validate it and keep it under its digest.
@@ -135,6 +140,11 @@ class Store:
             own = _fit(found, self.base, source)
             self._for_engine(found, source)
             return replace(self._stored(self._keep(staging, found), own, source), source=again)
+        except AdapterMissing as fault:
+            if expected not in self._lost:
+                raise
+            why = f"{fault}; the copy that was kept here was thrown away: {self._lost[expected]}"
+            raise AdapterMissing(why, param=fault.param) from fault
         except OSError as fault:
             raise StoreFailed(f"{source} could not be taken in: {fault}") from fault
         finally:
@@ -143,25 +153,37 @@ class Store:
     def find(self, digest: str) -> Stored | None:
         """What is kept under a digest, read and held against the base again if a file has changed.
 
-        None when it is not there, or its bytes are no longer those of its digest.
+        None when it is not there, or its bytes are no longer those of its digest. AdapterRefused
+        for one that does not fit (any more), StoreFailed for one that cannot be read.
         """
         folder = self.root / digest
-        if not folder.is_dir():
-            return None
+        try:
+            if not folder.is_dir():
+                return None
+            stored = self._read_again(folder, digest)
+        except OSError as fault:
+            raise StoreFailed(f"{digest[:12]} in the store {self.root}: {fault}") from fault
+        if stored is not None:
+            with suppress(OSError):  # another user's: then that user's server sweeps it
+                os.utime(folder)
+        return stored
+
+    def _read_again(self, folder: Path, digest: str) -> Stored | None:
         stamp = _stamp(folder)
         known = self._found.get(digest)
         if known is not None and known[0] == stamp:
-            os.utime(folder)
             return known[1]
         try:
             found = _read(folder, digest[:12])
-        except AdapterRefused:
-            found = None
-        if found is None or found.digest != digest:
+            lost = "" if found.digest == digest else "its bytes have changed"
+        except AdapterRefused as fault:
+            lost = str(fault)
+        if lost:
+            logger.warning("the store throws away its copy of %s: %s", digest[:12], lost)
+            self._lost[digest] = lost
             shutil.rmtree(folder)
             return None
         own = _fit(found, self.base, digest[:12])
-        os.utime(folder)
         self._found[digest] = stamp, self._stored(found, own, digest[:12])
         return self._found[digest][1]
 
@@ -180,14 +202,16 @@ class Store:
     def _keep(self, staging: Path, found: Taken) -> Taken:
         folder = self.root / found.digest
         _shorten(staging, found)
-        _settle(staging)
+        settle_all(staging)
         with self._moving:
             try:
                 os.rename(staging, folder)
             except OSError:
                 if not folder.is_dir():
                     raise
-            os.utime(folder)  # another intake may have been quicker; the digests say it is the same
+            settle(self.root)
+            with suppress(OSError):  # another intake may have been quicker, and another user's
+                os.utime(folder)
         return replace(found, folder=folder)
 
     def _stored(self, found: Taken, own: Voice, source: str) -> Stored:
@@ -206,11 +230,14 @@ class Store:
         folder = found.folder / f"for-{self.base.artifact}"
         if folder.is_dir():
             return folder
+        from serve.adapters import units  # noqa: PLC0415 - torch, which no check before the start needs
+
         staging = Path(tempfile.mkdtemp(dir=found.folder, prefix=STAGING))
         try:
             units.write(found, scales, staging)
-            _settle(staging)
+            settle_all(staging)
             os.rename(staging, folder)
+            settle(found.folder)
         except AdapterError as fault:
             raise _refused(fault, found.folder, source) from fault
         except OSError:
@@ -269,19 +296,9 @@ def _shorten(staging: Path, found: Taken) -> None:
         (staging / voice.TOKENIZER).unlink()
 
 
-def _settle(folder: Path) -> None:
-    for file in folder.iterdir():
-        if file.is_file():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-
-
 def _check_stated(config: Path, source: str) -> None:
     """What PEFT and we have defaults or patience for, and vLLM has not."""
-    try:
-        stated = json.loads(config.read_text("utf-8"))
-    except ValueError as fault:
-        raise AdapterRefused(f"{source}/{config.name} is not UTF-8", param=config.name) from fault
+    stated = read_json(config)
     for name in STATED:
         if stated.get(name) is None:
             raise AdapterRefused(f"{source}/{config.name} does not state {name}", param=name)
