@@ -18,7 +18,7 @@ import typer
 
 from quant import artifact
 from quant import cli as quant_cli
-from serve import keys
+from serve import keys, registry_cli
 from serve import settings as serve_settings
 from serve.errors import ServeError, SettingsError
 from serve.settings import Settings
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.registered_commands += quant_cli.app.registered_commands
 app.registered_groups += quant_cli.app.registered_groups
+app.add_typer(registry_cli.app, name="registry")
 
 
 def main() -> None:

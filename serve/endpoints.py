@@ -31,6 +31,7 @@ from serve.errors import (
 )
 from serve.serving import Serving
 from serve.soft_prompts import SoftPrompts
+from serve.tryout import Tryout
 from serve.turn import Turn, current, ledger
 
 
@@ -47,27 +48,33 @@ class EngineUnloadFailed(ServeError):
 
 
 class VllmEngine:
-    """The pool's engine: vLLM's client, addressed by LoRARequest.
+    """The pool's engine: vLLM's client, addressed by LoRARequest; `chats` writes its chats.
 
     Soft prompts stay in this process; `soft` is None where vLLM was not told to expect them.
     """
 
-    def __init__(self, client: Any, soft: SoftPrompts | None) -> None:
+    def __init__(self, client: Any, soft: SoftPrompts | None, chats: Any) -> None:
         self._client, self.soft = client, soft
+        self._tryout = Tryout(client, chats)
         self._templates = vllm_compat.takes_templates(client.renderer)
 
     async def load(self, version: Version) -> None:
+        """Into the engine; AdapterRefused for what no request would get through with."""
         if version.stored.voice.templates and not self._templates:
             raise AdapterRefused(
                 "the base's tokenizer writes chats without templates, so the adapter's chat "
                 "template has no place; take it out of the folder, or merge the adapter",
                 param="chat_template",
             )
-        if version.soft:
-            if self.soft is None:
-                raise Conflict(
-                    f"{version.alias!r} is prompt-tuned: start the server with --prompt-tuning"
-                )
+        if version.soft and self.soft is None:
+            raise Conflict(
+                f"{version.alias!r} is prompt-tuned: start the server with --prompt-tuning"
+            )
+        await self._tryout.of(version)
+        await self._give(version)
+
+    async def _give(self, version: Version) -> None:
+        if version.soft and self.soft is not None:
             await self.soft.load(version)
             return
         fault = await _fault_of(self._client.add_lora(request_of(version)))
@@ -77,7 +84,7 @@ class VllmEngine:
 
     async def pin(self, version: Version) -> bool:
         """Whether vLLM did. It may have dropped the version from memory: it is given it again."""
-        await self.load(version)
+        await self._give(version)
         return await _fault_of(self._client.pin_lora(version.slot)) is None
 
     async def unload(self, version: Version) -> None:
@@ -155,7 +162,7 @@ class Endpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         base_name, *others = map(str, args.served_model_name)
-        engine = VllmEngine(engine_client, _soft_prompts(engine_client))
+        engine = VllmEngine(engine_client, _soft_prompts(engine_client), state.online_renderer)
         serving = Serving(settings.load(), engine, stats.metrics, base_name, *others)
         serving.ready_fd = vars(args).get("quantserve_ready_fd")
         state.quantserve = serving

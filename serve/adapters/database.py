@@ -27,6 +27,7 @@ ANSWER_TIMEOUT_S = 15.0
 # The database gives up before we do, so that no statement of ours takes effect after its refusal.
 SQLITE_WAIT_S, SQLITE_RETRY_S = 5.0, 0.01
 COMMIT_S = 2.0  # that are left for it, or nothing is committed: its caller may have gone
+SMALLEST_PAGE = 512  # of SQLite's: its files are whole pages
 IN_MEMORY = (None, "", ":memory:")
 REMEDY = "`quantserve registry check` says more, `quantserve registry restore` puts it right"
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -51,6 +52,8 @@ class Database:
         self.file = _file(parsed)
         self.name = str(self.file or parsed.render_as_string(hide_password=True))
         self._engine = _engine(parsed)
+        if self.local:
+            event.listen(self._engine, "connect", self._sqlite_connected)
         self._thread = ThreadPoolExecutor(1, "registry")
 
     @property
@@ -72,9 +75,18 @@ class Database:
             return
         if not self.was_there:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-        elif not (self.file.is_file() and self.file.stat().st_size):
-            gone = "empty" if self.file.exists() else "gone"
+            return
+        size = self.file.stat().st_size if self.file.is_file() else 0
+        if not size or size % SMALLEST_PAGE:
+            gone = "cut short" if size else "empty" if self.file.exists() else "gone"
             raise RegistryDown(f"the adapter registry {self.name} is {gone}: {REMEDY}")
+
+    def _sqlite_connected(self, connection: Any, _: object) -> None:
+        connection.isolation_level = None  # transactions begin below, not inside the driver
+        connection.execute(f"PRAGMA busy_timeout={SQLITE_WAIT_S * 1000:.0f}")
+        if not self.was_there:  # the file remembers it; and another's is not to be changed
+            _write_ahead(connection)
+        connection.execute("PRAGMA synchronous=FULL")
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -138,7 +150,6 @@ def _file(parsed: URL) -> Path | None:
 def _engine(parsed: URL) -> Engine:
     if parsed.drivername == "sqlite":
         engine = create_engine(parsed, poolclass=None if parsed.database in IN_MEMORY else NullPool)
-        event.listen(engine, "connect", _sqlite_connected)
         event.listen(engine, "begin", _sqlite_begin)
         return engine
     theirs = parsed.query.get("options", "")  # of libpq: a search_path, say
@@ -149,13 +160,6 @@ def _engine(parsed: URL) -> Engine:
         raise SettingsError(
             "database_url: PostgreSQL needs psycopg: pip install 'quantserve[postgres]'"
         ) from fault
-
-
-def _sqlite_connected(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # transactions begin below, not inside the driver
-    connection.execute(f"PRAGMA busy_timeout={SQLITE_WAIT_S * 1000:.0f}")
-    _write_ahead(connection)
-    connection.execute("PRAGMA synchronous=FULL")
 
 
 def _write_ahead(connection: Any) -> None:

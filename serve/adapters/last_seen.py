@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,9 @@ def read(path: Path) -> Seen | None:
 
 
 def write(path: Path, seen: Seen) -> None:
-    """In place of what was there, by one rename. OSError."""
+    """In place of what was there, by one rename; what cannot be understood is kept. OSError."""
+    if path.exists() and read(path) is None:
+        path.rename(path.with_name(f"{path.name}.damaged-{int(time.time())}"))
     snapshot = seen.snapshot
     told = {
         "identity": seen.identity,

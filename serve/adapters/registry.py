@@ -112,7 +112,14 @@ class Registry:
         return await self._database.read(await self._confirmed(work))
 
     async def _write(self, work: Callable[[Connection], T]) -> T:
-        return await self._database.write(await self._confirmed(work))
+        """Nothing is acknowledged that a damaged file may not hold."""
+        confirmed = await self._confirmed(work)
+
+        def written(connection: Connection) -> T:
+            schema.check_pages(connection)
+            return confirmed(connection)
+
+        return await self._database.write(written)
 
     async def _confirmed(self, work: Callable[[Connection], T]) -> Callable[[Connection], T]:
         """The work, after a look at whether this is still the same registry."""

@@ -129,8 +129,7 @@ def prepare(connection: Connection, known: str | None = None) -> str:
     """
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
-    else:
-        _check_pages(connection)
+    check_pages(connection)
     if known is not None:
         confirm(connection, known)
     registry.create(connection, checkfirst=True)
@@ -172,8 +171,10 @@ def confirm(connection: Connection, known: str) -> None:
     )
 
 
-def _check_pages(connection: Connection) -> None:
+def check_pages(connection: Connection) -> None:
     """RegistryDown for a SQLite file with damage that no statement of ours may meet for weeks."""
+    if connection.dialect.name != "sqlite":
+        return
     found = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
     if found != "ok":
         raise RegistryDown(f"the adapter registry is damaged ({found}): {REMEDY}")
