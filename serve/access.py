@@ -6,20 +6,20 @@ Denies by default: a path that is not listed needs the admin scope. Bodies are n
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.routing import Match
 
-from serve.answer import Answer, Message, Send
+from serve.answer import Answer, Message, Receive, Send
 from serve.errors import Draining, Forbidden, ServeError
 from serve.keys import ANYONE
-from serve.turn import Turn, current
+from serve.turn import Turn, current, tidy_id
 
 if TYPE_CHECKING:
     from serve.serving import Serving
-
-Receive = Callable[[], Awaitable[Message]]
 
 OPEN = ("/livez", "/readyz", "/health")
 INFERENCE = ("/v1/", "/v2/", "/tokenize", "/detokenize", "/generative_scoring", "/invocations",
@@ -30,10 +30,14 @@ SESSION = (b"x-session-id", b"x-user-id")  # whom an answer is for, where severa
 
 
 class Gate:
-    """ASGI middleware; finds the server's state on the app it is mounted in."""
+    """ASGI middleware; finds the server's state on the app it is mounted in.
+
+    Outside of Starlette's own error handling: what nobody handles is answered and counted, too.
+    """
 
     def __init__(self, app: Any) -> None:
         self._app = app
+        self._ids: set[str] = set()  # of the requests being answered
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -41,26 +45,40 @@ class Gate:
             return
         serving: Serving = scope["app"].state.quantserve
         scope["path"] = _tidy(scope["path"])
-        turn = Turn()
-        answer = Answer(serving, turn, scope["path"], send)
-        answer.request_id = _header(scope, b"x-request-id") or turn.id
-        answer.counted = scope.get("method") == "POST" and _scope_of(scope["path"]) == "inference"
-        try:
-            _admit(serving, scope, turn)
-        except ServeError as fault:
-            await (_refuse_socket(send) if scope["type"] == "websocket" else answer.refuse(fault))
-            return
-        if scope["type"] == "websocket" or scope["path"] in (*OPEN, "/metrics"):
-            await self._app(scope, receive, send)
-            return
-        token = current.set(turn)
+        with self._turn(serving, scope) as turn:
+            answer = Answer(serving, turn, scope["path"], send)
+            answer.counted = (
+                scope.get("method") == "POST" and _scope_of(scope["path"]) == "inference"
+            )
+            answer.bare = scope["path"] in OPEN
+            try:
+                _admit(serving, scope, turn)
+            except ServeError as fault:
+                refused = scope["type"] == "websocket"
+                await (_refuse_socket(send) if refused else answer.end_with(fault))
+                return
+            if scope["type"] == "websocket":
+                await self._app(scope, receive, send)
+                return
+            in_flight = serving.metrics.in_flight
+            with in_flight.track_inprogress() if answer.counted else nullcontext():
+                await answer.run(partial(self._app, scope), receive)
+
+    @contextmanager
+    def _turn(self, serving: Serving, scope: Message) -> Iterator[Turn]:
+        """This request's turn, under an id that no other request has while it is answered."""
+        asked = tidy_id(_header(scope, b"x-request-id"))
+        turn = Turn(request_id=asked)
+        if asked:
+            turn.id = asked if asked not in self._ids else f"{asked}-{turn.id[:8]}"
         _set_header(scope, b"x-request-id", turn.id)
-        serving.metrics.in_flight.inc()
+        self._ids.add(turn.id)
+        token = current.set(turn)
         try:
-            await self._app(scope, receive, answer.send)
+            yield turn
         finally:
-            serving.metrics.in_flight.dec()
             current.reset(token)
+            self._ids.discard(turn.id)
             if turn.version is not None:
                 serving.pool.release(turn.version)
 

@@ -13,12 +13,15 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
-from serve import admin, controllers, health, settings, stats, vllm_compat, voices
+from serve import admin, controllers, health, logs, settings, stats, vllm_compat, voices
+from serve.access import Gate
 from serve.adapters.canary import opening_of
 from serve.adapters.pool import AdapterPool, Version
 from serve.errors import (
@@ -32,7 +35,8 @@ from serve.errors import (
 from serve.serving import Serving
 from serve.soft_prompts import SoftPrompts
 from serve.tryout import Tryout
-from serve.turn import Turn, current, ledger
+from serve.turn import Turn, current
+from serve.validation import explain
 
 
 class EngineLoadFailed(ServeError):
@@ -158,6 +162,7 @@ class Endpoints:
 
         app.include_router(health.routes(lambda: not serving().draining, probe))
         app.add_exception_handler(ServeError, answer_error)
+        enclose(app)
         app.router.lifespan_context = _stopping(app.router.lifespan_context, serving)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -168,7 +173,9 @@ class Endpoints:
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
         _give_voice(state, serving)
-        vllm_compat.watch_requests(_watch)
+        serving.engine_ended = lambda: bool(engine_client.errored)
+        stats.follow(engine_client.output_processor, base_name)
+        vllm_compat.watch_requests(_watching(base_name))
         vllm_compat.end_quietly(engine_client)
         for method in ("generate", "encode"):
             stock = getattr(engine_client, method)
@@ -182,12 +189,36 @@ def _stopping(stock: Any, serving: Callable[[], Serving]) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with stock(app) as state:
+            logs.attach(is_clients)
             try:
                 yield state
             finally:
                 await serving().stop()
 
     return lifespan
+
+
+def enclose(app: FastAPI) -> None:
+    """Put the gate around all that answers, Starlette's own handling of exceptions included.
+
+    By the time the stack is built, vLLM has registered its handlers: of what nobody handles, which
+    the gate answers, and of bodies that are not valid, which it words by Python's repr.
+    """
+    stock = app.build_middleware_stack
+
+    def build_middleware_stack() -> Any:
+        app.exception_handlers.pop(Exception, None)
+        app.exception_handlers[RequestValidationError] = answer_invalid
+        return Gate(stock())
+
+    app.build_middleware_stack = build_middleware_stack  # type: ignore[method-assign]
+
+
+def is_clients(fault: BaseException) -> bool:
+    """Whether vLLM answers this exception with a status of the client's."""
+    if isinstance(fault, ServeError):
+        return fault.status < 500
+    return isinstance(fault, Exception) and int(create_error_response(fault).error.code) < 500
 
 
 def _soft_prompts(client: Any) -> SoftPrompts | None:
@@ -212,7 +243,7 @@ def _publish(models: Any, serving: Serving) -> None:
         known = bool(stock(name))
         turn = current.get()
         if known and turn is not None:
-            turn.alias = name
+            turn.alias = serving.base_name
         return known
 
     models.model_name, models.is_base_model = model_name, is_base_model
@@ -229,18 +260,23 @@ def _give_voice(state: Any, serving: Serving) -> None:
             handler.default_sampling_params = voices.Defaults(handler.default_sampling_params)
 
 
-def _watch(asked: Mapping[str, Any]) -> None:
-    """Note whom a request is for; BadRequest where it brings embeddings, which only we make."""
-    turn, user = current.get(), asked.get("user")
-    if turn is not None:
-        turn.user = user if isinstance(user, str) else ""
-        turn.opening = opening_of(asked)
-    if asked.get("prompt_embeds") is not None:
-        raise BadRequest("embeddings cannot be sent to this server", param="prompt_embeds")
+def _watching(base_name: str) -> Callable[[Mapping[str, Any]], None]:
+    def watch(asked: Mapping[str, Any]) -> None:
+        """Note whom a request is for; BadRequest where it brings embeddings, which only we make."""
+        turn, user = current.get(), asked.get("user")
+        if turn is not None:
+            turn.user = user if isinstance(user, str) else ""
+            turn.opening = opening_of(asked)
+            if not asked.get("model"):  # the base answers who names nothing
+                turn.alias = turn.alias or base_name
+        if asked.get("prompt_embeds") is not None:
+            raise BadRequest("embeddings cannot be sent to this server", param="prompt_embeds")
+
+    return watch
 
 
 def _placing(stock: Any, serving: Serving, soft: SoftPrompts | None) -> Any:
-    """vLLM's `generate` or `encode`: note which alias it is for, and see to the adapter's place.
+    """vLLM's `generate` or `encode`: see to the adapter's place.
 
     A request of an adapter waits here until the engine may be asked for it, and holds its version
     until the engine has answered, also where the HTTP request ends before (background responses).
@@ -248,7 +284,8 @@ def _placing(stock: Any, serving: Serving, soft: SoftPrompts | None) -> Any:
 
     def asked(prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         turn = current.get()
-        ledger.note(request_id, turn.alias or serving.base_name if turn else serving.base_name)
+        if turn is not None:
+            turn.alias = turn.alias or serving.base_name
         generates = isinstance(params, SamplingParams)
         if generates:
             voices.add_stops(params)
@@ -305,6 +342,13 @@ def _model_routes(app: FastAPI) -> APIRouter:
         raise ModelNotFound(f"the model {model!r} does not exist", param="model")
 
     return router
+
+
+async def answer_invalid(_: Any, fault: Exception) -> JSONResponse:
+    """A body that does not fit its schema, as one sentence."""
+    assert isinstance(fault, RequestValidationError)
+    message, field = explain(fault.errors(), fault.body)
+    return await answer_error(None, BadRequest(message, param=field))
 
 
 async def answer_error(_: Any, fault: Exception) -> JSONResponse:

@@ -60,7 +60,6 @@ def flags(settings: Settings, facts: Facts) -> list[str]:
     """vLLM's command line."""
     name = settings.model_name or settings.artifact.resolve().name
     given = ["--model", str(settings.artifact), "--served-model-name", name]
-    given += ["--middleware", "serve.access.Gate"]
     given += ["--host", settings.host, "--port", str(settings.port), "--disable-fastapi-docs"]
     given += ["--shutdown-timeout", str(round(settings.drain_timeout)), "--max-model-len", "-1"]
     given += ["--generation-config", "auto", "--disable-uvicorn-access-log"]

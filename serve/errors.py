@@ -1,6 +1,7 @@
 """What can go wrong while serving, as nouns with a status; the one table is the class attributes.
 
-Every error a client sees is OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
+Every error a client sees is OpenAI's shape: {"error": {"message", "type", "param", "code"}}; on
+Anthropic's routes it is theirs (serve/wire.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ class ServeError(Exception):
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
     retry_after_s: ClassVar[int | None] = None
+    refuses: ClassVar[bool] = True  # a 429 or 503 turns a request away; False: it was lost
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -93,6 +95,14 @@ class Draining(ServeError):
 class AdapterSlotsFull(ServeError):
     status, type, code = 503, "server_error", "adapter_slots_full"
     retry_after_s = 5
+
+
+class EngineEnded(ServeError):
+    """The engine ended under a request, which may be sent again: another is on its way."""
+
+    status, type, code = 503, "server_error", "engine_ended"
+    retry_after_s = 5
+    refuses = False
 
 
 class Conflict(ServeError):

@@ -9,7 +9,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +63,9 @@ class Serving:
         self.started = int(time.time())
         self._following: list[asyncio.Task[None]] = []
         self._spare: tempfile.TemporaryDirectory[str] | None = None
+        self.engine_ended: Callable[[], bool] = lambda: False
+        metrics.served = lambda name: name == base_name or self.pool.get(name) is not None
+        metrics.open_books(base_name)
 
     async def start(self) -> None:
         """Load what the registry wants and the operator gave, then follow the registry."""

@@ -7,8 +7,8 @@ token. It lives in a context variable: no body is parsed twice for it.
 
 from __future__ import annotations
 
+import re
 import time
-from collections import OrderedDict
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -16,12 +16,14 @@ from uuid import uuid4
 from serve.adapters.pool import Version
 from serve.errors import ServeError
 
-REMEMBERED = 20_000  # requests whose alias is kept for the engine's closing statistics
+ID_LENGTH = 128
+_ID = re.compile(r"[^A-Za-z0-9._:+/=@-]")
 
 
 @dataclass(slots=True)
 class Turn:
-    id: str = field(default_factory=lambda: uuid4().hex)
+    id: str = field(default_factory=lambda: uuid4().hex)  # in our log and in vLLM's
+    request_id: str = ""  # what the client calls it; `id` begins with it
     began: float = field(default_factory=time.monotonic)
     alias: str = ""  # "" until vLLM has found the model
     version: Version | None = None
@@ -31,6 +33,14 @@ class Turn:
     opening: str = ""  # how its conversation begins
     fault: ServeError | None = None  # why it gets no answer, where vLLM would say it worse
 
+    def __post_init__(self) -> None:
+        self.request_id = self.request_id or self.id
+
+    @property
+    def served(self) -> str:
+        """The alias that answers, or the base; empty until a model was found."""
+        return self.version.alias if self.version else self.alias
+
     @property
     def identity(self) -> str:
         """Whom the answer is for. Many may share a key: where nobody is named, those who go on
@@ -39,23 +49,9 @@ class Turn:
         return self.session or self.user or talk or self.id
 
 
+def tidy_id(given: str | None) -> str:
+    """A client's request id as far as it may stand in a header and in a line of a log."""
+    return _ID.sub("", given[: 8 * ID_LENGTH])[:ID_LENGTH] if given else ""
+
+
 current: ContextVar[Turn | None] = ContextVar("turn", default=None)
-
-
-class Ledger:
-    """Engine request id -> alias; bounded, oldest forgotten first."""
-
-    def __init__(self) -> None:
-        self._aliases: OrderedDict[str, str] = OrderedDict()
-
-    def note(self, request_id: str, alias: str) -> None:
-        self._aliases[request_id] = alias
-        while len(self._aliases) > REMEMBERED:
-            self._aliases.popitem(last=False)
-
-    def settle(self, request_id: str | None) -> str | None:
-        """The alias of a finished request; forgets it."""
-        return self._aliases.pop(request_id, None) if request_id else None
-
-
-ledger = Ledger()

@@ -102,14 +102,34 @@ async def put(serving: Serving, alias: str, folder: Path) -> Version:
     return route.stable
 
 
-async def test_a_client_finds_its_own_request_id_but_vllm_gets_ours(
+async def test_a_clients_request_id_is_the_answers_and_vllms(
     client: httpx.AsyncClient, serving: Serving, folders: list[Path]
 ) -> None:
     await put(serving, "legal", folders[0])
+    for given, kept in [("mine-1", "mine-1"), ("a b\x1b[1m", "ab1m"), ("x" * 5000, "x" * 128)]:
+        headers = {**APP, "x-request-id": given}
+        answer = await client.post("/v1/chat", json={"model": "legal"}, headers=headers)
+        assert answer.headers.get_list("x-request-id") == [kept]
+        assert answer.text.endswith(f"data: {kept}\n\n")
+
+
+async def test_two_requests_under_one_id_are_two_to_vllm(
+    client: httpx.AsyncClient, app: Starlette, serving: Serving, folders: list[Path]
+) -> None:
+    await put(serving, "legal", folders[0])
+    app.state.resume.clear()
     headers = {**APP, "x-request-id": "mine"}
-    answer = await client.post("/v1/chat", json={"model": "legal"}, headers=headers)
-    assert answer.headers["x-request-id"] == "mine"
-    assert "mine" not in answer.text
+    asked = [
+        asyncio.create_task(client.post("/v1/chat", json={"model": "legal"}, headers=headers))
+        for _ in range(2)
+    ]
+    while serving.metrics.in_flight._value.get() < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    app.state.resume.set()
+    answers = await asyncio.gather(*asked)
+    assert [answer.headers["x-request-id"] for answer in answers] == ["mine", "mine"]
+    ids = {answer.text.split("data: ")[-1].strip() for answer in answers}
+    assert len(ids) == 2 and all(name.startswith("mine") for name in ids)
 
 
 async def test_a_swap_between_two_lookups_does_not_split_a_request(
@@ -155,11 +175,12 @@ async def test_requests_and_first_tokens_are_booked_on_their_alias(
 ) -> None:
     await put(serving, "booked", folders[0])
     await client.post("/v1/chat", json={"model": "booked"}, headers=APP)
-    assert serving.metrics.requests.labels("booked", "200")._value.get() == 1
+    assert serving.metrics.requests.labels("booked", "ok")._value.get() == 1
     assert serving.metrics.ttft.labels("booked")._sum.get() > 0
-    serving.metrics.forget("booked")
+    await serving.catalog.delete("booked", BY)
     labels = [s.labels for m in serving.metrics.requests.collect() for s in m.samples]
     assert "booked" not in json.dumps(labels)
+    assert serving.metrics.requests.labels("gone", "ok")._value.get() == 1
 
 
 @pytest.mark.parametrize("header", ["x-session-id", "x-user-id"])

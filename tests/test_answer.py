@@ -1,34 +1,58 @@
-"""The way out: an adapter's request that finds no slot is a 503 before anything was streamed."""
+"""The way out: every request gets an end, in its API's shape, and is counted once, by that end."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 from vllm.exceptions import GenerationError
 
-from serve.access import Gate
-from serve.endpoints import Published, _placing
+from serve.answer import Answer
+from serve.endpoints import Published, _placing, enclose
+from serve.errors import EngineEnded
 from serve.serving import Serving
+from serve.turn import Turn
 from tests.fakes import APP, BY, settled
+
+CHAT = "/v1/chat/completions"
+STREAMS = (CHAT, "/v1/completions", "/v1/responses", "/v1/messages")
+FINISHED = {
+    "/v1/messages": 'event: message_stop\ndata: {"type": "message_stop"}\n\n',
+    "/v1/responses": 'event: response.completed\ndata: {"type": "response.completed"}\n\n',
+}
+VLLMS = {
+    "/v1/messages": 'event: error\ndata: {"type":"error","error":{"type":"internal_error",'
+    '"message":"1 validation error for X\\nid\\n  Field required [type=missing, input_type=dict]"}}'
+    "\n\n",
+}
+ERROR = 'data: {"error": {"message": "", "type": "X", "param": null, "code": 500}}\n\n'
+
+
+def finished(path: str) -> str:
+    return FINISHED.get(path, "data: [DONE]\n\n")
+
+
+class Boom(RuntimeError):
+    pass
 
 
 @pytest.fixture
-def app(serving: Serving) -> Starlette:
-    """`/v1/chat` as vLLM has it: it generates, and words every fault itself."""
-    made = Starlette(
-        routes=[Route("/v1/chat", chat, methods=["POST"])], middleware=[Middleware(Gate)]
-    )
+def app(serving: Serving) -> FastAPI:
+    """vLLM's routes as they behave: they generate, and word every fault themselves."""
+    made = FastAPI()
+    for path in STREAMS:
+        made.add_api_route(path, chat, methods=["POST"])
     made.state.quantserve, made.state.published = serving, Published(serving.pool)
     made.state.resume = asyncio.Event()
     made.state.resume.set()
@@ -39,30 +63,46 @@ def app(serving: Serving) -> Starlette:
         yield "last"
 
     made.state.engine = SimpleNamespace(generate=_placing(stock, serving, None))
+    enclose(made)
     return made
 
 
 async def chat(request: Request) -> Response:
-    state, body = request.app.state, await request.json()
+    """`how` in the body says how the answer ends."""
+    body = await request.json()
+    how = body.get("how", "whole")
+    if how == "raises":
+        raise Boom("'content'")
+    if how in ("400", "429", "500", "503"):
+        fault = {"message": "no", "type": "X", "param": None, "code": int(how)}
+        return JSONResponse({"error": fault}, int(how))
+    state = request.app.state
     assert body["model"] == "base" or body["model"] in state.published
-    answers = state.engine.generate("", None, f"r-{id(request)}")
-
-    async def chunks() -> AsyncIterator[str]:
-        try:
-            async for answer in answers:
-                yield f"data: {answer}\n\n"
-        except GenerationError:
-            yield 'data: {"error": "in vLLM\'s words"}\n\n'
-        yield "data: [DONE]\n\n"
-
+    chunks = pieces(state, request.url.path, how)
     if body.get("stream"):
-        return StreamingResponse(chunks(), media_type="text/event-stream")
-    whole = [chunk async for chunk in chunks()]
-    return JSONResponse(whole, 500 if "error" in "".join(whole) else 200)
+        return StreamingResponse(chunks, media_type="text/event-stream")
+    whole = [chunk async for chunk in chunks]
+    return JSONResponse(whole, 500 if '"error"' in "".join(whole) else 200)
+
+
+async def pieces(state: Any, path: str, how: str) -> AsyncIterator[str]:
+    if how == "error first":
+        yield ERROR
+    try:
+        async for answer in state.engine.generate("", None, "r"):
+            yield f'data: {{"id": "{answer}"}}\n\n'
+            if how == "raises inside":
+                raise Boom("in mid-stream")
+    except GenerationError:
+        yield 'data: {"error": {"message": "in vLLM\'s words", "code": 500}}\n\n'
+    if how == "error":
+        yield VLLMS.get(path, ERROR)
+    if how not in ("unfinished", "error"):
+        yield finished(path)
 
 
 @pytest.fixture
-async def client(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=APP) as made:
         yield made
@@ -76,6 +116,37 @@ async def every_slot_held(serving: Serving) -> AsyncIterator[None]:
         yield
 
 
+def books(serving: Serving) -> dict[tuple[str, str], float]:
+    """(alias, outcome) -> requests, of what was counted at all."""
+    (family,) = serving.metrics.requests.collect()
+    return {
+        (s.labels["alias"], s.labels["outcome"]): s.value
+        for s in family.samples
+        if s.name.endswith("_total") and s.value
+    }
+
+
+def errors(serving: Serving) -> dict[tuple[str, str], float]:
+    (family,) = serving.metrics.errors.collect()
+    return {(s.labels["alias"], s.labels["code"]): s.value for s in family.samples
+            if s.name.endswith("_total")}  # fmt: skip
+
+
+def fault_of(path: str, text: str) -> dict[str, Any]:
+    """The error object of an error answer, or of the error event of a stream."""
+    line = next((x for x in text.split("\n") if x.startswith("data: ") and '"error"' in x), text)
+    body = json.loads(line.removeprefix("data: "))
+    if path == "/v1/messages":
+        assert body["type"] == "error" and body["request_id"]
+        assert set(body["error"]) == {"type", "message"}
+    else:
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert isinstance(body["error"]["code"], str)
+    fault: dict[str, Any] = body["error"]
+    assert fault["message"] and "'" not in fault["message"].replace("request's", "")
+    return fault
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_no_slot_is_503_with_the_time_to_come_back_and_the_base_still_answers(
     client: httpx.AsyncClient, serving: Serving, folders: list[Path], *, stream: bool
@@ -83,15 +154,16 @@ async def test_no_slot_is_503_with_the_time_to_come_back_and_the_base_still_answ
     await serving.catalog.put("legal", str(folders[0]), BY)
     async with every_slot_held(serving):
         told = {"model": "legal", "stream": stream}
-        answer = await client.post("/v1/chat", json=told)
-        base = await client.post("/v1/chat", json={"model": "base", "stream": stream})
+        answer = await client.post(CHAT, json=told)
+        base = await client.post(CHAT, json={"model": "base", "stream": stream})
     fault = answer.json()["error"]
     assert (answer.status_code, fault["code"]) == (503, "adapter_slots_full")
-    assert int(answer.headers["retry-after"]) > 0
+    assert answer.headers["retry-after"] == "5"
     assert "in vLLM's words" not in answer.text and "--max-adapters" in fault["message"]
     assert base.status_code == 200
-    assert serving.metrics.requests.labels("legal", "503")._value.get() == 1
-    assert (await client.post("/v1/chat", json=told)).status_code == 200
+    assert books(serving) == {("legal", "refused"): 1, ("base", "ok"): 1}
+    assert errors(serving) == {("legal", "adapter_slots_full"): 1}
+    assert (await client.post(CHAT, json=told)).status_code == 200
 
 
 async def test_a_stream_that_waited_for_its_slot_comes_whole(
@@ -99,15 +171,258 @@ async def test_a_stream_that_waited_for_its_slot_comes_whole(
 ) -> None:
     await serving.catalog.put("legal", str(folders[0]), BY)
     async with every_slot_held(serving):
-        asked = asyncio.create_task(
-            client.post("/v1/chat", json={"model": "legal", "stream": True})
-        )
-        await asyncio.sleep(0.03)
-        assert not asked.done() and serving.pool.slots.waiting == 1
+        asked = asyncio.create_task(client.post(CHAT, json={"model": "legal", "stream": True}))
+        while not serving.pool.slots.waiting:  # noqa: ASYNC110 - the slots have no event for it
+            await asyncio.sleep(0.01)
+        assert not asked.done()
     answer = await asked
     assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
     assert answer.headers["content-type"].startswith("text/event-stream")
-    assert serving.metrics.ttft.labels("legal")._sum.get() > 0.02
+    assert serving.metrics.ttft.labels("legal")._sum.get() > 0
     await settled()
     route = serving.pool.get("legal")
     assert route is not None and route.stable.leases == 0
+
+
+@pytest.mark.parametrize("path", STREAMS)
+@pytest.mark.parametrize(
+    ("how", "status", "outcome"),
+    [
+        ("whole", 200, "ok"),
+        ("400", 400, "client_error"),
+        ("429", 429, "refused"),
+        ("500", 500, "server_error"),
+        ("503", 503, "refused"),
+        ("raises", 500, "server_error"),
+        ("error first", 500, "server_error"),
+        ("error", 200, "stream_error"),
+        ("raises inside", 200, "stream_error"),
+        ("unfinished", 200, "stream_error"),
+    ],
+)
+async def test_a_stream_is_counted_once_by_its_end_and_a_failure_is_told(
+    client: httpx.AsyncClient, serving: Serving, path: str, how: str, status: int, outcome: str
+) -> None:
+    told = {"model": "base", "stream": True, "how": how}
+    answer = await client.post(path, json=told, headers={"x-request-id": "mine"})
+    counted = books(serving)
+    assert answer.status_code == status and answer.headers["x-request-id"] == "mine"
+    assert {end for _, end in counted} == {outcome} and list(counted.values()) == [1]
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
+    if outcome == "ok":
+        assert answer.text.endswith(finished(path)) and not errors(serving)
+        return
+    fault = fault_of(path, answer.text)
+    assert sum(errors(serving).values()) == 1
+    if outcome in ("server_error", "stream_error"):
+        assert fault["type"] == ("api_error" if path == "/v1/messages" else "server_error")
+        assert "internal_error" in next(iter(errors(serving)))
+        assert "request" in fault["message"] or fault["message"] == "no"
+
+
+@pytest.mark.parametrize("how", ["whole", "400", "503", "raises"])
+async def test_a_plain_answer_is_counted_once_by_its_end(
+    client: httpx.AsyncClient, serving: Serving, how: str
+) -> None:
+    answer = await client.post(CHAT, json={"model": "base", "how": how})
+    outcome = {"whole": "ok", "400": "client_error", "503": "refused"}.get(how, "server_error")
+    assert [end for _, end in books(serving)] == [outcome] and sum(books(serving).values()) == 1
+    assert answer.headers["x-request-id"]
+    if how != "whole":
+        assert fault_of(CHAT, answer.text)["code"]
+
+
+async def test_what_nobody_handles_is_logged_once_with_its_traceback_and_id(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        answer = await client.post(CHAT, json={"how": "raises"}, headers={"x-request-id": "mine"})
+    assert fault_of(CHAT, answer.text)["code"] == "internal_error"
+    (record,) = [r for r in caplog.records if r.exc_info]
+    assert "mine" in record.getMessage() and record.exc_info and record.exc_info[0] is Boom
+
+
+async def test_a_body_that_does_not_fit_names_its_field(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    async def ask(body: dict[str, int]) -> dict[str, int]:
+        return body
+
+    app.add_api_route("/v1/ask", ask, methods=["POST"])
+    answer = await client.post("/v1/ask", json={"n": "many"})
+    fault = fault_of("/v1/ask", answer.text)
+    assert (answer.status_code, fault["param"], fault["code"]) == (400, "n", "invalid_request")
+
+
+async def test_an_engine_that_has_ended_asks_for_the_request_again_and_is_a_failure_of_ours(
+    client: httpx.AsyncClient, serving: Serving
+) -> None:
+    serving.engine_ended = lambda: True
+    plain = await client.post(CHAT, json={"model": "base", "how": "500"})
+    assert plain.status_code == 503 and int(plain.headers["retry-after"]) > 0
+    assert plain.json()["error"]["code"] == "engine_ended"
+    stream = await client.post(CHAT, json={"model": "base", "stream": True, "how": "error"})
+    assert fault_of(CHAT, stream.text)["code"] == "engine_ended"
+    assert books(serving) == {("none", "server_error"): 1, ("base", "stream_error"): 1}
+
+
+class Caller:
+    """A client at the ASGI interface, which can leave; `sent` is what it was sent."""
+
+    def __init__(self, app: FastAPI, path: str, body: dict[str, Any]) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self._app, self._path, self._body = app, path, json.dumps(body).encode()
+        self._left, self._asked, self.breaks = asyncio.Event(), False, False
+        self.got = asyncio.Event()  # something
+
+    def leave(self) -> None:
+        self._left.set()
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": self._body}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if self.breaks:
+            raise OSError("broken pipe")
+        self.sent.append(dict(message))
+        self.got.set()
+
+    def ask(self, spec: str = "2.3") -> asyncio.Task[None]:
+        headers = [(name.encode(), value.encode()) for name, value in APP.items()]
+        headers.append((b"content-type", b"application/json"))
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": spec},
+                 "http_version": "1.1", "method": "POST", "scheme": "http", "path": self._path,
+                 "raw_path": b"", "query_string": b"", "root_path": "", "headers": headers,
+                 "client": ("test", 1), "server": ("test", 80), "state": {}}  # fmt: skip
+        return asyncio.ensure_future(self._app(scope, self._receive, self._send))
+
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_client_that_leaves_a_stream_is_gone_not_ok(
+    app: FastAPI, serving: Serving, path: str
+) -> None:
+    app.state.resume.clear()
+    caller = Caller(app, path, {"model": "base", "stream": True})
+    task = caller.ask()
+    await caller.got.wait()
+    caller.leave()
+    await task
+    assert books(serving) == {("base", "client_gone"): 1} and not errors(serving)
+
+
+async def test_a_client_that_leaves_a_plain_request_is_gone_whatever_is_made_for_it(
+    app: FastAPI, serving: Serving
+) -> None:
+    async def cancelled(request: Request) -> Response:  # as vLLM's routes do when a client leaves
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return JSONResponse(None)
+
+    app.add_api_route("/v1/slow", cancelled, methods=["POST"])
+    caller = Caller(app, "/v1/slow", {})
+    task = caller.ask()
+    caller.leave()
+    await task
+    assert books(serving) == {("none", "client_gone"): 1}
+
+
+async def test_a_client_whose_connection_breaks_is_gone_and_no_fault_of_ours(
+    app: FastAPI, serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.state.resume.clear()
+    caller = Caller(app, CHAT, {"model": "base", "stream": True})
+    task = caller.ask(spec="2.4")  # servers of this version raise in `send`
+    await caller.got.wait()
+    caller.breaks = True
+    app.state.resume.set()
+    await task
+    assert books(serving) == {("base", "client_gone"): 1} and not caplog.records
+
+
+@pytest.mark.parametrize("how", ["whole", "error"])
+async def test_a_client_that_leaves_at_the_last_event_has_had_its_answer(
+    app: FastAPI, serving: Serving, how: str
+) -> None:
+    """The official clients close the connection there, or at the error."""
+    caller = Caller(app, CHAT, {"model": "base", "stream": True, "how": how})
+
+    async def send(message: Any) -> None:
+        await Caller._send(caller, message)
+        if b"[DONE]" in message.get("body", b"") or b"error" in message.get("body", b""):
+            caller.leave()
+            await settled()
+
+    caller._send = send  # type: ignore[method-assign]
+    await caller.ask()
+    assert books(serving) == {("base", "ok" if how == "whole" else "stream_error"): 1}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_that_the_server_gives_up_is_told_so(
+    app: FastAPI, serving: Serving, *, stream: bool
+) -> None:
+    app.state.resume.clear()
+    caller = Caller(app, CHAT, {"model": "base", "stream": stream})
+    task = caller.ask()
+    while serving.metrics.in_flight._value.get() < 1 or (stream and not caller.sent):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await task
+    assert fault_of(CHAT, caller.text())["code"] == "engine_ended"
+    assert caller.sent[0]["status"] == (200 if stream else 503)
+    assert not caller.sent[-1].get("more_body")
+    ((_, outcome),) = books(serving)
+    assert outcome == ("stream_error" if stream else "server_error")
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+async def test_an_open_answer_can_be_ended_from_outside(
+    app: FastAPI, serving: Serving, when: str
+) -> None:
+    caller = Caller(app, CHAT, {})
+    made = Answer(serving, Turn(), CHAT, caller._send)
+    made.counted = True
+    if when == "within":
+        start = {"type": "http.response.start", "status": 200,
+                 "headers": [(b"content-type", b"text/event-stream")]}  # fmt: skip
+        await made.send(start)
+        await made.send({"type": "http.response.body", "body": b'data: {"id": 1}\n\n',
+                         "more_body": True})  # fmt: skip
+    await made.end_with(EngineEnded("it ended"))
+    await made.send({"type": "http.response.body", "body": b"late", "more_body": True})
+    assert "late" not in caller.text()
+    assert fault_of(CHAT, caller.text())["message"] == "it ended"
+    assert not caller.sent[-1].get("more_body")
+    outcome = "server_error" if when == "before" else "stream_error"
+    assert books(serving) == {("none", outcome): 1}
+
+
+async def test_an_alias_that_is_gone_does_not_come_back_with_its_last_stream(
+    app: FastAPI, serving: Serving, folders: list[Path]
+) -> None:
+    await serving.catalog.put("legal", str(folders[0]), BY)
+    app.state.resume.clear()
+    caller = Caller(app, CHAT, {"model": "legal", "stream": True})
+    task = caller.ask()
+    await caller.got.wait()
+    serving.metrics.count_tokens("legal", 3, 4)
+    await serving.catalog.delete("legal", BY)
+    app.state.resume.set()
+    await task
+    serving.metrics.count_tokens("legal", 0, 5)
+    assert books(serving) == {("gone", "ok"): 1}
+    for family, total in (
+        (serving.metrics.prompt_tokens, 3),
+        (serving.metrics.generation_tokens, 9),
+    ):
+        (found,) = family.collect()
+        assert {s.labels["alias"]: s.value for s in found.samples if "total" in s.name} == {
+            "gone": total
+        }

@@ -1,27 +1,22 @@
-"""The ledger between a request and the engine's closing statistics."""
+"""Whom an answer is for, and under which id it goes."""
 
 from __future__ import annotations
 
-import pytest
-
-from serve import turn
 from serve.adapters.canary import opening_of
-from serve.turn import Turn
+from serve.turn import ID_LENGTH, Turn, tidy_id
 
 
-def test_a_request_is_settled_once() -> None:
-    ledger = turn.Ledger()
-    ledger.note("chatcmpl-1", "legal")
-    assert ledger.settle("chatcmpl-1") == "legal"
-    assert ledger.settle("chatcmpl-1") is None and ledger.settle(None) is None
+def test_a_request_has_an_id_of_its_own_unless_the_client_gave_one() -> None:
+    assert Turn().request_id and Turn().id != Turn().id
+    made = Turn()
+    assert made.request_id == made.id
 
 
-def test_it_forgets_the_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn, "REMEMBERED", 2)
-    ledger = turn.Ledger()
-    for number in range(3):
-        ledger.note(f"r{number}", "a")
-    assert ledger.settle("r0") is None and ledger.settle("r2") == "a"
+def test_a_clients_id_is_taken_as_far_as_it_may_stand_in_a_log() -> None:
+    assert tidy_id("3f2a-77:b/c=d@e+f.g_h") == "3f2a-77:b/c=d@e+f.g_h"
+    assert tidy_id("a b\r\nc\x1b[31m\u00e9{}\"'") == "abc31m"
+    assert len(tidy_id("x" * 100_000)) == ID_LENGTH
+    assert tidy_id("") == tidy_id(None) == tidy_id(" \t") == ""
 
 
 def test_whom_an_answer_is_for_is_said_by_whoever_knows_best() -> None:
