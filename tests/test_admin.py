@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from serve import admin, controllers
 from serve.access import Gate
+from serve.adapters.rows import Alias, Event
 from serve.endpoints import answer_error
 from serve.errors import ServeError
 from serve.serving import Serving
@@ -215,3 +216,31 @@ class TestControllers:
         answer = await ops.post(f"/v1/{path}_lora_adapter", json=body)
         assert answer.status_code == status, answer.text
         assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["base", "a/../b", "a//b", "a/."])
+async def test_names_that_cannot_be_are_refused_by_every_route(
+    ops: httpx.AsyncClient, serving: Serving, folders: list[Path], name: str
+) -> None:
+    body = {"lora_name": name, "lora_path": str(folders[0])}
+    loaded = await ops.post("/v1/load_lora_adapter", json=body)
+    assert loaded.status_code == 400 and loaded.json()["error"]["param"] == "alias"
+    quoted = name.replace(".", "%2e")
+    put = await ops.put(f"/admin/adapters/{quoted}", json={"source": str(folders[0])})
+    # The gate tidies doubled slashes away, clients and routers tidy dots: then it is another name.
+    assert put.status_code in (400, 404) or put.json()["alias"] != name
+    assert await serving.registry.alias(name) is None
+
+
+async def test_an_alias_that_fails_here_for_its_name_says_so_and_can_be_deleted(
+    ops: httpx.AsyncClient, serving: Serving, folders: list[Path]
+) -> None:
+    """As another replica, whose base has another name, made it."""
+    made = await put(ops, folders[0])
+    row = Alias("base", made["digest"])
+    await serving.registry.change(lambda _: row, Event("base", "put", "them"))
+    assert await serving.reconciler.turn()
+    told = (await ops.get("/admin/adapters/base")).json()
+    assert (told["state"], told["reason"]) == ("failed", "'base' is the base model's name")
+    assert (await ops.delete("/admin/adapters/base")).status_code == 200
+    assert serving.reconciler.failures == {}

@@ -204,8 +204,7 @@ async def test_a_damaged_cache_is_kept_aside_and_written_anew(one: Replica, tmp_
     again = started_in(tmp_path / "state")
     assert await again.reconciler.start(0.01)
     assert last_seen.read(cache) is not None
-    (kept,) = (tmp_path / "state").glob("*.damaged-*")
-    assert kept.read_bytes() == b"{"
+    assert b"{" in contents(tmp_path / "state").values()
     again.registry.close()
 
 

@@ -14,7 +14,7 @@ from serve.adapters.pool import AdapterPool, Route, Version
 from serve.adapters.slots import Slots
 from serve.adapters.sources import Sources
 from serve.adapters.store import Store, Stored
-from serve.errors import AdapterSlotsFull, Conflict
+from serve.errors import AdapterSlotsFull, BadRequest, Conflict
 from tests.fakes import BASE, SHAPES, EngineRefused, MemoryEngine, settled
 from tests.lora import write_lora
 
@@ -266,3 +266,37 @@ async def test_a_soft_prompt_needs_no_slot(
     assert (await without.load("soft", soft)).soft
     with pytest.raises(Conflict):
         await without.load("lora", stored[0])
+
+
+async def test_a_version_is_asked_for_by_its_own_name(
+    pool: AdapterPool, stored: list[Stored]
+) -> None:
+    pool.base_names = frozenset({f"legal@{'0' * 12}"})
+    stable = await put(pool, "legal", stored[0])
+    canary = await pool.load("legal", stored[1])
+    await pool.publish("legal", Route(stable, canary, 0.0))
+    pool.release(canary)
+    assert pool.asked("legal") == ("legal", None)
+    for version in (stable, canary):
+        for digits in (12, 13, 64):
+            assert pool.asked(f"legal@{version.digest[:digits]}") == ("legal", version)
+    for model in (f"legal@{stored[2].digest[:12]}", f"legal@{stable.digest[:11]}",
+                  f"other@{stable.digest[:12]}", f"legal@{'0' * 12}", "legal@", "@"):  # fmt: skip
+        assert pool.asked(model) == (model, None)
+    await pool.publish("legal", Route(canary))
+    assert pool.asked(stable.name) == (stable.name, None), "it is not published any more"
+
+
+async def test_nothing_is_published_under_the_bases_name_or_none(
+    engine: MemoryEngine, stored: list[Stored]
+) -> None:
+    pool = AdapterPool(engine, Slots(3, wait_s=0.1), ("base", "also"))
+    for alias in ("base", "also", "..", "a/../b"):
+        version = await pool.load(alias, stored[0])
+        with pytest.raises(BadRequest):
+            await pool.publish(alias, Route(version))
+        pool.release(version)
+        assert pool.lease(alias, "anybody") is None
+        await pool.publish(alias, None)
+    await settled()
+    assert engine.loaded == []

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from serve.adapters import last_seen
 from serve.adapters import reconciler as module
+from serve.adapters.pool import Route
+from serve.adapters.rows import Alias, Event
+from serve.adapters.sources import Sources
 from serve.adapters.store import Base
 from tests.fakes import BASE, BY, SHAPES, Replica, replica, settled
 from tests.lora import write_lora
@@ -23,8 +29,9 @@ def make(tmp_path: Path, database_url: str) -> Iterator[Make]:
     """Another replica, or the same one started again when the name is."""
     every: list[Replica] = []
 
-    def made(name: str = "one", base: Base = BASE) -> Replica:
-        every.append(replica(tmp_path / name, database_url, name=name, base=base))
+    def made(name: str = "one", base: Base = BASE, base_name: str = "base") -> Replica:
+        folder, names = tmp_path / name, (base_name, "its-other-name")
+        every.append(replica(folder, database_url, name=name, base=base, base_names=names))
         return every[-1]
 
     yield made
@@ -220,6 +227,141 @@ async def test_the_store_keeps_what_versions_and_requests_need_and_sweeps_the_re
     records = {record.digest for record in await one.registry.records("legal")}
     assert kept == records | {held.digest}
     assert len(records) == 3
+
+
+@pytest.mark.parametrize("name", ["base", "its-other-name"])
+async def test_an_alias_of_the_bases_name_fails_wherever_it_was_made(
+    make: Make, loras: list[Path], name: str
+) -> None:
+    """By a replica with another base name, or before this one was renamed."""
+    one = await started(make("one", base_name="theirs"))
+    one.pool.base_names = frozenset({"theirs"})
+    await one.catalog.put(name, str(loras[0]), BY)
+    await one.catalog.put("legal", str(loras[1]), BY)
+    two = await started(make("two"))
+    assert set(two.published()) == {"legal"}
+    (failure,) = two.reconciler.failures.values()
+    assert failure.reason == f"{name!r} is the base model's name"
+    assert two.pool.lease(name, "anybody") is None
+    await one.catalog.put(name, str(loras[2]), BY)
+    await two.reconciler.turn()
+    assert set(two.published()) == {"legal"}
+    await two.catalog.delete(name, BY)
+    assert not two.reconciler.failures
+    await one.reconciler.turn()
+    assert set(one.published()) == {"legal"}
+
+
+@pytest.mark.parametrize("name", ["..", "a/../b", "a//b", "/a"])
+async def test_an_alias_that_cannot_be_fails_with_its_reason(
+    make: Make, loras: list[Path], name: str
+) -> None:
+    """As an older release made them."""
+    one = await started(make("one"))
+    await one.catalog.put("legal", str(loras[0]), BY)
+    (record,) = await one.registry.records("legal")
+    row = Alias(name, record.digest)
+    await one.registry.change(lambda _: row, Event(name, "put", "me"), replace(record, alias=name))
+    assert await one.reconciler.turn()
+    assert set(one.published()) == {"legal"}
+    (failure,) = one.reconciler.failures.values()
+    assert "alias" in failure.reason
+
+
+async def test_what_cannot_be_read_of_one_is_its_own_failure(
+    make: Make, loras: list[Path], tmp_path: Path
+) -> None:
+    one = await started(make())
+    for number, folder in enumerate(loras):
+        await one.catalog.put(f"a{number}", str(folder), BY)
+    digests = {row.alias: row.stable for row in one.reconciler.rows.values()}
+    config = tmp_path / "one" / "store" / digests["a1"] / "adapter_config.json"
+    config.unlink()
+    config.symlink_to("/proc/self/mem")  # there, and not to be read by anybody
+    again = await started(make())
+    assert set(again.published()) == {"a0", "a2"}
+    (failure,) = again.reconciler.failures.values()
+    assert digests["a1"][:12] in failure.reason
+
+
+async def test_a_fault_of_ours_with_one_alias_is_its_own_failure(
+    make: Make, loras: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = await started(make())
+    for number, folder in enumerate(loras):
+        await one.catalog.put(f"a{number}", str(folder), BY)
+    again = make()
+    stock = again.pool.publish
+
+    async def publish(alias: str, route: Route | None) -> None:
+        if alias == "a1":
+            raise ZeroDivisionError("ours")
+        await stock(alias, route)
+
+    monkeypatch.setattr(again.pool, "publish", publish)
+    await started(again)
+    assert set(again.published()) == {"a0", "a2"}
+    (failure,) = again.reconciler.failures.values()
+    assert failure.reason == "ZeroDivisionError: ours" and "Traceback" in caplog.text
+
+
+async def test_a_cache_that_cannot_be_written_is_one_line_and_written_when_it_can_be(
+    make: Make, loras: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "one" / "registry-cache.partial").mkdir(parents=True)
+    one = await started(make())
+    for number, folder in enumerate(loras):
+        await one.catalog.put(f"a{number}", str(folder), BY)
+        assert await one.reconciler.turn()
+    assert caplog.text.count("cannot be written") == 1
+    (tmp_path / "one" / "registry-cache.partial").rmdir()
+    assert await one.reconciler.turn()
+    seen = last_seen.read(tmp_path / "one" / "registry-cache.json")
+    assert seen is not None and set(seen.snapshot.aliases) == {"a0", "a1", "a2"}
+
+
+async def test_a_source_that_hangs_holds_up_nobody_and_can_be_replaced(
+    make: Make, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await started(make("one"))
+    for number, folder in enumerate(loras):
+        await one.catalog.put(f"a{number}", str(folder), BY)
+    two, gate = make("two"), threading.Event()
+    stock = Sources.fetch
+
+    def fetch(self: Sources, source: str, into: Path) -> str:
+        if source == str(loras[1]):
+            gate.wait(60)
+        return stock(self, source, into)
+
+    monkeypatch.setattr(Sources, "fetch", fetch)
+    monkeypatch.setattr(module, "START_WAIT_S", 2.0)
+    await started(two)
+    assert set(two.published()) == {"a0", "a2"}
+    async with asyncio.timeout(30):
+        await two.catalog.put("a1", str(loras[0]), BY)
+    expected = two.published()
+    assert set(expected) == {"a0", "a1", "a2"}
+    gate.set()
+    async with asyncio.timeout(30):
+        while two.reconciler._under_way:  # noqa: ASYNC110 - a thread will end
+            await asyncio.sleep(0.01)
+    assert await two.reconciler.turn()
+    assert two.published() == expected and not two.reconciler.failures
+
+
+async def test_a_change_here_is_looked_at_without_waiting_for_the_next_look(
+    make: Make, loras: list[Path], tmp_path: Path
+) -> None:
+    one = await started(make())
+    watching = asyncio.create_task(one.reconciler.watch(3600))
+    await one.catalog.put("legal", str(loras[0]), BY)
+    cache = tmp_path / "one" / "registry-cache.json"
+    async with asyncio.timeout(30):
+        while "legal" not in cache.read_text():  # noqa: ASYNC110 - the watch has no event for it
+            await asyncio.sleep(0.01)
+    watching.cancel()
+    assert not watching.done()
 
 
 class TestSilence:

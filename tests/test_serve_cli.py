@@ -88,3 +88,20 @@ def test_a_database_of_an_unknown_kind(model: Path) -> None:
 def test_a_key_file_with_a_bad_line(model: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("app:everything:sk-0123456789abcdef\n")
     assert "keys:1" in refused(model, "--api-key-file", tmp_path / "keys")
+
+
+@pytest.mark.parametrize(
+    ("alias", "flags"),
+    [
+        ("model", ()),
+        ("mine", ("--model-name", "mine")),
+        ("b", ("--", "--served-model-name", "a", "b")),
+        ("b", ("--", "--served-model-name=b")),
+    ],
+)
+def test_an_alias_of_the_bases_name(
+    model: Path, tmp_path: Path, alias: str, flags: tuple[str, ...]
+) -> None:
+    fits = write_lora(tmp_path / "lora", {MODULE: (8, 6)})
+    told = refused(model, "--adapter", f"{alias}={fits}", *flags)
+    assert f"--adapter {alias}=" in told and "is the base model's name" in told

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.errors import Conflict
+from serve.errors import Conflict, RegistryDown
 from serve.metrics import Metrics
 from serve.serving import Serving
 from serve.settings import Settings
@@ -108,3 +108,58 @@ async def test_a_fault_of_ours_is_logged_and_the_registry_is_looked_at_again(
             await asyncio.sleep(0.01)
     assert "could not be followed" in caplog.text
     await serving.stop()
+
+
+async def test_the_bases_name_given_at_start_is_no_adapter(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    serving = await started(tmp_path, adapters={"base": str(folders[0]), "good": str(folders[1])})
+    assert list(served(serving)) == ["good"]
+    assert await serving.registry.alias("base") is None
+    await serving.stop()
+
+
+async def test_a_full_disk_leaves_the_base_and_what_was_given_at_start(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    """A file where the state dir should be: as nobody can write there, root neither."""
+    (tmp_path / "state").write_bytes(b"")
+    serving = await started(tmp_path, adapters={"legal": str(folders[0])})
+    assert list(served(serving)) == ["legal"]
+    assert serving.metrics.registry_up._value.get() == 0
+    for alias in ("legal", "chat"):
+        with pytest.raises(RegistryDown):
+            await serving.catalog.put(alias, str(folders[1]), BY)
+    version = serving.pool.lease("legal", "anybody")
+    assert version is not None and version.stored.folder.is_dir()
+    serving.pool.release(version)
+    before = served(serving)
+    (tmp_path / "state").unlink()  # there is room again
+    async with asyncio.timeout(30):
+        while not (await registered(serving, "legal")):
+            await asyncio.sleep(0.02)
+            assert served(serving) == before, "it was not served for a moment"
+    await serving.stop()
+    assert not version.stored.folder.is_relative_to(tmp_path) and not version.stored.folder.exists()
+
+
+async def registered(serving: Serving, alias: str) -> bool:
+    try:
+        return await serving.registry.alias(alias) is not None
+    except RegistryDown:
+        return False
+
+
+async def test_a_state_dir_that_lost_its_registry_serves_what_was_last_seen_and_what_is_given(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    first = await started(tmp_path)
+    await first.catalog.put("legal", str(folders[0]), BY)
+    await first.reconciler.turn()
+    await first.stop()
+    (tmp_path / "state" / "registry.sqlite").write_bytes(b"no database")
+    given = {"legal": str(folders[1]), "more": str(folders[2])}
+    again = await started(tmp_path, adapters=given)
+    assert served(again) == served(first) | {"more": served(again)["more"]}
+    assert (tmp_path / "state" / "registry.sqlite").read_bytes() == b"no database"
+    await again.stop()

@@ -50,7 +50,7 @@ def test_an_unusable_value_names_its_setting(name: str, value: str) -> None:
         settings.load({f"QUANTSERVE_{name}": value})
 
 
-@pytest.mark.parametrize("alias", ["a:b", "a@b", "", "a b", "ü", "a" * 201])
+@pytest.mark.parametrize("alias", ["a:b", "a@b", "", "a b", "ü", "a" * 201, "..", "a/./b"])
 def test_an_alias_that_looks_like_a_version_is_refused(alias: str) -> None:
     with pytest.raises(SettingsError, match="alias"):
         settings.load({}, adapters={alias: "/x"})

@@ -201,3 +201,58 @@ def test_the_sweep_spares_what_is_needed_and_what_is_fresh(
     monkeypatch.setattr("serve.adapters.store.UNNEEDED_S", -1.0)
     assert set(store.sweep({second.digest})) == {first.digest, ".partial-crashed"}
     assert kept(store) == [second.digest]
+
+
+def test_what_is_kept_is_on_the_disk_before_it_is_acknowledged(
+    lora: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, the folder that lists them, and the store that lists the folder, in this order."""
+    synced: list[str] = []
+    stock = os.fsync
+
+    def fsync(place: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{place}"))
+        stock(place)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    stored = store.take_in(str(lora))
+    *files, staging, root = synced
+    assert root == str(store.root.resolve())
+    assert Path(staging).parent == store.root.resolve()
+    assert {Path(file).name for file in files} == {path.name for path in stored.folder.iterdir()}
+    assert {str(Path(file).parent) for file in files} == {staging}
+
+
+def test_a_folder_of_another_user_is_served(
+    lora: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is not ours to set; that user's server sweeps it."""
+    stored = store.take_in(str(lora))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("serve.adapters.store.os.utime", refuse)
+    assert store.find(stored.digest) == stored
+    assert store.take_in(str(lora)) == stored
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", '{"stop_strings": [""]}'),
+        ("chat_template.jinja", "{% include 'x' %}"),
+        ("adapter_config.json", '{"a": 1, "a": 2}'),
+    ],
+)
+def test_what_an_older_release_took_in_is_refused_now_with_both_reasons(
+    lora: Path, store: Store, name: str, content: str
+) -> None:
+    """And its source is gone, so that nothing can replace it."""
+    stored = store.take_in(str(lora))
+    (stored.folder / name).write_text(content)
+    assert store.find(stored.digest) is None
+    (lora / "adapter_config.json").unlink()
+    with pytest.raises(AdapterRefused, match=r"missing.*thrown away: ") as refusal:
+        store.take_in(str(lora), stored.digest)
+    assert name in str(refusal.value) or "bytes have changed" in str(refusal.value)

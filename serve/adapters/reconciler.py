@@ -259,6 +259,9 @@ class Reconciler:
     async def _follow(
         self, alias: str, row: Alias | None, sources: Sources, lost: Collection[str] = ()
     ) -> None:
+        wanted = row.digests if row is not None else ()
+        for failed in [key for key in self.failures if key[0] == alias and key[1] not in wanted]:
+            del self.failures[failed]
         if row is None:
             self.rows.pop(alias, None)
             await self._pool.publish(alias, None)
