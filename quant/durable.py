@@ -1,5 +1,6 @@
 """Files and renames on the disk for good. Standard library only."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,9 @@ def settle(path: Path) -> None:
     place = os.open(path, os.O_RDONLY)
     try:
         os.fsync(place)
+    except OSError as fault:
+        if fault.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks sync no folders
+            raise
     finally:
         os.close(place)
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from serve.adapters import last_seen
 from serve.adapters.catalog import By, Catalog
 from serve.adapters.intake import Intake
 from serve.adapters.pool import AdapterPool, Engine, Route
-from serve.adapters.reconciler import Reconciler
+from serve.adapters.reconciler import START_WAIT_S, Reconciler
 from serve.adapters.registry import Registry, sqlite_url
 from serve.adapters.slots import Slots
 from serve.adapters.sources import Sources
@@ -62,6 +62,7 @@ class Serving:
         self.draining = False
         self.started = int(time.time())
         self._following: list[asyncio.Task[None]] = []
+        self._untold: dict[str, str] = {}
         self._spare: tempfile.TemporaryDirectory[str] | None = None
         self.engine_ended: Callable[[], bool] = lambda: False
         metrics.served = lambda name: name == base_name or self.pool.get(name) is not None
@@ -71,11 +72,12 @@ class Serving:
         """Load what the registry wants and the operator gave, then follow the registry."""
         every_s = self.settings.reconcile_interval
         await self.reconciler.start(every_s)
-        left = await self._seed(self.settings.adapters)
-        await self._serve_unregistered(left)
-        self._following = [asyncio.create_task(self.reconciler.watch(every_s))]
-        if left:
-            self._following.append(asyncio.create_task(self._seed_later(left, every_s)))
+        giving = [asyncio.create_task(self._give(*each)) for each in self.settings.adapters.items()]
+        if giving:
+            await asyncio.wait(giving, timeout=START_WAIT_S)
+        watching = asyncio.create_task(self.reconciler.watch(every_s))
+        telling = asyncio.create_task(self._tell_registry(every_s))
+        self._following = [watching, telling, *giving]
         self.metrics.adapters_loaded.set_function(self.pool.__len__)
         self.metrics.slots_pinned.set_function(lambda: self.pool.slots.pinned)
         self.metrics.slot_waiting.set_function(lambda: self.pool.slots.waiting)
@@ -104,37 +106,41 @@ class Serving:
         self.draining = True
         self.metrics.ready.set(0)
 
-    async def _seed(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Aliases given at start, unless the registry knows better: it has been changed since.
+    async def _give(self, alias: str, source: str) -> None:
+        """An alias given at start, whether the registry can be told of it or not."""
+        telling = asyncio.gather(self._tell(alias, source), return_exceptions=True)
+        told = (await telling)[0]
+        if isinstance(told, BaseException):
+            logger.error("adapter %s is not served", alias, exc_info=told)
+        elif not told:
+            self._untold[alias] = source
+            await self._serve_untold(alias, source)
 
-        Returns those that it could not be told of.
-        """
-        left = {}
-        for alias, source in given.items():
-            try:
-                await self.catalog.put(alias, source, By("start"), new=True)
-            except Conflict:
-                logger.info("%s: the registry has it, and knows better", alias)
-            except RegistryDown:
-                left[alias] = source
-            except ServeError as fault:
-                logger.error("adapter %s is not served: %s", alias, fault)  # noqa: TRY400
-        return left
+    async def _tell(self, alias: str, source: str) -> bool:
+        """Put it, unless the registry knows better: it has been changed since. False: no answer."""
+        try:
+            await self.catalog.put(alias, source, By("start"), new=True)
+        except Conflict:
+            logger.info("%s: the registry has it, and knows better", alias)
+        except RegistryDown:
+            return False
+        except ServeError as fault:
+            logger.error("adapter %s is not served: %s", alias, fault)  # noqa: TRY400
+        return True
 
-    async def _serve_unregistered(self, given: Mapping[str, str]) -> None:
-        """Serve them without the registry. The disk may be what keeps it from working: then their
-        files are kept elsewhere, for this run."""
-        for alias, source in given.items():
-            if self.pool.get(alias) is not None:
-                continue  # as it was last seen
-            self.reconciler.given.add(alias)
-            try:
-                stored = await asyncio.to_thread(self._take_in_anywhere, source)
-                version = await self.pool.load(alias, stored)
-                await self.pool.publish(alias, Route(version))
-                self.pool.release(version)
-            except ServeError as fault:
-                logger.error("adapter %s is not served: %s", alias, fault)  # noqa: TRY400
+    async def _serve_untold(self, alias: str, source: str) -> None:
+        """The disk may be what keeps the registry from working: then the files are kept elsewhere,
+        for this run."""
+        if alias in self.reconciler.rows:
+            return  # as it was last seen
+        self.reconciler.given.add(alias)
+        try:
+            stored = await asyncio.to_thread(self._take_in_anywhere, source)
+            version = await self.pool.load(alias, stored)
+            await self.pool.publish(alias, Route(version))
+            self.pool.release(version)
+        except ServeError as fault:
+            logger.error("adapter %s is not served: %s", alias, fault)  # noqa: TRY400
 
     def _take_in_anywhere(self, source: str) -> Stored:
         try:
@@ -144,12 +150,14 @@ class Serving:
             self._spare = self._spare or tempfile.TemporaryDirectory(prefix="quantserve-store-")
             return replace(self._store, root=Path(self._spare.name)).take_in(source)
 
-    async def _seed_later(self, left: dict[str, str], every_s: float) -> None:
-        """Until the registry has been told of all that were given."""
-        while left:
+    async def _tell_registry(self, every_s: float) -> None:
+        """Of what it could not be told at start, when it answers."""
+        while True:
             await asyncio.sleep(every_s)
-            if self.registry.identity is not None:
-                left = await self._seed(left)
+            answers = self.registry.identity is not None
+            for alias, source in list(self._untold.items()) if answers else ():
+                if await self._tell(alias, source):
+                    del self._untold[alias]
 
 
 def slots_of(chosen: Settings) -> int:

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from serve.adapters import names
-from serve.adapters.intake import Intake
+from serve.adapters.intake import PATIENCE_S, Intake
 from serve.adapters.names import version_name
 from serve.adapters.pool import AdapterPool
 from serve.adapters.reconciler import Reconciler
@@ -205,7 +205,10 @@ class Catalog:
         return Record(alias, stored.digest, stored.source, stored.rank, stored.bytes, made, by.who)
 
     async def _record(self, alias: str, version: str) -> Record:
-        """The one version that `version` names: ALIAS@DIGEST or the beginning of a digest."""
+        """The one version that `version` names: ALIAS@DIGEST or the beginning of a digest.
+
+        Its files are in the store then.
+        """
         digest = version.removeprefix(f"{alias}@")
         records = await self._registry.records(alias)
         found = [record for record in records if record.digest.startswith(digest)]
@@ -215,6 +218,8 @@ class Catalog:
                 f"{version!r} is no version of {alias!r}; known: {known or 'none'}",
                 param="version",
             )
+        # Now, and not under the alias's lock: its source may take minutes.
+        await self._reconciler.files(alias, found[0].digest, found[0].source, PATIENCE_S)
         return found[0]
 
     @asynccontextmanager

@@ -87,7 +87,7 @@ class Reconciler:
         A registry that does not is replaced by the last state seen here. Without one, a database
         elsewhere is waited for, and one of this machine's own is done without.
         """
-        while not await self.turn(START_WAIT_S):
+        while not await self._first_turn():
             if self._last is not None:
                 logger.error("serving the adapters last seen: %s", self._cache)
                 await self._converge(replace(self._last.snapshot, revision=-1), START_WAIT_S)
@@ -96,6 +96,13 @@ class Reconciler:
                 return False
             await asyncio.sleep(every_s)
         return True
+
+    async def _first_turn(self) -> bool:
+        outcome = (await asyncio.gather(self.turn(START_WAIT_S), return_exceptions=True))[0]
+        if isinstance(outcome, BaseException):  # ours to mend: the base is served meanwhile
+            logger.error("the registry could not be followed", exc_info=outcome)
+            return False
+        return outcome
 
     async def watch(self, every_s: float) -> None:
         """Turn after turn, and right after a change made here, until cancelled."""
@@ -145,9 +152,19 @@ class Reconciler:
 
     async def obtain(self, alias: str, digest: str, source: str | None) -> Version:
         """A version in the engine, leased to the caller; its files fetched if they are not here."""
-        version = await self._pool.load(alias, await self._files(alias, digest, source))
+        version = await self._pool.load(alias, await self.files(alias, digest, source))
         self.failures.pop((alias, digest), None)
         return version
+
+    async def files(
+        self, alias: str, digest: str, source: str | None, patience_s: float | None = None
+    ) -> Stored:
+        """A version's files in the store, fetched if they are not there; `patience_s` as in
+        Intake.take_in."""
+        stored = await self._intake.find(digest)
+        if stored is None and source is None:
+            raise NotFound(f"the registry has no source for {version_name(alias, digest)}")
+        return stored or await self._intake.take_in(source or "", digest, patience_s=patience_s)
 
     async def apply(self, alias: str, row: Alias | None, revision: int, sources: Sources) -> None:
         """Publish a change made here, under the alias's lock: the next look must not undo it."""
@@ -207,13 +224,14 @@ class Reconciler:
         self._look_again = False
         self._late = set(self._under_way)
         self.given -= set(snapshot.aliases)
-        for alias in {*self.rows, *self._pool.live(), *snapshot.aliases} - self._late - self.given:
+        new = {*self.rows, *self._pool.live(), *snapshot.aliases} - self._late - self.given
+        for alias in new:
             task = asyncio.create_task(self._converge_alias(alias, snapshot))
             self._under_way[alias] = task
             task.add_done_callback(partial(self._arrived, alias, snapshot.aliases.get(alias)))
         self.seen = snapshot
-        if self._under_way:
-            await asyncio.wait(self._under_way.values(), timeout=wait_s)
+        if new:
+            await asyncio.wait([self._under_way[alias] for alias in new], timeout=wait_s)
         self._count()
 
     def _arrived(self, alias: str, row: Alias | None, task: asyncio.Task[None]) -> None:
@@ -232,7 +250,7 @@ class Reconciler:
         records = (snapshot.records.get((alias, digest)) for digest in row.digests) if row else ()
         sources = {r.digest: r.source for r in records if r}
         lost = await self._bring_files(row, sources) if row is not None else set[str]()
-        async with self._few, self.locks[alias]:
+        async with self.locks[alias], self._few:
             if self._changed_here.get(alias, -1) <= snapshot.revision:
                 self._changed_here.pop(alias, None)
                 await self._follow(alias, row, sources, lost)
@@ -245,16 +263,10 @@ class Reconciler:
             return lost
         for digest in row.digests:
             if not self._is_paused(row.alias, digest):
-                files = self._files(row.alias, digest, sources.get(digest))
+                files = self.files(row.alias, digest, sources.get(digest))
                 if await self._tried(row.alias, digest, files) is None:
                     lost.add(digest)
         return lost
-
-    async def _files(self, alias: str, digest: str, source: str | None) -> Stored:
-        stored = await self._intake.find(digest)
-        if stored is None and source is None:
-            raise NotFound(f"the registry has no source for {version_name(alias, digest)}")
-        return stored or await self._intake.take_in(source or "", digest, patience_s=None)
 
     async def _follow(
         self, alias: str, row: Alias | None, sources: Sources, lost: Collection[str] = ()
