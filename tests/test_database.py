@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError, InvalidRequestError, ProgrammingError
 
 from serve.adapters import database as module
 from serve.adapters.database import Database, checked
@@ -87,6 +88,58 @@ async def test_a_database_that_hangs_is_given_up_and_the_loop_never_waits(
             task.result()
     await asyncio.sleep(0.5)
     assert ran == []  # its caller was told that nothing happened
+    database.close()
+
+
+async def test_what_ends_too_late_to_be_told_is_taken_back(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its statements each kept their time; all of them did not."""
+    database = Database(database_url)
+    await database.write(lambda c: c.execute(text("CREATE TABLE t (x INTEGER)")))
+    monkeypatch.setattr(module, "COMMIT_S", module.ANSWER_TIMEOUT_S)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 4.0)
+
+    def slow(connection: Connection) -> None:
+        connection.execute(text("INSERT INTO t VALUES (1)"))
+        time.sleep(2.5)
+
+    with pytest.raises(RegistryDown, match="not answered"):
+        await database.write(slow)
+    counted = text("SELECT count(*) FROM t")
+    assert await database.read(lambda c: c.execute(counted).scalar()) == 0
+    database.close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        IntegrityError("INSERT", {}, sqlite3.IntegrityError("UNIQUE")),
+        ProgrammingError("SELECT", {}, sqlite3.ProgrammingError("no such table")),
+        InvalidRequestError("half a row"),
+        sqlite3.DatabaseError("file is not a database"),
+        OSError(28, "No space left on device"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+async def test_every_fault_of_a_database_has_one_name(tmp_path: Path, fault: Exception) -> None:
+    database = Database(f"sqlite:///{tmp_path}/registry.sqlite")
+
+    def broken(_: Connection) -> None:
+        raise fault
+
+    for asked in (database.read, database.write):
+        with pytest.raises(RegistryDown) as refusal:
+            await asked(broken)
+        assert refusal.value.__cause__ is fault
+    database.close()
+
+
+async def test_a_folder_that_cannot_be_made_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"")
+    database = Database(f"sqlite:///{tmp_path}/state/registry.sqlite")
+    with pytest.raises(RegistryDown, match=r"File exists|Not a directory"):
+        await database.read(one)
     database.close()
 
 

@@ -300,3 +300,25 @@ async def test_nothing_is_published_under_the_bases_name_or_none(
         await pool.publish(alias, None)
     await settled()
     assert engine.loaded == []
+
+
+async def test_pins_are_settled_one_after_the_other(stored: list[Stored]) -> None:
+    """Pinned and unpinned at once: what the engine was told last is what is known of it."""
+
+    class Slow(MemoryEngine):
+        async def pin(self, version: Version) -> bool:
+            await self.gate.wait()
+            return await super().pin(version)
+
+    engine = Slow()
+    pool = AdapterPool(engine, Slots(3, wait_s=0.1))
+    version = await pool.load("legal", stored[0])
+    engine.gate.clear()
+    pinning = asyncio.create_task(pool.publish("legal", Route(version, pinned=True)))
+    await settled()
+    unpinning = asyncio.create_task(pool.publish("legal", Route(version)))
+    await settled()
+    engine.gate.set()
+    await asyncio.gather(pinning, unpinning)
+    assert not version.pinned and pool.slots.pinned == 0
+    assert engine.pinned == set() and engine.loaded == [version.name]

@@ -256,3 +256,13 @@ def test_what_an_older_release_took_in_is_refused_now_with_both_reasons(
     with pytest.raises(AdapterRefused, match=r"missing.*thrown away: ") as refusal:
         store.take_in(str(lora), stored.digest)
     assert name in str(refusal.value) or "bytes have changed" in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["x" * 100_000, "\ud800", "a\0b"], ids=["long", "half", "nul"])
+def test_a_refusal_can_be_told_whatever_the_file_holds(lora: Path, store: Store, key: str) -> None:
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps({**config, key: "on"}))
+    with pytest.raises(AdapterRefused, match="adapter_config") as refusal:
+        store.take_in(str(lora))
+    told = json.dumps(refusal.value.body(), ensure_ascii=False).encode()
+    assert len(told) < 4000 and b"\0" not in told and b"u0000" not in told

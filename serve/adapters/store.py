@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 Taken = Adapter | SoftPrompt
 STAGING = ".partial-"
 STATED = ("r", "lora_alpha", "target_modules")
+LONGEST_REFUSAL = 2000  # characters
 UNNEEDED_S = 3600.0  # so long a folder stays after it was last taken in, needed or not
 
 
@@ -306,4 +307,11 @@ def _check_stated(config: Path, source: str) -> None:
 
 def _refused(fault: AdapterError, folder: Path, source: str) -> AdapterRefused:
     """In the caller's words: nobody knows our staging folder."""
-    return AdapterRefused(str(fault).replace(str(folder.resolve()), source), param=fault.field)
+    told = str(fault).replace(str(folder.resolve()), source)
+    return AdapterRefused(_printable(told), param=_printable(fault.field)[:200])
+
+
+def _printable(text: str) -> str:
+    """Names in a stranger's file may be of any length, and no text that an answer can carry."""
+    cut = text if len(text) <= LONGEST_REFUSAL else f"{text[:LONGEST_REFUSAL]}..."
+    return cut.encode("utf-8", "replace").decode().replace("\0", "?")
