@@ -16,7 +16,7 @@ from quant.artifact import Manifest
 from quant.errors import AdapterError, ArtifactError
 from quant.headers import TensorHeader, read_headers
 from quant.lora import lora_parts, obstacles, voice
-from quant.lora.folder import MAX_JSON, read_json
+from quant.lora.folder import read_json
 from quant.lora.lora_config import LoraConfig, by_pattern, parse
 from quant.lora.lora_parts import Pair, Parts
 from quant.lora.voice import Voice
@@ -29,6 +29,7 @@ LINEAGE = "quantserve-adapter.json"
 UNITS = "quantserve-units.st"
 INPUT_DIVISOR, OUTPUT_DIVISOR = "input_divisor", "output_divisor"
 _CHUNK = 1 << 22
+_MAX_HEADER = 8 << 20  # bytes: 50,000 tensors, each expert's of a large mixture
 
 # Bytes per element, and the bits of its last two (little-endian) bytes that are all ones in an
 # infinity or NaN and in no other number.
@@ -111,7 +112,7 @@ def headers_of(folder: Path) -> dict[str, TensorHeader]:
     if not (folder / WEIGHTS).is_file():
         raise _no_weights(folder)
     try:
-        return read_headers(folder / WEIGHTS, MAX_JSON)
+        return read_headers(folder / WEIGHTS, _MAX_HEADER)
     except ArtifactError as fault:
         raise AdapterError(str(fault), field=WEIGHTS) from fault
 
