@@ -36,7 +36,7 @@ _REPEAT = re.compile(r"[*+{]")
 _MOST_REPEATS = 2
 
 
-MOST_RANK, MOST_ALPHA = 1 << 20, 1e6
+MOST_RANK, MOST_ALPHA = 1 << 20, 1e12
 
 
 class LoraConfig(BaseModel):

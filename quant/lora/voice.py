@@ -58,7 +58,7 @@ class _Generation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    temperature: FiniteFloat | None = Field(None, ge=0, le=100)
+    temperature: FiniteFloat | None = Field(None, ge=0, le=2)
     top_p: FiniteFloat | None = Field(None, ge=1e-6, le=1)
     top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: FiniteFloat | None = Field(None, ge=0, le=1)
