@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Header, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serve import vllm_release
 from serve.adapters.catalog import By
 from serve.adapters.names import version_name
 from serve.adapters.pool import Version
@@ -106,14 +107,22 @@ def routes(app: FastAPI) -> APIRouter:
         response.headers["etag"] = f'"{row.revision}"'
         return {**facts(serving(), row), **await _from_registry(serving(), alias)}
 
+    _engine_routes(router, serving)
+    _canary_routes(router, serving)
+    _version_routes(router, serving)
+    return router
+
+
+def _engine_routes(router: APIRouter, serving: Callable[[], Serving]) -> None:
+    @router.get("/engine")
+    async def engine() -> dict[str, Any]:
+        version, on_cpu = vllm_release.installed_version()
+        return {"vllm": version, "cpu": on_cpu, "layers": serving().layers}
+
     @router.post("/drain")
     async def drain() -> dict[str, Any]:
         serving().drain()
         return {"status": "draining"}
-
-    _canary_routes(router, serving)
-    _version_routes(router, serving)
-    return router
 
 
 def _canary_routes(router: APIRouter, serving: Callable[[], Serving]) -> None:

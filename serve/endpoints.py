@@ -8,6 +8,8 @@ API of vLLM's resolves aliases, streams included, without a second parse of anyt
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -20,7 +22,17 @@ from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
-from serve import admin, controllers, health, logs, settings, stats, vllm_compat, voices
+from serve import (
+    admin,
+    controllers,
+    health,
+    kernel_report,
+    logs,
+    settings,
+    stats,
+    vllm_compat,
+    voices,
+)
 from serve.access import Gate
 from serve.adapters.canary import opening_of
 from serve.adapters.pool import AdapterPool, Version
@@ -180,6 +192,9 @@ class Endpoints:
         for method in ("generate", "encode"):
             stock = getattr(engine_client, method)
             setattr(engine_client, method, _placing(stock, serving, engine.soft))
+        serving.layers = await vllm_compat.layers_by_kernel(engine_client)
+        # past vLLM's own prefix of every line that this process writes
+        os.write(sys.stderr.fileno(), f"kernels: {kernel_report.line(serving.layers)}\n".encode())
         await serving.start()
 
 

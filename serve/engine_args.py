@@ -22,6 +22,7 @@ from serve.settings import AVX2_LIMITS, Settings
 # vLLM allocates every slot at one of these ranks.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 QUANTIZED = ("gptq", "compressed-tensors")
+ROUNDS = "VLLM_CPU_INT4_W4A8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def flags(settings: Settings, facts: Facts) -> list[str]:
     """vLLM's command line."""
     name = settings.model_name or settings.artifact.resolve().name
     given = ["--model", str(settings.artifact), "--served-model-name", name]
+    given += ["--worker-extension-cls", "serve.kernel_report.KernelReport"]
     given += ["--host", settings.host, "--port", str(settings.port), "--disable-fastapi-docs"]
     given += ["--shutdown-timeout", str(round(settings.drain_timeout)), "--max-model-len", "-1"]
     given += ["--generation-config", "auto", "--disable-uvicorn-access-log"]
@@ -104,6 +106,11 @@ def _refuse(facts: Facts) -> None:
             f"quantization {facts.quantization!r} has no CPU kernel here; known: "
             f"{', '.join(QUANTIZED)}. Quantize the full-precision model with `quantserve quantize`"
         )
+    if (asked := serve_settings.inherited().get(ROUNDS, "0")) != "0":
+        raise SettingsError(
+            f"{ROUNDS}={asked} would round activations of INT4 layers to 8 bits, which no fidelity "
+            "report has measured: unset it, and quantize with `--scheme w8a8` for such activations"
+        )
 
 
 def _lora_flags(settings: Settings) -> list[str]:
@@ -130,6 +137,10 @@ def _cpu_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, st
         "OMP_NUM_THREADS": str(settings.threads or cores()),
         # One engine process instead of an engine and a worker: a process and a queue hop less.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # vLLM's own INT4 kernels would round activations to 8 bits where they can.
+        ROUNDS: "0",
+        # Counts requests with NaN among their logits: vllm:corrupted_requests_total.
+        "VLLM_COMPUTE_NANS_IN_LOGITS": env.get("VLLM_COMPUTE_NANS_IN_LOGITS", "1"),
         # What vLLM's CPU platform would set too late for the fork server.
         "VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",

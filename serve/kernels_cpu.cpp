@@ -27,7 +27,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 namespace {
@@ -246,10 +245,9 @@ float quantize(const T* x, int64_t have, int64_t width, float biggest, float top
 // magnitudes are ordered like integers, infinity above all numbers and NaN above infinity.
 template <class T>
 float magnitude(const T* x, int64_t n) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-  Bits most = 0;
-  for (int64_t k = 0; k < n; k++) most = std::max<Bits>(most, std::bit_cast<Bits>(x[k]) & std::numeric_limits<Bits>::max() >> 1);
-  return (float)std::bit_cast<T>(most);
+  uint32_t most = 0;
+  for (int64_t k = 0; k < n; k++) most = std::max(most, std::bit_cast<uint32_t>((float)x[k]) & 0x7fffffffu);
+  return std::bit_cast<float>(most);
 }
 
 // What is not finite in a row times the weights of one output: infinity where all agree, else NaN.

@@ -38,6 +38,10 @@ class NativeLinear:
     width: int  # inputs per chunk
     per_token: bool  # activations as int8 with one scale per row, else 16 bits per chunk
 
+    @property
+    def kernel(self) -> str:
+        return f"{_scheme(self.bits, self.per_token)} on {kernels_native.level()} (quantserve)"
+
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] in float32, bfloat16 or float16 -> [..., N] in the same dtype."""
         out: Tensor = torch.ops.quantserve.linear_int(
@@ -54,6 +58,10 @@ class AtenLinear:
     outputs: int
     group: int
     nibbles: int
+
+    @property
+    def kernel(self) -> str:
+        return f"{_scheme(4 * self.nibbles, self.channel is not None)} (PyTorch)"
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -73,6 +81,10 @@ class AtenLinear:
 
 
 PackedLinear = NativeLinear | AtenLinear
+
+
+def _scheme(bits: int, per_token: bool) -> str:  # noqa: FBT001
+    return f"W{bits}A{8 if per_token else 16}"
 
 
 def pack(codes: Tensor, scales: Tensor, bits: int, *, int8_rows: bool = False) -> PackedLinear:

@@ -59,6 +59,7 @@ class Serving:
         self.catalog = Catalog(registry, intake, self.pool, self.reconciler)
         self.registry, self.templates = registry, Templates()
         self.ready_fd: int | None = None
+        self.layers: list[dict[str, int]] = []  # of every rank: layers by the kernel they have
         self.draining = False
         self.started = int(time.time())
         self._following: list[asyncio.Task[None]] = []

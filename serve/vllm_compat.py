@@ -8,6 +8,7 @@ speaks before the first name of vLLM's is imported below.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -40,10 +41,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import multiproc_executor
 
 from quant.lora.cell import TemplateFault
-from serve import forkserver, lifeline
+from serve import forkserver, kernel_report, lifeline
 
 # messages, the base's tokenizer, the arguments of its apply_chat_template -> the chat, or None
 Render = Callable[[list[Any], Any, Mapping[str, Any]], Awaitable[str | None]]
+
+TELL_TIMEOUT_S = 60.0
 
 run_server_worker = entry.run_server_worker
 
@@ -157,6 +160,16 @@ def close_to_clients(config: Any) -> bool:
     takes = bool(config.enable_prompt_embeds)
     config.enable_prompt_embeds = False
     return takes
+
+
+async def layers_by_kernel(client: Any) -> list[dict[str, int]]:
+    """How many layers each kernel computes, of every rank; empty where the engine cannot tell.
+
+    It cannot where the operator gave vLLM a worker extension of another kind.
+    """
+    asked = client.collective_rpc(kernel_report.METHOD, timeout=TELL_TIMEOUT_S)
+    told = (await asyncio.gather(asked, return_exceptions=True))[0]
+    return [] if isinstance(told, BaseException) else list(told)
 
 
 def end_quietly(client: Any) -> None:

@@ -109,10 +109,16 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
         # register, and where vLLM calls it and the other plugins
         Place("vllm.plugins:load_general_plugins", uses="load_plugins_by_group"),
         # layers_by_kernel
+        Place("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", takes="self method timeout ..."),
+    ),
+    "serve.kernel_report": (
         Place("vllm.v1.worker.gpu_worker:Worker.get_model", takes="self"),
         Place(
             "vllm.v1.worker.worker_base:WorkerWrapperBase.init_worker", uses="worker_extension_cls"
         ),
+        Place(f"{_LAYERS}.linear:LinearBase", has="quant_method"),
+        Place(f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding", has="quant_method"),
+        Place(f"{_LINEAR}:CPUWNA16LinearKernel.process_weights_after_loading", uses="use_w4a8"),
     ),
     "serve.forkserver": (
         Place("vllm.v1.engine.utils:CoreEngineProcManager.__init__", uses="get_mp_context"),

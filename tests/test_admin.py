@@ -53,6 +53,15 @@ async def test_a_put_is_told_in_full(ops: httpx.AsyncClient, folders: list[Path]
     assert version["made_by"] == "ops"
 
 
+async def test_the_engine_tells_which_kernel_serves_how_many_layers(
+    ops: httpx.AsyncClient, serving: Serving
+) -> None:
+    serving.layers = [{"W4A16 on avx2 (quantserve)": 120}]
+    told = (await ops.get("/admin/engine")).json()
+    assert told["layers"] == serving.layers
+    assert told["vllm"].startswith("0.3") and isinstance(told["cpu"], bool)
+
+
 async def test_the_older_word_path_is_understood(
     ops: httpx.AsyncClient, folders: list[Path]
 ) -> None:

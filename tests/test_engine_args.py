@@ -106,6 +106,27 @@ def test_an_instruction_limit_reaches_every_library(model: Path) -> None:
     assert env["QUANTSERVE_MAX_CPU_ISA"] == "avx2"
 
 
+def test_activations_are_rounded_by_nobody_unless_the_artifact_says_so(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fidelity report is of 16-bit activations; vLLM's INT4 would take eight where it can."""
+    assert engine_args.environment(Settings(artifact=model), AVX2)[engine_args.ROUNDS] == "0"
+    monkeypatch.setenv(engine_args.ROUNDS, "0")
+    engine_args.inspect(Settings(artifact=model))
+    monkeypatch.setenv(engine_args.ROUNDS, "1")
+    with pytest.raises(SettingsError, match=r"VLLM_CPU_INT4_W4A8=1 .* unset it"):
+        engine_args.inspect(Settings(artifact=model))
+
+
+def test_broken_answers_are_counted_unless_told(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "VLLM_COMPUTE_NANS_IN_LOGITS"
+    assert engine_args.environment(Settings(artifact=model), AVX2)[name] == "1"
+    monkeypatch.setenv(name, "0")
+    assert engine_args.environment(Settings(artifact=model), AVX2)[name] == "0"
+
+
 def test_every_core_is_used_unless_told(model: Path) -> None:
     env = engine_args.environment(Settings(artifact=model), AVX2)
     assert env["OMP_NUM_THREADS"] == str(engine_args.cores())
