@@ -44,7 +44,9 @@ from bench.lora import one_process
 from quant import checkpoint, formats, packing
 from quant.checkpoint import Layer
 from quant.formats import FULL, INT8, Format
-from serve import kernels, kernels_native, kernels_ops
+from serve import engine_args, kernels, kernels_native, kernels_ops
+from serve.kernel_report import kernel_of
+from serve.settings import Settings
 from tests import tiny
 
 INPUTS, HEAD = 256, 32
@@ -283,6 +285,43 @@ def test_int4_without_any_kernel_is_refused_at_load_not_at_the_first_request() -
     section = section_of("w4a16", 48)
     with pytest.raises(ValueError, match="groups of 48 do not divide 256 inputs"):
         qkv(get_quantization_config(kernels.GPTQ).from_config(section), torch.bfloat16)
+
+
+def test_what_is_left_to_vllms_int4_kernel_keeps_activations_at_16_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Groups of 16 are too narrow for ours. vLLM's exists from AVX-512 up, and would round to 8."""
+    facts = engine_args.Facts(on_cpu=True, cpu_flags=frozenset(), quantization="gptq")
+    worker = engine_args.environment(Settings(), facts)
+    monkeypatch.setenv(engine_args.ROUNDS, worker[engine_args.ROUNDS])
+    config, dtype = config_of("w4a16", 16), torch.bfloat16
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        with pytest.raises(ValueError, match="groups of 16"):
+            qkv(config, dtype)
+        return
+    layer = qkv(config, dtype)
+    parts = {shard: solved(width, "w4a16", 16, dtype) for shard, width in WIDTHS.items()}
+    for shard, part in parts.items():
+        load(layer, checkpoint.encode(formats.of_scheme("w4a16", 16), part, dtype), shard)
+    finish(layer)
+    assert kernel_of(layer) == "vLLM's CPUWNA16LinearKernel"
+    weight, x = torch.cat([part.weight() for part in parts.values()]), rows_of(9, dtype)
+    assert distance(layer(x)[0], x.float() @ weight.t()) <= LOSS[dtype]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8"])
+def test_a_layer_says_which_kernel_computes_it(scheme: Any) -> None:
+    layer = qkv(config_of(scheme), torch.float32)
+    for shard, width in WIDTHS.items():
+        part = solved(width, scheme, -1 if scheme == "w8a8" else 64, torch.float32)
+        form = formats.INT8 if scheme == "w8a8" else formats.of_scheme(scheme, 64)
+        load(layer, checkpoint.encode(form, part, torch.float32), shard)
+    finish(layer)
+    assert kernel_of(layer) == f"{scheme.upper()} on {kernels_native.level()} (quantserve)"
+    x = rows_of(3, torch.float32)
+    x[1, 5] = torch.nan
+    assert torch.equal(layer(x)[0].isnan().all(dim=1), torch.tensor([False, True, False]))
+    assert kernel_of(qkv(None, torch.float32)) == "float32 (vLLM's UnquantizedLinearMethod)"
 
 
 def test_vllms_int4_kernel_stays_only_where_it_exists() -> None:
