@@ -120,6 +120,12 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
         Place(f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding", has="quant_method"),
         Place(f"{_LINEAR}:CPUWNA16LinearKernel.process_weights_after_loading", uses="use_w4a8"),
     ),
+    "serve.isa": (
+        Place(
+            "vllm.platforms.cpu:CpuPlatform.import_kernels",
+            uses="_is_avx512_supported _is_avx512_bf16_supported",
+        ),
+    ),
     "serve.forkserver": (
         Place("vllm.v1.engine.utils:CoreEngineProcManager.__init__", uses="get_mp_context"),
         Place("vllm.v1.executor.multiproc_executor:get_mp_context", takes=""),
@@ -167,6 +173,8 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
             "collective_rpc",
         ),
         Place("vllm.lora.request:LoRARequest", has="lora_name lora_int_id lora_path"),
+        Place("starlette.datastructures:State", has="_state"),
+        Place("starlette.routing:Router", has="lifespan_context"),
         Place(
             "vllm.plugins.endpoint_plugins.interface:EndpointPlugin",
             has="name required_tasks attach_router init_state",

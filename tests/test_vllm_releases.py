@@ -19,7 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.static_names import Packages
+from serve import engine_args
+from serve.engine_args import Facts
+from serve.settings import Settings, inherited
+from serve.static_names import Packages, mentioned
 from serve.vllm_internals import PLACES
 from serve.vllm_release import RELEASES, differences
 from tests.test_architecture import ROOT, Source, dotted, sources
@@ -105,6 +108,32 @@ def test_every_place_is_as_we_know_it(releases: dict[str, Packages], release: st
     assert len(rows) > 100
     found = list(differences(rows, releases[release], release))
     assert not found, f"vLLM {release}: {found}"
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_flag_and_variable_we_give_is_known(
+    releases: dict[str, Packages], release: str, tmp_path: Path
+) -> None:
+    """vLLM ends with status 2 at a flag it does not know, and says nothing of a variable."""
+    vllm, own = releases[release], {*inherited(), *Settings().environment()}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    home = "launchers" if release == "0.32" else "common"
+    places = (
+        "vllm.engine.arg_utils:AsyncEngineArgs",
+        f"vllm.entrypoints.{home}.cli_args:FrontendArgs",
+    )
+    for on_cpu in (True, False):
+        facts = Facts(on_cpu, frozenset({"avx2"}), "gptq")
+        chosen = Settings(artifact=tmp_path, prompt_tuning=True, max_cpu_isa="avx2")
+        flags = [word for word in engine_args.flags(chosen, facts) if word.startswith("--")]
+        names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
+        assert len(names) > 12
+        lost = [n for n in names if not any(vllm.find(f"{place}.{n}") for place in places)]
+        assert not lost, f"vLLM {release} takes no {lost}"
+        envs = vllm.find("vllm.envs")
+        assert envs is not None
+        given = {n for n in engine_args.environment(chosen, facts) if n.startswith("VLLM_")} - own
+        assert given <= mentioned(envs.node)
 
 
 def test_the_installed_release_and_the_fetched_one_are_the_pinned_ones() -> None:
