@@ -31,8 +31,8 @@ def test_every_layer_is_told_by_what_serves_it(
     ours = layers.pop("W4A16 on avx2 (quantserve)")
     # vLLM runs q, k and v as one layer, and gate and up
     assert ours == 4 * json.loads((w4a16 / "config.json").read_text())["num_hidden_layers"]
-    assert layers == {"bfloat16 widened exactly (quantserve)": 1}, "the head, tied to the embedding"
-    assert f"kernels: {ours} x W4A16 on avx2 (quantserve), 1 x bfloat16" in server.log.read_text()
+    assert layers == {"bfloat16 widened exactly (quantserve)": 2}, "embedding and head"
+    assert f"kernels: {ours} x W4A16 on avx2 (quantserve), 2 x bfloat16" in server.log.read_text()
 
 
 def test_engines_are_forked_from_the_warm_server(server: Server) -> None:
