@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from serve.errors import EngineEnded, ServeError
 from serve.metrics import NO_ALIAS, outcome_of
 from serve.turn import Turn
-from serve.wire import OPENAI, Told, dialect_of, error_event, read_error, told_of
+from serve.wire import OPENAI, Told, dialect_of, error_event, has_several, read_error, told_of
 
 if TYPE_CHECKING:
     from serve.serving import Serving
@@ -44,7 +44,7 @@ class Answer:
         self._serving, self.turn, self._path, self._to_client = serving, turn, path, send
         self.counted = self.bare = False
         self._dialect = dialect_of(path)
-        self._ends = (*self._dialect.ends, *(b"\n" + end for end in self._dialect.ends))
+        self._ends = self._dialect.ends
         self._start: Message | None = None  # held back
         self._body = b""  # of an error
         self._began = self._streams = self._over = self._left = self._booked = False
@@ -185,7 +185,10 @@ class Answer:
         if body.startswith(b":"):  # a comment that keeps the connection open
             return
         self._events += 1
-        self._whole = self._whole or any(end in body for end in self._ends)
+        if body.startswith(self._ends):
+            self._whole = True
+        elif has_several(body):
+            self._whole |= any(b"\n" + end in body for end in self._ends)
         if not self._first:
             self._first = True
             waited = time.monotonic() - self.turn.began

@@ -60,7 +60,8 @@ _KEY = re.compile(r"^(?:KeyError\()?['\"]([\w.-]{1,64})['\"]\)?$")
 _VLLMS_TAIL = re.compile(r" \(parameter=[\w.]+(?:, value=.*)?\)$", re.DOTALL)
 _PYDANTIC = re.compile(r"^\d+ validation errors? for \S+\n", re.MULTILINE)
 _PYDANTIC_FAULT = re.compile(r"^(\S.*)\n  (\S.*?)(?: \[type=.*\])?$", re.MULTILINE)
-_ERROR_EVENT = re.compile(rb'(?:\A|\n)(?:event: error\b|data: ?\{\s*"error"\s*:)')
+_ERROR_EVENT = re.compile(rb'event: error\b|data: ?\{\s*"error"\s*:')
+_LATER_ERROR_EVENT = re.compile(rb'\n(?:event: error\b|data: ?\{\s*"error"\s*:)')
 _DATA = re.compile(rb"(?:\A|\n)data: ?(\{.*)")
 
 
@@ -116,7 +117,11 @@ def read_error(status: int, raw: bytes, path: str) -> Told:
 
 def error_event(chunk: bytes) -> Told | None:
     """The error that a piece of a stream carries, if it does. Cheap where it does not."""
-    event = _ERROR_EVENT.search(chunk) if b"error" in chunk else None
+    if b"error" not in chunk:
+        return None
+    event = _ERROR_EVENT.match(chunk)
+    if event is None and has_several(chunk):
+        event = _LATER_ERROR_EVENT.search(chunk)
     if event is None:
         return None
     data = _DATA.search(chunk, event.start())
@@ -127,6 +132,11 @@ def error_event(chunk: bytes) -> Told | None:
     code = given.get("code")
     status = code if isinstance(code, int) and code in range(400, 600) else 500
     return _told(status, given)
+
+
+def has_several(chunk: bytes) -> bool:
+    """Whether a piece of a stream is more than one event; vLLM sends them one by one."""
+    return chunk.count(b"\n\n") > 1
 
 
 def cut(text: str, at: int = MESSAGE_LIMIT) -> str:
