@@ -189,7 +189,7 @@ def _put(url: str, body: dict[str, str]) -> dict[str, object]:
 def _show_metrics(url: str) -> None:
     with urllib.request.urlopen(url, timeout=10) as answer:
         for line in answer.read().decode().splitlines():
-            if line.startswith(SHOWN_METRICS):
+            if line.startswith(SHOWN_METRICS) and not line.endswith(" 0.0"):
                 print("   " + line)
 
 

@@ -33,7 +33,8 @@ class RequestLines(logging.Filter):
             text = f"{text} (request {turn.id})"
         record.msg, record.args = text, None
         fault = record.exc_info[1] if record.exc_info else None
-        if fault is not None and self._is_clients(fault):
+        told = record.name.startswith("vllm.entrypoints")  # and answered with a status
+        if fault is not None and told and self._is_clients(fault):
             record.exc_info = record.exc_text = None
         elif record.exc_info:
             trace = logging.Formatter().formatException(record.exc_info)

@@ -21,7 +21,7 @@ MESSAGE_LIMIT = 1000
 CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
-    403: "insufficient_scope",
+    403: "not_enabled",  # vLLM's own: a route that a flag opens; scopes are ours
     404: "not_found",
     405: "method_not_allowed",
     409: "conflict",

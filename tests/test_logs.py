@@ -18,9 +18,14 @@ def is_clients(fault: BaseException) -> bool:
     return isinstance(fault, Clients)
 
 
-def written(message: str, *args: object, fault: BaseException | None = None) -> str:
+API = "vllm.entrypoints.anthropic.api_router"
+
+
+def written(
+    message: str, *args: object, fault: BaseException | None = None, name: str = API
+) -> str:
     exc_info = (type(fault), fault, None) if fault else None
-    record = logging.LogRecord("vllm", logging.ERROR, "f.py", 1, message, args, exc_info)
+    record = logging.LogRecord(name, logging.ERROR, "f.py", 1, message, args, exc_info)
     assert RequestLines(is_clients).filter(record)
     assert RequestLines(is_clients).filter(record)  # a second handler adds nothing
     return logging.Formatter().format(record)
@@ -48,4 +53,6 @@ def test_what_a_client_sent_is_not_echoed_whole(size: int) -> None:
 def test_a_traceback_is_for_faults_of_ours() -> None:
     line = written("Error in create_messages: %s", "no messages", fault=Clients("no messages"))
     assert line == "Error in create_messages: no messages"
+    elsewhere = written("failed", fault=Clients("a bug"), name="serve.adapters.reconciler")
+    assert "Clients: a bug" in elsewhere
     assert "RuntimeError: broken" in written("failed", fault=RuntimeError("broken"))
