@@ -11,7 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anthropic
 import httpx
+import httpx2
+import openai
 import pytest
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -24,6 +27,8 @@ from serve.errors import EngineEnded
 from serve.serving import Serving
 from serve.turn import Turn
 from tests.fakes import APP, BY, settled
+
+KEY = APP["authorization"].removeprefix("Bearer ")
 
 CHAT = "/v1/chat/completions"
 STREAMS = (CHAT, "/v1/completions", "/v1/responses", "/v1/messages")
@@ -264,6 +269,35 @@ async def test_an_engine_that_has_ended_asks_for_the_request_again_and_is_a_fail
     stream = await client.post(CHAT, json={"model": "base", "stream": True, "how": "error"})
     assert fault_of(CHAT, stream.text)["code"] == "engine_ended"
     assert books(serving) == {("none", "server_error"): 1, ("base", "stream_error"): 1}
+
+
+@pytest.mark.parametrize("how", ["error", "raises inside"])
+async def test_official_clients_raise_what_a_stream_ends_with(app: FastAPI, how: str) -> None:
+    asked: Any = {"model": "base", "stream": True, "extra_body": {"how": how}}
+    hi: Any = [{"role": "user", "content": "hi"}]
+    transport = httpx2.ASGITransport(app)
+    async with openai.AsyncOpenAI(
+        base_url="http://test/v1", api_key=KEY, max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(transport=transport),
+    ) as client:  # fmt: skip
+        with pytest.raises(openai.APIError) as chat_fault:
+            await read(await client.chat.completions.create(messages=hi, **asked))
+        with pytest.raises(openai.APIError) as response_fault:
+            await read(await client.responses.create(input="hi", **asked))
+    async with anthropic.AsyncAnthropic(
+        base_url="http://test", auth_token=KEY, max_retries=0,
+        http_client=anthropic.DefaultAsyncHttpxClient(transport=transport),
+    ) as other:  # fmt: skip
+        with pytest.raises(anthropic.APIStatusError) as message_fault:
+            await read(await other.messages.create(messages=hi, max_tokens=4, **asked))
+    told: list[Any] = [fault.value.body for fault in (chat_fault, response_fault, message_fault)]
+    assert [body.get("code") for body in told] == ["internal_error", "internal_error", None]
+    assert told[2]["error"]["type"] == "api_error" and told[2]["error"]["message"]
+
+
+async def read(stream: AsyncIterator[Any]) -> None:
+    async for _ in stream:
+        pass
 
 
 class Caller:

@@ -190,26 +190,12 @@ def test_anthropics_client_reads_its_own_errors(server: Server) -> None:
     assert kind == "authentication_error"
 
 
-def test_openais_client_reads_errors_of_bodies_and_of_streams(server: Server) -> None:
-    grammar = 'root ::= "a"\nroot ::= "b"'  # that engine finds out when it has begun
+def test_openais_client_reads_which_field_is_wrong(server: Server) -> None:
     nothing: Any = [{"role": "user", "content": None}]
-    hi: Any = [{"role": "user", "content": "hi"}]
-    with server.client(APP_KEY) as client:
-        with pytest.raises(openai.BadRequestError) as bad:
-            client.chat.completions.create(model="base", messages=nothing)
-        with pytest.raises(openai.APIError) as broken:
-            list(
-                client.chat.completions.create(
-                    model="base",
-                    messages=hi,
-                    stream=True,
-                    extra_body={"structured_outputs": {"grammar": grammar}},
-                )
-            )
+    with server.client(APP_KEY) as client, pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="base", messages=nothing)
     assert bad.value.param == "messages[0].content" and bad.value.code == "invalid_request"
     assert "{'" not in bad.value.message and "validation error" not in bad.value.message
-    fault: Any = broken.value.body
-    assert isinstance(fault["code"], str) and fault["message"]
 
 
 def test_one_id_is_the_clients_the_logs_and_vllms(server: Server, api: httpx.Client) -> None:
