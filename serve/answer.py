@@ -15,6 +15,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+from starlette.requests import ClientDisconnect
+
 from serve.errors import EngineEnded, ServeError
 from serve.metrics import NO_ALIAS, outcome_of
 from serve.turn import Turn
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 ERROR_BODY_LIMIT = 1 << 20  # bytes of an error's body that are read; the rest is dropped
 RETRY_AFTER_S = 2  # of a 429 or 503 that does not say it itself
+GONE = (OSError, ClientDisconnect)  # what an app raises when its client has left
 ENGINE_ENDED = "the engine ended while it worked on this request; send it again"
 
 
@@ -74,7 +77,7 @@ class Answer:
             await self.end_with(EngineEnded("the server stops; send the request to another"))
             await asyncio.wait({task})
         fault = None if task.cancelled() else task.exception()
-        if fault is not None and not self._left:
+        if fault is not None and not (self._left and isinstance(fault, GONE)):
             logger.error("request %s failed: %r", self.turn.id, fault, exc_info=fault)
         await self._close()
 

@@ -27,6 +27,7 @@ from tests.promql import (
     RULES,
     SCRAPING,
     dashboard,
+    expand,
     family,
     metric_names,
     panel_queries,
@@ -343,6 +344,30 @@ def test_each_alert_fires_on_its_trouble_and_only_then() -> None:
     alerts = {query.where.removeprefix("rule ") for query in rule_queries()}
     told = (ROOT / "tests" / "alerts.yml").read_text(encoding="utf-8")
     assert alerts == set(re.findall(r'alertname="(\w+)"', told)), "an alert without a test"
+
+
+@pytest.mark.parametrize(
+    ("up", "ready", "shown"),
+    [("1x40", "1x40", 1), ("1x40", "0x40", 0), ("1x2 0x40", "1x2 stale", 0), ("0x40", "_x40", 0)],
+    ids=["all is well", "one drains", "one has gone", "one never answered"],
+)
+def test_the_board_says_no_for_a_server_that_is_gone(
+    tmp_path: Path, up: str, ready: str, shown: int
+) -> None:
+    (panel,) = [panel for panel in panels() if panel["title"] == "Ready"]
+    (target,) = panel["targets"]
+    assert target["instant"], "a range keeps the last value of a series that has ended"
+    series = [
+        {"series": f"{name}{{job='quantserve',instance='{instance}'}}", "values": values}
+        for name, other in (("up", up), ("quantserve_ready", ready))
+        for instance, values in (("well", "1x40"), ("other", other))
+    ]
+    asked = {"expr": expand(target["expr"]), "eval_time": "5m",
+             "exp_samples": [{"labels": "{}", "value": shown}]}  # fmt: skip
+    case = {"interval": "15s", "input_series": series, "promql_expr_test": [asked]}
+    written = tmp_path / "ready.yml"
+    written.write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": [case]}))
+    run(tool("promtool"), "test", "rules", str(written))
 
 
 def test_rules_say_how_bad_and_what_to_do() -> None:

@@ -116,7 +116,7 @@ def test_after_a_storm_the_sums_are_vllms_and_every_request_is_counted_once(
         for alias, model in named.items()
         for call, path, body in requests_of(model)
     ]
-    lost = [ASK | {"model": "nobody"}, {"messages": 5}]
+    lost: list[dict[str, Any]] = [ASK | {"model": "nobody"}, {"messages": 5}]
     asked += [("none", whole, CHAT, body) for body in lost]
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(call, api, path, **body) for _, call, path, body in asked]
