@@ -226,6 +226,7 @@ class Answer:
             kept.append((b"request-id", self.turn.request_id.encode("latin-1")))
         if self.turn.version is not None:
             kept.append((b"x-quantserve-adapter", self.turn.version.name.encode()))
+        kept += [(b"x-quantserve-warning", text.encode()) for text in self.turn.warnings]
         return kept
 
     def _book(self, outcome: str, told: Told | None) -> None:

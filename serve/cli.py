@@ -98,6 +98,16 @@ def serve(
     prompt_tuning: Annotated[
         bool | None, typer.Option(help="serve prompt-tuned adapters [on CPU]")
     ] = None,
+    tool_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="vLLM's parser of tool calls, none, or auto: by the chat template [auto]"
+        ),
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(help="vLLM's parser of thoughts, none, or auto: by the chat template [auto]"),
+    ] = None,
     kv_cache_bytes: Annotated[
         int | None, typer.Option(help="KV cache on CPU, in bytes [512 MiB]")
     ] = None,
@@ -132,6 +142,8 @@ def serve(
         max_adapters=max_adapters,
         max_lora_rank=max_lora_rank,
         prompt_tuning=prompt_tuning,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
         kv_cache_bytes=kv_cache_bytes,
         threads=threads,
         drain_timeout=drain_timeout,

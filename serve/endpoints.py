@@ -28,9 +28,12 @@ from serve import (
     health,
     kernel_report,
     logs,
+    parsers,
     settings,
     stats,
+    tools,
     vllm_compat,
+    vllm_tools,
     voices,
 )
 from serve.access import Gate
@@ -48,6 +51,7 @@ from serve.serving import Serving
 from serve.soft_prompts import SoftPrompts
 from serve.tryout import Tryout
 from serve.turn import Turn, current
+from serve.unknown_model import unknown_model
 from serve.validation import explain
 
 
@@ -188,6 +192,7 @@ class Endpoints:
         serving.engine_ended = lambda: bool(engine_client.errored)
         stats.follow(engine_client.output_processor, base_name)
         vllm_compat.watch_requests(_watching(base_name))
+        _judge(state, args, serving)
         vllm_compat.end_quietly(engine_client)
         for method in ("generate", "encode"):
             stock = getattr(engine_client, method)
@@ -290,6 +295,37 @@ def _watching(base_name: str) -> Callable[[Mapping[str, Any]], None]:
     return watch
 
 
+def _judge(state: Any, args: Any, serving: Serving) -> None:
+    """Prepare requests for tools, and say which models there are where one is not."""
+    shown = state.online_renderer
+    reads, forces = vllm_tools.reads_calls(shown)
+    chosen = parsers.choose(settings.load())
+    base = tools.of(chosen, reads=reads, forces=forces, runs=args.tool_server is not None)
+    model_type = str(shown.model_config.hf_config.model_type)
+
+    def prepare(request: Any) -> None:
+        own = voices.voice().template(tools=True)
+        base.beside(own, model_type).prepare(request, _warn)
+
+    def unknown(name: Any) -> ModelNotFound:
+        return unknown_model(name, [serving.base_name, *serving.pool.live()])
+
+    vllm_tools.hold_arguments(shown, _warn)
+    vllm_tools.judge_requests(prepare, unknown, _blame)
+
+
+def _warn(text: str) -> None:
+    turn = current.get()
+    if turn is not None and text not in turn.warnings:
+        turn.warnings.append(text)
+
+
+def _blame(fault: ServeError) -> None:
+    turn = current.get()
+    if turn is not None:
+        turn.fault = fault
+
+
 def _placing(stock: Any, serving: Serving, soft: SoftPrompts | None) -> Any:
     """vLLM's `generate` or `encode`: see to the adapter's place.
 
@@ -354,7 +390,7 @@ def _model_routes(app: FastAPI) -> APIRouter:
             if card["id"] == alias:
                 made = {"created": int(version.loaded_at)} if version else {}
                 return card | {"id": model} | made
-        raise ModelNotFound(f"the model {model!r} does not exist", param="model")
+        raise unknown_model(model, [card["id"] for card in cards()])
 
     return router
 

@@ -10,13 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quant.lora import served
+from serve import parsers, vllm_release
 from serve import settings as serve_settings
-from serve import vllm_release
 from serve.errors import SettingsError
+from serve.parsers import Parsers
 from serve.settings import AVX2_LIMITS, Settings
 
 # vLLM allocates every slot at one of these ranks.
@@ -33,6 +34,7 @@ class Facts:
     cpu_flags: frozenset[str]
     quantization: str | None  # `quant_method` of its config.json
     causal: bool = True  # a plain language model, as far as its config.json says
+    parsers: Parsers = field(default_factory=Parsers)
 
 
 def inspect(settings: Settings) -> Facts:
@@ -54,7 +56,7 @@ def inspect(settings: Settings) -> Facts:
     facts = Facts(on_cpu, _cpu_flags(Path("/proc/cpuinfo")), method, causal)
     if facts.on_cpu:
         _refuse(facts)
-    return facts
+    return replace(facts, parsers=parsers.choose(settings))
 
 
 def flags(settings: Settings, facts: Facts) -> list[str]:
@@ -73,6 +75,7 @@ def flags(settings: Settings, facts: Facts) -> list[str]:
     if facts.on_cpu:
         given += ["--enforce-eager", "--dtype", _cpu_dtype(settings, facts)]
         given += ["--kv-cache-memory-bytes", str(settings.kv_cache_bytes)]
+    given += parsers.flags(facts.parsers, settings.vllm_flags)
     return [*given, *settings.vllm_flags]
 
 

@@ -68,6 +68,12 @@ class Settings(BaseModel):
     max_cpu_isa: Literal["auto", "avx2"] = Field(
         "auto", description="avx2: behave as the oldest machine of the fleet"
     )
+    tool_parser: str = Field(
+        "auto", min_length=1, description="what reads tool calls: a parser of vLLM's, none, or auto"
+    )
+    reasoning_parser: str = Field(
+        "auto", min_length=1, description="what reads thoughts: a parser of vLLM's, none, or auto"
+    )
     vllm_flags: tuple[str, ...] = Field((), description="JSON array of further vLLM flags")
 
     @field_validator("adapters", mode="after")

@@ -65,6 +65,8 @@ class Supervisor:
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit code: 2 when the first start failed."""
         listener = bind(self._settings.host, self._settings.port)
+        for line in self._facts.parsers.told():
+            self._say(line)
         loop = asyncio.get_running_loop()
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, self._on_signal)

@@ -32,6 +32,7 @@ class Turn:
     user: str = ""  # what its body says, as vLLM has read it
     opening: str = ""  # how its conversation begins
     fault: ServeError | None = None  # why it gets no answer, where vLLM would say it worse
+    warnings: list[str] = field(default_factory=list)  # what it asks for and does not get; ASCII
 
     def __post_init__(self) -> None:
         self.request_id = self.request_id or self.id

@@ -29,7 +29,9 @@ REPEATED_LINES = 8  # so many equal lines in two places are one function that wa
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "base", "manager", "misc"}
 
 # vLLM 0.x moves its modules; every place that knows one is named here.
-VLLM_DOORS = {"worker", "vllm_compat", "lora_cpu", "cpu_ops", "endpoints", "stats", "tryout"}
+VLLM_DOORS = {
+    "worker", "vllm_compat", "vllm_tools", "lora_cpu", "cpu_ops", "endpoints", "stats", "tryout",
+}  # fmt: skip
 # Standard library and pydantic only.
 LIGHT = (
     "quant.artifact", "quant.durable", "quant.errors", "quant.foreign_json", "quant.lora.adapter",

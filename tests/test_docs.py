@@ -130,6 +130,19 @@ def _metrics(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w/.-])quantserve_[a-z0-9_]*[a-z0-9]", text))
 
 
+def test_every_form_of_tools_is_told(readme: str) -> None:
+    from serve.forms import TOOLS
+
+    rows = [[form.parser, " ".join(form.marks) or "-", *form.families] for form in TOOLS]
+    there = [re.split(r" {2,}|\(model type |\.\.\.\)", line.strip()) for line in _forms(readme)]
+    assert [list(filter(None, row)) for row in there] == rows
+
+
+def _forms(readme: str) -> list[str]:
+    block = readme.partition("<summary>Parsers of tool calls")[2].split("\n```")[1]
+    return [re.sub(r"^(\S+) ", r"\1  ", line) for line in block.strip().splitlines()]
+
+
 def test_make_targets_exist(readme: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     there = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))

@@ -61,10 +61,9 @@ def loras(w4a16: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def server(
     w4a16: Path, loras: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """The int4 model, `first` given at start, tool calls switched on by flags of vLLM's."""
+    """The int4 model, `first` given at start."""
     folder = tmp_path_factory.mktemp("server")
     flags = ["--model-name", "base", "--adapter", f"first={loras[0]}"]
-    flags += ["--", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with serving(w4a16, folder, *flags) as started:
         started.until_ready()
         yield started

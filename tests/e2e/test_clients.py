@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from openai.types.chat import ChatCompletionFunctionToolParam
 
 from tests.e2e.server import APP_KEY, QUESTION, Server, chat
 
@@ -51,32 +49,6 @@ def test_completions_logprobs_and_structured_output_are_vllms(server: Server) ->
     assert plain.choices[0].logprobs is not None
     assert shaped.choices[0].message.content in ("yes", "no")
     assert responded.status in ("completed", "incomplete")
-
-
-def test_a_named_tool_is_called(server: Server) -> None:
-    """Which city so small a model asks for is its own affair; that it is by the schema not."""
-    city: dict[str, object] = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 20}},
-        "required": ["city"],
-        "additionalProperties": False,
-    }
-    weather: ChatCompletionFunctionToolParam = {
-        "type": "function",
-        "function": {"name": "weather", "parameters": city, "strict": True},
-    }
-    with server.client() as client:
-        reply = client.chat.completions.create(
-            model="base",
-            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
-            tools=[weather],
-            tool_choice={"type": "function", "function": {"name": "weather"}},
-            max_tokens=100,
-            temperature=0,
-        )
-    (call,) = reply.choices[0].message.tool_calls or []
-    assert call.type == "function" and call.function.name == "weather"
-    assert json.loads(call.function.arguments).keys() == {"city"}
 
 
 def test_doubled_and_trailing_slashes_are_forgiven(api: httpx.Client) -> None:
