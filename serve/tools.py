@@ -16,11 +16,7 @@ from serve.parsers import Parsers, form_of
 IGNORED = "tools are ignored: the server reads no tool calls of this model"
 UNWRITTEN = "the model does not see the tools: its chat template writes none"
 UNFORCED = "tool_choice does not force a call: vLLM has no grammar for this model's calls"
-OFFERED = (
-    "function",
-    "custom",
-    "namespace",
-)  # of the types in /v1/responses, those that clients run
+OFFERED = ("function", "custom", "namespace")  # types of /v1/responses that clients run
 _STRUCTURED = "structured_outputs"
 # Fields that bound an answer once or elsewhere, and that vLLM takes and drops: what says it now.
 DROPPED = {
@@ -68,7 +64,7 @@ class Tools:
 
     def prepare(self, request: Any, warn: Callable[[str], None]) -> None:
         """Change a request of vLLM's so that its answer is what it asked for. BadRequest else."""
-        refuse_dropped(request.model_extra or {})
+        refuse_dropped(getattr(request, "model_extra", None) or {})  # not all are of pydantic's
         asked = vars(request)
         if not asked.get("tools"):
             return
