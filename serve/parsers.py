@@ -24,8 +24,10 @@ from serve.forms import REASONING, TOOLS, Form
 from serve.settings import Settings
 
 AUTO, NONE = "auto", "none"
-
-
+UNWRITTEN = (
+    "the chat template writes no tools: the model is not told of them, and calls one only where a "
+    "request requires it"
+)
 _ASKS, _ANSWERS = "quantserve asks", "quantserve answers"
 _SAMPLE = {
     "type": "function",
@@ -63,12 +65,6 @@ class Parsers:
         if self.tools.name and not self.written:
             lines.append(UNWRITTEN)
         return [*lines, f"reasoning parser: {self.reasoning.name or NONE} ({self.reasoning.why})"]
-
-
-UNWRITTEN = (
-    "the chat template writes no tools: the model is not told of them, and calls one only where a "
-    "request requires it"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +107,10 @@ def choose(settings: Settings) -> Parsers:
     model = read(settings.artifact, given.value("--chat-template"))
     asked = given.value("--tool-call-parser"), given.value("--reasoning-parser")
     written = writes_tools(model)
-    if asked[0]:
-        tools = Pick(asked[0], "--tool-call-parser")
-    elif given.has("--no-enable-auto-tool-choice"):
+    if given.has("--no-enable-auto-tool-choice"):
         tools = Pick(None, "--no-enable-auto-tool-choice")
+    elif asked[0]:
+        tools = Pick(asked[0], "--tool-call-parser")
     elif settings.tool_parser != AUTO:
         tools = _named(settings.tool_parser, "tool", given)
     else:
@@ -145,7 +141,7 @@ def tool_parser(model: Model, *, written: bool) -> Pick:
     found = _fitting(TOOLS, model, model.tool_template)
     if not found and not model.template:
         return Pick(None, "the model has no chat template")
-    if not written and not (found and not found[0].marks):
+    if not written:
         return Pick(None, "the chat template writes no tools")
     for form in found:
         if model.has(form.tokens):
@@ -183,6 +179,8 @@ def reasoning_parser(model: Model) -> Pick:
 
 def writes_tools(model: Model) -> bool:
     """Whether chats differ with a tool and without; a template that cannot say is believed."""
+    if any(not form.marks for form in _fitting(TOOLS, model, "")):
+        return True  # vLLM writes its chats, not a template
     plain = model.renders(model.template)
     told = None if plain is None else model.renders(model.tool_template, tools=[_SAMPLE])
     return "tools" in model.tool_template if told is None else told != plain

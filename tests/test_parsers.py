@@ -92,7 +92,7 @@ def test_the_template_decides(
     tmp_path: Path, template: str, kind: str, tokens: list[str], expected: str
 ) -> None:
     found = chosen(folder(tmp_path / "m", template, kind, tokens))
-    assert found.tools.name == expected
+    assert found.tools.name == expected and found.written
     added = parsers.flags(found, ())
     assert added[:3] == ["--enable-auto-tool-choice", "--tool-call-parser", expected]
 
@@ -170,6 +170,7 @@ def test_options_override_and_refuse_what_vllm_does_not_know(tmp_path: Path) -> 
         (("--tool_call_parser=xlam", "--enable-auto-tool-choice"), []),
         (("--enable-auto-tool-choice",), ["--tool-call-parser", "hermes"]),
         (("--no-enable-auto-tool-choice",), []),
+        (("--no-enable-auto-tool-choice", "--tool-call-parser", "xlam"), []),
     ],
 )
 def test_vllms_own_flags_win_and_are_not_doubled(

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.e2e.server import APP_KEY, Server, serving
@@ -31,19 +32,33 @@ TOOL: Any = {"type": "function", "function": FUNCTION}
 FLAT: Any = {"type": "function", **FUNCTION}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 CALL = 1  # the token `<tool_call>`
-BLANKS = "\t\n\r "
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a template that writes tools, and `<tool_call>` for one of its tokens."""
+    """A model that is told of tools, and that calls one wherever it may."""
     made = tiny.model_folder(tmp_path_factory.mktemp("tiny") / "tiny", hidden=256,
                              dtype=torch.float32)  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (made / name).read_text("utf-8")
         (made / name).write_text(text.replace(tiny.EOS, "<tool_call>"), "utf-8")
     (made / "chat_template.jinja").write_text(HERMES)
+    lean(made)
     return made
+
+
+def lean(made: Path) -> None:
+    """To calls, and not to the blanks that JSON allows everywhere; whatever the arithmetic."""
+    vocabulary = json.loads((made / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    shown = str.maketrans("ĉĊčĠ", "\t\n\r ")
+    blanks = [number for text, number in vocabulary.items() if not text.translate(shown).strip()]
+    assert len(blanks) >= 4
+    held = load_file(made / "model.safetensors")
+    held["model.embed_tokens.weight"][:, 0] = 50.0  # a channel that is the same for every token
+    held["lm_head.weight"][:, 0] = 0.0
+    held["lm_head.weight"][blanks, 0] = -10.0
+    held["lm_head.weight"][CALL, 0] = 10.0
+    save_file(held, made / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +69,8 @@ def caller(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield started
 
 
-@pytest.fixture(scope="module")
-def leaning(model: Path) -> dict[str, int]:
-    """A random model leans to calls, and not to the blanks that JSON allows everywhere."""
-    vocabulary = json.loads((model / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
-    shown = str.maketrans("ĉĊčĠ", BLANKS)
-    blank = [number for text, number in vocabulary.items() if not text.translate(shown).strip()]
-    assert len(blank) >= len(BLANKS)
-    return {str(number): -100 for number in blank} | {str(CALL): 100}
-
-
-@pytest.fixture
-def asked(leaning: dict[str, int]) -> dict[str, Any]:
-    return {"model": "base", "messages": ASKED, "tools": [TOOL], "max_tokens": 200,
-            "temperature": 0, "parallel_tool_calls": False, "logit_bias": leaning}  # fmt: skip
+ASK: dict[str, Any] = {"model": "base", "messages": ASKED, "tools": [TOOL], "max_tokens": 200,
+                       "temperature": 0, "parallel_tool_calls": False}  # fmt: skip
 
 
 def post(server: Server, path: str, **body: Any) -> httpx.Response:
@@ -86,10 +89,8 @@ def test_the_start_says_which_parser_was_picked(caller: Server, server: Server) 
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "required", NAMED])
-def test_a_call_is_read_and_its_arguments_fit(
-    caller: Server, asked: dict[str, Any], choice: Any
-) -> None:
-    body = asked | ({"tool_choice": choice} if choice else {})
+def test_a_call_is_read_and_its_arguments_fit(caller: Server, choice: Any) -> None:
+    body = ASK | ({"tool_choice": choice} if choice else {})
     with caller.client(APP_KEY) as client:
         reply = client.chat.completions.create(**body)
     (call,) = reply.choices[0].message.tool_calls or []
@@ -99,11 +100,9 @@ def test_a_call_is_read_and_its_arguments_fit(
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", NAMED])
-def test_a_streamed_call_is_the_same_in_pieces(
-    caller: Server, asked: dict[str, Any], choice: Any
-) -> None:
+def test_a_streamed_call_is_the_same_in_pieces(caller: Server, choice: Any) -> None:
     with caller.client() as client:
-        stream = client.chat.completions.create(**asked, tool_choice=choice, stream=True)
+        stream = client.chat.completions.create(**ASK, tool_choice=choice, stream=True)
         deltas = [choice.delta for chunk in stream for choice in chunk.choices]
     pieces = [call for delta in deltas for call in delta.tool_calls or []]
     names = [piece.function.name for piece in pieces if piece.function and piece.function.name]
@@ -111,28 +110,24 @@ def test_a_streamed_call_is_the_same_in_pieces(
     assert fits("".join(piece.function.arguments or "" for piece in pieces if piece.function))
 
 
-def test_the_model_is_told_of_the_tools(caller: Server, asked: dict[str, Any]) -> None:
-    without = {name: value for name, value in asked.items() if "tool" not in name}
+def test_the_model_is_told_of_the_tools(caller: Server) -> None:
+    without = {name: value for name, value in ASK.items() if "tool" not in name}
     counts = [post(caller, "/v1/chat/completions", **body | {"max_tokens": 1}).json()["usage"]
-              for body in (asked, without)]  # fmt: skip
+              for body in (ASK, without)]  # fmt: skip
     assert counts[0]["prompt_tokens"] > counts[1]["prompt_tokens"] + 50
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "name": "weather"}])
-def test_responses_give_function_calls(
-    caller: Server, leaning: dict[str, int], choice: Any
-) -> None:
+def test_responses_give_function_calls(caller: Server, choice: Any) -> None:
     body: dict[str, Any] = {
         "model": "base", "input": "What is the weather?", "tools": [FLAT], "tool_choice": choice,
         "temperature": 0, "max_output_tokens": 200, "parallel_tool_calls": False,
     }  # fmt: skip
     with caller.client() as client:
-        reply = client.responses.create(**body, extra_body={"logit_bias": leaning})
+        reply = client.responses.create(**body)
         (call,) = [item for item in reply.output if item.type == "function_call"]
         assert call.name == "weather" and fits(call.arguments)
-        events = list(
-            client.responses.create(**body, stream=True, extra_body={"logit_bias": leaning})
-        )
+        events = list(client.responses.create(**body, stream=True))
     (done,) = [e for e in events if e.type == "response.function_call_arguments.done"]
     assert fits(done.arguments)
 
@@ -143,28 +138,32 @@ def test_responses_refuse_tools_that_nobody_runs(caller: Server) -> None:
     assert refusal.value.param == "tools[0].type" and "web_search" in refusal.value.message
 
 
-@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
-def test_messages_give_tool_use(caller: Server, choice: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "choice", [{"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "weather"}]
+)
+def test_messages_give_tool_use(caller: Server, choice: dict[str, Any]) -> None:
     tool = {"name": "weather", "description": "d", "input_schema": SCHEMA}
-    body: dict[str, Any] = {"model": "base", "max_tokens": 400, "messages": ASKED, "tools": [tool],
-                            "tool_choice": choice, "temperature": 0}  # fmt: skip
+    body: dict[str, Any] = {
+        "model": "base", "max_tokens": 200, "messages": ASKED, "tools": [tool], "temperature": 0,
+        "tool_choice": choice | {"disable_parallel_tool_use": True},
+    }  # fmt: skip
     answer = post(caller, "/v1/messages", **body)
     assert answer.status_code == 200, answer.text
     uses = [block for block in answer.json()["content"] if block["type"] == "tool_use"]
     streamed = post(caller, "/v1/messages", **body, stream=True).text
-    if answer.json()["stop_reason"] != "max_tokens":  # it may spin in blanks
-        assert uses[0]["name"] == "weather" and fits(json.dumps(uses[0]["input"]))
-        assert '"tool_use"' in streamed and '"input_json_delta"' in streamed
+    assert answer.json()["stop_reason"] == "tool_use"
+    assert [use["name"] for use in uses] == ["weather"] and fits(json.dumps(uses[0]["input"]))
+    assert '"tool_use"' in streamed and '"input_json_delta"' in streamed
 
 
-def test_a_schema_without_a_grammar_is_warned_of(caller: Server, asked: dict[str, Any]) -> None:
+def test_a_schema_without_a_grammar_is_warned_of(caller: Server) -> None:
     odd = {"type": "object", "properties": {"city": {"type": "wizard"}}}
     tool = {"type": "function", "function": {"name": "odd", "parameters": odd}}
-    answer = post(caller, "/v1/chat/completions", **asked | {"tools": [tool, TOOL]})
+    answer = post(caller, "/v1/chat/completions", **ASK | {"tools": [tool, TOOL]})
     assert answer.status_code == 200, answer.text
     assert "'odd'" in answer.headers["x-quantserve-warning"]
     strict = {"type": "function", "function": {"name": "odd", "parameters": odd, "strict": True}}
-    assert post(caller, "/v1/chat/completions", **asked | {"tools": [strict]}).status_code == 400
+    assert post(caller, "/v1/chat/completions", **ASK | {"tools": [strict]}).status_code == 400
 
 
 @pytest.mark.parametrize("streams", [False, True])
