@@ -1,19 +1,31 @@
-"""Bearer keys and what each may do; a key is kept only as its SHA-256 digest.
+"""API keys and what each may do; a key is kept only as its SHA-256 digest.
 
 The file has a line per key, NAME:SCOPES:KEY, scopes comma-separated out of `inference`, `metrics`
-and `admin` (which includes the others). Blank lines and lines that start with # are skipped.
+and `admin` (which includes the others). Blank lines and lines that start with # are skipped. A file
+that changes is read again while the server runs; one that cannot be used changes nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from serve.errors import InvalidKey, SettingsError
 
+logger = logging.getLogger(__name__)
+
 SCOPES = ("inference", "metrics", "admin")
 SHORTEST_KEY = 16
+LOOK_EVERY_S = 2.0
+LARGEST_FILE = 16 << 20
+
+# How a file is told from the one that was read: Kubernetes swaps a link for a change.
+Stamp = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,54 +45,144 @@ ANYONE = Caller("anyone", frozenset(SCOPES))
 class Keys:
     """The callers by key digest. Without a file everybody may everything (loopback only)."""
 
-    def __init__(self, callers: dict[bytes, Caller] | None) -> None:
-        self._callers = callers
+    def __init__(self, path: Path | None) -> None:
+        """SettingsError names what is wrong with the file, and the line."""
+        self._path = path
+        self._callers = _read(path) if path else None
+        self._stamp = _stamp(path)
 
-    def caller(self, authorization: str | None) -> Caller:
+    def caller(self, authorization: str | None, api_key: str | None = None) -> Caller:
         """The caller of an Authorization header. InvalidKey when there is none or it is unknown.
 
-        The lookup compares digests, so its timing tells nothing about a key.
+        `api_key` is that of an x-api-key header, "" where a route takes one and there is none; it
+        counts where Authorization is missing. The lookup compares digests, so its timing tells
+        nothing about a key.
         """
         if self._callers is None:
             return ANYONE
         scheme, _, token = (authorization or "").partition(" ")
+        if authorization is None and api_key:
+            scheme, token = "bearer", api_key
         if scheme.lower() != "bearer" or not token:
-            raise InvalidKey("no API key given: send the header Authorization: Bearer KEY")
+            also = "" if api_key is None else ", or x-api-key: KEY"
+            raise InvalidKey(f"no API key given: send the header Authorization: Bearer KEY{also}")
         found = self._callers.get(_digest(token.strip()))
         if found is None:
             raise InvalidKey("the API key given is not known to this server")
         return found
 
+    def reload(self) -> None:
+        """Take the file as it is now; where it is bad, log one line and keep what was."""
+        if self._path is None:
+            return
+        self._stamp = _stamp(self._path)
+        try:
+            self._callers = _read(self._path)
+        except SettingsError as fault:
+            logger.error("the keys stay as they were: %s", fault)  # noqa: TRY400
+        else:
+            logger.warning("%s: %d keys", self._path, len(self._callers))
+
+    async def follow(self, every_s: float = LOOK_EVERY_S) -> None:
+        """Read the file again whenever it has changed; until cancelled."""
+        while self._path is not None:
+            await asyncio.sleep(every_s)
+            if _stamp(self._path) != self._stamp:
+                self.reload()
+
 
 def load(path: Path | None) -> Keys:
     """The keys of a file; SettingsError names the line that is wrong."""
-    if path is None:
-        return Keys(None)
+    return Keys(path)
+
+
+def _stamp(path: Path | None) -> Stamp | None:
     try:
-        lines = path.read_text().splitlines()
-    except OSError as fault:
-        raise SettingsError(f"cannot read the key file {path}: {fault.strerror}") from fault
-    callers = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            digest, caller = _parsed(line.strip(), f"{path}:{number}")
-            callers[digest] = caller
+        found = path.stat() if path else None
+    except OSError:
+        return None
+    return found and (found.st_ino, found.st_mtime_ns, found.st_size, found.st_ctime_ns)
+
+
+def _read(path: Path) -> dict[bytes, Caller]:
+    callers: dict[bytes, Caller] = {}
+    places: dict[bytes, int] = {}
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        digest, caller = _parsed(line.strip(), f"{path}:{number}")
+        if digest in callers:
+            raise SettingsError(
+                f"{path}:{number}: the key of {caller.name!r} is that of line {places[digest]} "
+                "too; give each caller a key of its own"
+            )
+        callers[digest], places[digest] = caller, number
     if not callers:
         raise SettingsError(f"{path} holds no key; expected lines of NAME:SCOPES:KEY")
-    return Keys(callers)
+    _check_names(callers, places, path)
+    return callers
+
+
+def _text(path: Path) -> str:
+    """What is in the file, of which nobody but its owner may be the author."""
+    try:
+        with path.open("rb") as file:
+            _check_owner(os.fstat(file.fileno()), path)
+            raw = file.read(LARGEST_FILE)
+    except OSError as fault:
+        raise SettingsError(f"cannot read the key file {path}: {fault.strerror}") from fault
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise SettingsError(
+            f"{path}: byte {fault.start} is not UTF-8; save the key file as UTF-8"
+        ) from fault
+    if "\0" in text:
+        raise SettingsError(f"{path} holds NUL bytes; save the key file as UTF-8 text")
+    return text
+
+
+def _check_owner(found: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        return  # a pipe of the shell's: there is nothing that others could write
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(found.st_mode)
+        raise SettingsError(
+            f"others than its owner can write the key file {path} (mode {mode:o}); run chmod go-w"
+        )
+    if found.st_uid not in (0, os.geteuid()):
+        raise SettingsError(
+            f"the key file {path} belongs to uid {found.st_uid}, who could write keys into it; "
+            f"expected root or uid {os.geteuid()}, whose server this is"
+        )
 
 
 def _parsed(line: str, place: str) -> tuple[bytes, Caller]:
     name, _, rest = line.partition(":")
     scopes, _, key = rest.partition(":")
     named = frozenset(scopes.split(","))
-    if not name or not key or not named <= set(SCOPES):
+    if not name or not name.isprintable() or not key or not named <= set(SCOPES):
         raise SettingsError(
             f"{place}: expected NAME:SCOPES:KEY, SCOPES of {', '.join(SCOPES)} with commas"
         )
     if len(key) < SHORTEST_KEY:
         raise SettingsError(f"{place}: a key has at least {SHORTEST_KEY} characters")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise SettingsError(
+            f"{place}: a key is printable ASCII without blanks, or no header has it"
+        )
     return _digest(key), Caller(name, named)
+
+
+def _check_names(callers: dict[bytes, Caller], places: dict[bytes, int], path: Path) -> None:
+    """A caller may have several keys, to change them without a gap; they may all do the same."""
+    known: dict[str, Caller] = {}
+    for digest, caller in callers.items():
+        if known.setdefault(caller.name, caller).scopes != caller.scopes:
+            raise SettingsError(
+                f"{path}:{places[digest]}: {caller.name!r} has other scopes here than above; give "
+                "every key of a name the same"
+            )
 
 
 def _digest(key: str) -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,3 +62,125 @@ def test_a_file_without_keys_is_refused(tmp_path: Path) -> None:
     path.write_text("# nothing\n")
     with pytest.raises(SettingsError, match="holds no key"):
         keys.load(path)
+
+
+def put(path: Path, text: str | bytes, mode: int = 0o600) -> Path:
+    path.unlink(missing_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a:inference:sk-0123456789abcdef\nb:admin:sk-0123456789abcdef\n", r"keys:2.*line 1"),
+        ("a:inference:sk-0123456789abcdef\na:admin:sk-123456789abcdef0\n", r"keys:2.*other scopes"),
+        ("a::sk-0123456789abcdef", r"keys:1: expected"),
+        ("a:inference,:sk-0123456789abcdef", r"keys:1: expected"),
+        ("a:inference:sk-0123456789\0abcdef", "NUL"),
+        ("a:inference:sk-0123456789 abcdef", "keys:1.*blanks"),
+        ("a:inference:sk-0123456789äbcdef", "keys:1.*ASCII"),
+        ("ä:inference:sk-0123456789abcdef".encode("latin-1"), "byte 0 is not UTF-8"),
+        ("a:inference:sk-0123456789abcdef".encode("utf-16"), "byte 0 is not UTF-8"),
+        ("a:inference:sk-0123456789abcdef".encode("utf-16-le"), "NUL"),
+        (b"", "holds no key"),
+    ],
+)
+def test_what_a_file_must_not_hold_is_one_line(
+    tmp_path: Path, text: str | bytes, said: str
+) -> None:
+    with pytest.raises(SettingsError, match=said) as caught:
+        keys.load(put(tmp_path / "keys", text))
+    assert "\n" not in str(caught.value) and "0123456789" not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_other_line_ends_are_no_part_of_a_name(tmp_path: Path) -> None:
+    text = FILE.removeprefix("# comment\n").replace("\n", "\r\n").encode("utf-8-sig")
+    loaded = keys.load(put(tmp_path / "keys", text))
+    assert loaded.caller("Bearer sk-app-0123456789").name == "app"
+
+
+def test_a_name_may_have_two_keys_of_one_scope(tmp_path: Path) -> None:
+    two = "a:inference:sk-0123456789abcdef\na:inference:sk-123456789abcdef0\n"
+    loaded = keys.load(put(tmp_path / "keys", two))
+    assert loaded.caller("Bearer sk-123456789abcdef0") == loaded.caller(
+        "Bearer sk-0123456789abcdef"
+    )
+
+
+@pytest.mark.parametrize(("mode", "good"), [(0o600, True), (0o644, True), (0o664, False),
+                                            (0o666, False), (0o602, False)])  # fmt: skip
+def test_a_file_that_others_can_write_is_refused(tmp_path: Path, mode: int, *, good: bool) -> None:
+    path = put(tmp_path / "keys", FILE, mode)
+    if good:
+        keys.load(path)
+    else:
+        with pytest.raises(SettingsError, match=f"mode {mode:o}"):
+            keys.load(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away, which only root can")
+def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "keys", FILE)
+    os.chown(path, 4321, -1)
+    with pytest.raises(SettingsError, match="belongs to uid 4321"):
+        keys.load(path)
+
+
+def test_the_key_counts_in_anthropics_header_where_a_route_takes_it(loaded: keys.Keys) -> None:
+    assert loaded.caller(None, "sk-app-0123456789").name == "app"
+    with pytest.raises(InvalidKey, match="not known"):
+        loaded.caller(None, "sk-app-012345678")
+    with pytest.raises(InvalidKey, match="not known"):
+        loaded.caller("Bearer wrong", "sk-app-0123456789")  # the first decides
+    with pytest.raises(InvalidKey, match="x-api-key: KEY"):
+        loaded.caller(None, "")
+    with pytest.raises(InvalidKey) as caught:
+        loaded.caller(None)
+    assert "x-api-key" not in str(caught.value)
+
+
+async def test_a_changed_file_is_read_again_and_a_bad_one_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a rename, as editors do, and by a link that is swapped, as Kubernetes does."""
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    put(tmp_path / "1" / "keys", FILE)
+    link = tmp_path / "now"
+    link.symlink_to("1")
+    loaded = keys.load(link / "keys")
+    following = asyncio.create_task(loaded.follow(0.01))
+
+    put(tmp_path / "2" / "keys", "new:inference:sk-new-0123456789\n")
+    (tmp_path / "next").symlink_to("2")
+    (tmp_path / "next").rename(link)
+    await until(lambda: known(loaded, "sk-new-0123456789"))
+    assert not known(loaded, "sk-ops-0123456789"), "a revoked key still works"
+
+    put(tmp_path / "bad", "nonsense")
+    (tmp_path / "bad").rename(link / "keys")
+    await until(lambda: "stay as they were" in caplog.text)
+    assert known(loaded, "sk-new-0123456789")
+    (link / "keys").unlink()
+    await until(lambda: caplog.text.count("stay as they were") == 2)
+    assert known(loaded, "sk-new-0123456789")
+    put(link / "keys", FILE)
+    await until(lambda: known(loaded, "sk-ops-0123456789"))
+    following.cancel()
+    assert "sk-new" not in caplog.text and "sk-ops" not in caplog.text
+
+
+def known(loaded: keys.Keys, key: str) -> bool:
+    try:
+        loaded.caller(f"Bearer {key}")
+    except InvalidKey:
+        return False
+    return True
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110 - files have no events here
+            await asyncio.sleep(0.01)
