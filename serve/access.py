@@ -1,7 +1,8 @@
 """The gate every request passes: who is it, may they, are we open; then its turn, and the books.
 
 Pure ASGI and outermost, so that what it refuses costs nothing and what vLLM answers is counted.
-Denies by default: a path that is not listed needs the admin scope. Bodies are not read.
+Denies by default: serve.routes lists what is open to whom. A body is read whole, and measured,
+before anything parses it.
 """
 
 from __future__ import annotations
@@ -11,21 +12,16 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from starlette.routing import Match
-
+from serve import json_limits, routes
 from serve.answer import Answer, Message, Receive, Send
-from serve.errors import Draining, Forbidden, ServeError
+from serve.errors import Draining, Forbidden, NotFound, ServeError
 from serve.keys import ANYONE
+from serve.routes import Target
 from serve.turn import Turn, current, tidy_id
 
 if TYPE_CHECKING:
     from serve.serving import Serving
 
-OPEN = ("/livez", "/readyz", "/health")
-INFERENCE = ("/v1/", "/v2/", "/tokenize", "/detokenize", "/generative_scoring", "/invocations",
-             "/inference/", "/classify", "/pooling", "/score", "/rerank", "/version", "/load",
-             "/ping")  # fmt: skip
-CONTROL = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # vLLM's, and not for its clients
 SESSION = (b"x-session-id", b"x-user-id")  # whom an answer is for, where several share a key
 
 
@@ -45,14 +41,14 @@ class Gate:
             return
         serving: Serving = scope["app"].state.quantserve
         scope["path"] = _tidy(scope["path"])
+        target = routes.target(scope["app"], scope)
         with self._turn(serving, scope) as turn:
             answer = Answer(serving, turn, scope["path"], send)
-            answer.counted = (
-                scope.get("method") == "POST" and _scope_of(scope["path"]) == "inference"
-            )
-            answer.bare = scope["path"] in OPEN
+            answer.counted = target.works and scope["type"] == "http"
+            answer.bare = target.scope == routes.OPEN
             try:
-                _admit(serving, scope, turn)
+                _admit(serving, scope, target, turn)
+                receive = await json_limits.measured(scope, receive, serving.json_limits)
             except ServeError as fault:
                 refused = scope["type"] == "websocket"
                 await (_refuse_socket(send) if refused else answer.end_with(fault))
@@ -99,38 +95,22 @@ def _tidy(path: str) -> str:
     return "/" + "/".join(part for part in path.split("/") if part)
 
 
-def _admit(serving: Serving, scope: Message, turn: Turn) -> None:
-    """InvalidKey, Forbidden or Draining; when the request may go on, its turn knows whose it is."""
-    path = scope["path"]
-    if path in OPEN or _preflight(scope):
+def _admit(serving: Serving, scope: Message, target: Target, turn: Turn) -> None:
+    """InvalidKey, Forbidden, NotFound, Draining; what passes has a turn that knows whose it is."""
+    if target.scope == routes.OPEN or routes.is_preflight(scope["app"], scope):
         return
-    caller = serving.keys.caller(_header(scope, b"authorization"))
+    api_key = (_header(scope, b"x-api-key") or "") if target.takes_api_key else None
+    caller = serving.keys.caller(_header(scope, b"authorization"), api_key)
     turn.caller = caller.name if caller is not ANYONE else ""
     turn.session = next((found for name in SESSION if (found := _header(scope, name))), "")
-    needed = _scope_of(path)
-    if needed == "admin" and not _routed(scope):
-        return  # an unknown path: a known caller learns that it does not exist
-    if not caller.may(needed):
-        raise Forbidden(f"key {caller.name!r} lacks the scope {needed!r} that {path} needs")
-    if serving.draining and needed == "inference" and scope.get("method") == "POST":
+    path = scope["path"]
+    if not target.scope:
+        why = routes.INSTEAD.get(target.template, "")
+        raise NotFound(f"there is no {path} here" + (f": {why}" if why else ""))
+    if not caller.may(target.scope):
+        raise Forbidden(f"key {caller.name!r} lacks the scope {target.scope!r} that {path} needs")
+    if serving.draining and target.works:
         raise Draining("this server is shutting down; send the request to another")
-
-
-def _scope_of(path: str) -> str:
-    if path == "/metrics":
-        return "metrics"
-    if path in CONTROL:
-        return "admin"
-    return "inference" if path.startswith(INFERENCE) else "admin"
-
-
-def _routed(scope: Message) -> bool:
-    return any(route.matches(scope)[0] != Match.NONE for route in scope["app"].routes)
-
-
-def _preflight(scope: Message) -> bool:
-    asked = _header(scope, b"access-control-request-method")
-    return scope.get("method") == "OPTIONS" and asked is not None
 
 
 async def _refuse_socket(send: Send) -> None:

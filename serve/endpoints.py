@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ from serve import (
     kernel_report,
     logs,
     parsers,
+    request_limits,
     settings,
     stats,
     tools,
@@ -47,6 +48,7 @@ from serve.errors import (
     ModelNotFound,
     ServeError,
 )
+from serve.grammars import GrammarTrial
 from serve.serving import Serving
 from serve.soft_prompts import SoftPrompts
 from serve.tryout import Tryout
@@ -191,7 +193,8 @@ class Endpoints:
         _give_voice(state, serving)
         serving.engine_ended = lambda: bool(engine_client.errored)
         stats.follow(engine_client.output_processor, base_name)
-        vllm_compat.watch_requests(_watching(base_name))
+        trial = serving.trial = _trial(engine_client, serving)
+        vllm_compat.watch_requests(_watching(serving, trial))
         _judge(state, args, serving)
         vllm_compat.end_quietly(engine_client)
         for method in ("generate", "encode"):
@@ -280,17 +283,32 @@ def _give_voice(state: Any, serving: Serving) -> None:
             handler.default_sampling_params = voices.Defaults(handler.default_sampling_params)
 
 
-def _watching(base_name: str) -> Callable[[Mapping[str, Any]], None]:
-    def watch(asked: Mapping[str, Any]) -> None:
-        """Note whom a request is for; BadRequest where it brings embeddings, which only we make."""
-        turn, user = current.get(), asked.get("user")
-        if turn is not None:
-            turn.user = user if isinstance(user, str) else ""
-            turn.opening = opening_of(asked)
-            if not asked.get("model"):  # the base answers who names nothing
-                turn.alias = turn.alias or base_name
-        if asked.get("prompt_embeds") is not None:
-            raise BadRequest("embeddings cannot be sent to this server", param="prompt_embeds")
+def _trial(client: Any, serving: Serving) -> GrammarTrial:
+    config = client.model_config
+
+    def vocabulary() -> str:
+        return vllm_compat.vocabulary(client.renderer.get_tokenizer(), config.get_vocab_size())
+
+    chosen = serving.settings
+    return GrammarTrial(vocabulary, chosen.max_grammar_bytes, chosen.max_grammar_seconds)
+
+
+def _watching(serving: Serving, trial: GrammarTrial) -> Callable[[Any], Awaitable[None]]:
+    """What vLLM's handlers call with each request, before they look its model up."""
+    limits = request_limits.limits_of(serving.settings)
+
+    async def watch(request: Any) -> None:
+        turn = current.get()
+        if turn is not None and not vars(request).get("model"):  # the base answers who names none
+            turn.alias = turn.alias or serving.base_name
+        try:
+            _watch(vars(request), turn, limits)
+            extract = getattr(request, "extract_structured_outputs", None)
+            if extract is not None and (wanted := extract()) is not None:
+                await trial.check(wanted)
+        except BadRequest as fault:
+            _blame(fault)  # some of vLLM's handlers would make a 500 of it
+            raise
 
     return watch
 
@@ -326,6 +344,17 @@ def _blame(fault: ServeError) -> None:
         turn.fault = fault
 
 
+def _watch(asked: Mapping[str, Any], turn: Turn | None, limits: Any) -> None:
+    """Note whom a request is for; BadRequest where it asks too much, or brings embeddings."""
+    if turn is not None:
+        user = asked.get("user")
+        turn.user = user if isinstance(user, str) else ""
+        turn.opening = opening_of(asked)
+    if asked.get("prompt_embeds") is not None:
+        raise BadRequest("embeddings cannot be sent to this server", param="prompt_embeds")
+    request_limits.check(asked, limits)
+
+
 def _placing(stock: Any, serving: Serving, soft: SoftPrompts | None) -> Any:
     """vLLM's `generate` or `encode`: see to the adapter's place.
 
@@ -345,11 +374,28 @@ def _placing(stock: Any, serving: Serving, soft: SoftPrompts | None) -> Any:
                 raise BadRequest(f"{turn.alias!r} is prompt-tuned and generates text only")
             prompt, kwargs["lora_request"] = soft.prepend(turn.version, prompt, params), None
         answers = stock(prompt, params, request_id, *args, **kwargs)
+        if serving.trial is not None and generates and params.structured_outputs is not None:
+            answers = _tried(serving.trial, params.structured_outputs, turn, answers)
         if turn is None or turn.version is None:
             return answers
         return _placed(serving.pool, turn, turn.version, answers)
 
     return asked
+
+
+async def _tried(
+    trial: GrammarTrial, wanted: Any, turn: Turn | None, answers: AsyncGenerator[Any, None]
+) -> AsyncGenerator[Any, None]:
+    """What `_watching` has not seen: the grammar that vLLM makes of a request's tools."""
+    async with aclosing(answers):
+        try:
+            await trial.check(wanted)
+        except BadRequest as fault:
+            if turn is not None:
+                turn.fault = fault
+            raise GenerationError(str(fault)) from fault
+        async for answer in answers:
+            yield answer
 
 
 async def _placed(

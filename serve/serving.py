@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from serve import keys
+from serve import json_limits, keys
 from serve.adapters import last_seen
 from serve.adapters.catalog import By, Catalog
 from serve.adapters.intake import Intake
@@ -24,6 +24,7 @@ from serve.adapters.slots import Slots
 from serve.adapters.sources import Sources
 from serve.adapters.store import Store, Stored, base_of
 from serve.errors import Conflict, RegistryDown, ServeError, StoreFailed
+from serve.grammars import GrammarTrial
 from serve.metrics import Metrics
 from serve.settings import Settings
 from serve.voices import Templates
@@ -41,6 +42,7 @@ class Serving:
         state_dir = chosen.state_dir or Path("/nonexistent")  # the supervisor always sets one
         self.settings, self.metrics, self.base_name = chosen, metrics, base_name
         self.keys = keys.load(chosen.api_key_file)
+        self.json_limits = json_limits.limits_of(chosen)
         slots = Slots(slots_of(chosen), chosen.adapter_wait)
         self.pool = AdapterPool(engine, slots, (base_name, *others))
         registry = Registry(
@@ -58,6 +60,7 @@ class Serving:
         self.reconciler = Reconciler(registry, intake, self.pool, metrics, cache)
         self.catalog = Catalog(registry, intake, self.pool, self.reconciler)
         self.registry, self.templates = registry, Templates()
+        self.trial: GrammarTrial | None = None
         self.ready_fd: int | None = None
         self.layers: list[dict[str, int]] = []  # of every rank: layers by the kernel they have
         self.draining = False
@@ -76,9 +79,10 @@ class Serving:
         giving = [asyncio.create_task(self._give(*each)) for each in self.settings.adapters.items()]
         if giving:
             await asyncio.wait(giving, timeout=START_WAIT_S)
-        watching = asyncio.create_task(self.reconciler.watch(every_s))
-        telling = asyncio.create_task(self._tell_registry(every_s))
-        self._following = [watching, telling, *giving]
+        following = (
+            self.reconciler.watch(every_s), self._tell_registry(every_s), self.keys.follow(),
+        )  # fmt: skip
+        self._following = [*giving, *map(asyncio.create_task, following)]
         self.metrics.adapters_loaded.set_function(self.pool.__len__)
         self.metrics.slots_pinned.set_function(lambda: self.pool.slots.pinned)
         self.metrics.slot_waiting.set_function(lambda: self.pool.slots.waiting)
@@ -90,6 +94,8 @@ class Serving:
             task.cancel()
         await asyncio.gather(*self._following, return_exceptions=True)
         await self.reconciler.close()
+        if self.trial is not None:
+            await self.trial.close()
         await self.pool.close()
         self.registry.close()
         self.templates.close()

@@ -65,6 +65,19 @@ class Settings(BaseModel):
     kv_cache_bytes: int = Field(512 << 20, ge=1 << 20, description="KV cache size on CPU")
     threads: int = Field(0, ge=0, description="threads of the model on CPU; 0: every core")
     drain_timeout: float = Field(30.0, ge=0, description="seconds in-flight requests may take")
+    max_body_bytes: int = Field(32 << 20, ge=1, description="largest request body")
+    max_json_values: int = Field(250_000, ge=1, description="values a JSON body may hold")
+    max_messages: int = Field(4096, ge=1, description="messages of a conversation")
+    max_n: int = Field(128, ge=1, description="answers to a prompt, `n`")
+    max_sequences: int = Field(2048, ge=1, description="prompts of a request, times `n`")
+    max_grammar_bytes: int = Field(
+        64 << 10, ge=1, description="largest schema, regex, grammar or list of choices"
+    )
+    max_grammar_seconds: int = Field(5, ge=1, description="seconds one may take to compile")
+    max_connections: int = Field(4096, ge=1, description="connections open at once")
+    write_timeout: float = Field(
+        30.0, gt=0, description="seconds an answer may wait for a client that does not read"
+    )
     max_cpu_isa: Literal["auto", "avx2"] = Field(
         "auto", description="avx2: behave as the oldest machine of the fleet"
     )

@@ -103,20 +103,28 @@ def parse(argv: list[str]) -> Namespace:
     return args
 
 
-def watch_requests(watch: Callable[[Mapping[str, Any]], None]) -> None:
-    """Call `watch` with the fields of every request, before its model is looked up."""
+def watch_requests(watch: Callable[[Any], Awaitable[None]]) -> None:
+    """Call `watch` with every request as vLLM has parsed it, before its model is looked up."""
     for handler in (BaseServing, PoolingBaseServing):
         _watch(handler, watch)
 
 
-def _watch(handler: Any, watch: Callable[[Mapping[str, Any]], None]) -> None:
+def _watch(handler: Any, watch: Callable[[Any], Awaitable[None]]) -> None:
     stock = handler.__dict__["_check_model"]
 
     async def check_model(self: Any, request: Any) -> Any:
-        watch(vars(request))
+        await watch(request)
         return await stock(self, request)
 
     handler._check_model = check_model
+
+
+def vocabulary(tokenizer: Any, size: int) -> str:
+    """What grammars are compiled against, as JSON. ValueError: not of a tokenizer of this kind."""
+    import xgrammar
+
+    told = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=size)
+    return str(told.serialize_json())
 
 
 def takes_templates(renderer: Any) -> bool:

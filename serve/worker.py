@@ -26,7 +26,7 @@ def main() -> None:
     _know_vllm()
     import uvloop
 
-    from serve import vllm_compat
+    from serve import http_limits, vllm_compat
 
     vllm_compat.start_engines_warm()
     vllm_compat.keep_vocabulary()
@@ -34,7 +34,10 @@ def main() -> None:
     args.quantserve_ready_fd = ready_fd
     listener = socket.socket(fileno=socket_fd)
     signal.signal(signal.SIGTERM, _interrupt)
-    uvloop.run(vllm_compat.run_server_worker(f"http://{chosen.host}:{chosen.port}", listener, args))
+    http_limits.raise_descriptors()
+    http = http_limits.protocol(http_limits.limits_of(chosen))
+    address = f"http://{chosen.host}:{chosen.port}"
+    uvloop.run(vllm_compat.run_server_worker(address, listener, args, http=http))
 
 
 def _know_vllm() -> None:

@@ -24,13 +24,13 @@ from tests.fakes import APP, BY, OPS
 
 @pytest.fixture
 def app(serving: Serving) -> Starlette:
-    """`/v1/chat` looks its model up, streams two chunks and waits for `resume` between them."""
+    """Chat looks its model up, streams two chunks and waits for `resume` between them."""
     published = Published(serving.pool)
     made = Starlette(
         routes=[
-            Route("/v1/chat", chat, methods=["POST"]),
-            Route("/v1/load_lora_adapter", lambda _: JSONResponse({})),
-            Route("/v1/unload_lora_adapter", lambda _: JSONResponse({})),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/load_lora_adapter", lambda _: JSONResponse({}), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", lambda _: JSONResponse({}), methods=["POST"]),
             Route("/v1/models", lambda _: JSONResponse({"data": []})),
             Route("/admin/adapters", lambda _: JSONResponse({"data": []})),
             Route("/livez", lambda _: JSONResponse({})),
@@ -108,7 +108,7 @@ async def test_a_clients_request_id_is_the_answers_and_vllms(
     await put(serving, "legal", folders[0])
     for given, kept in [("mine-1", "mine-1"), ("a b\x1b[1m", "ab1m"), ("x" * 5000, "x" * 128)]:
         headers = {**APP, "x-request-id": given}
-        answer = await client.post("/v1/chat", json={"model": "legal"}, headers=headers)
+        answer = await client.post("/v1/chat/completions", json={"model": "legal"}, headers=headers)
         assert answer.headers.get_list("x-request-id") == [kept]
         assert answer.text.endswith(f"data: {kept}\n\n")
 
@@ -120,7 +120,9 @@ async def test_two_requests_under_one_id_are_two_to_vllm(
     app.state.resume.clear()
     headers = {**APP, "x-request-id": "mine"}
     asked = [
-        asyncio.create_task(client.post("/v1/chat", json={"model": "legal"}, headers=headers))
+        asyncio.create_task(
+            client.post("/v1/chat/completions", json={"model": "legal"}, headers=headers)
+        )
         for _ in range(2)
     ]
     while serving.metrics.in_flight._value.get() < 2:  # noqa: ASYNC110
@@ -137,7 +139,9 @@ async def test_a_swap_between_two_lookups_does_not_split_a_request(
 ) -> None:
     first = await put(serving, "legal", folders[0])
     app.state.resume.clear()
-    asked = asyncio.create_task(client.post("/v1/chat", json={"model": "legal"}, headers=APP))
+    asked = asyncio.create_task(
+        client.post("/v1/chat/completions", json={"model": "legal"}, headers=APP)
+    )
     while not first.leases:  # noqa: ASYNC110 - the pool has no event for it
         await asyncio.sleep(0.01)
     second = await put(serving, "legal", folders[1])
@@ -145,7 +149,7 @@ async def test_a_swap_between_two_lookups_does_not_split_a_request(
     answer = await asked
     assert answer.text.startswith(f"data: {first.name}")
     assert answer.headers["x-quantserve-adapter"] == first.name
-    after = await client.post("/v1/chat", json={"model": "legal"}, headers=APP)
+    after = await client.post("/v1/chat/completions", json={"model": "legal"}, headers=APP)
     assert after.text.startswith(f"data: {second.name}")
     assert first.leases == second.leases == 0
 
@@ -153,7 +157,7 @@ async def test_a_swap_between_two_lookups_does_not_split_a_request(
 async def test_an_unknown_model_is_404_in_openais_words_and_adds_no_series(
     client: httpx.AsyncClient, serving: Serving
 ) -> None:
-    answer = await client.post("/v1/chat", json={"model": "ghost"}, headers=APP)
+    answer = await client.post("/v1/chat/completions", json={"model": "ghost"}, headers=APP)
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "model_not_found"
     labels = [s.labels for m in serving.metrics.requests.collect() for s in m.samples]
@@ -164,7 +168,7 @@ async def test_draining_refuses_new_work_with_a_retry_hint(
     client: httpx.AsyncClient, serving: Serving
 ) -> None:
     serving.drain()
-    answer = await client.post("/v1/chat", json={"model": "base"}, headers=APP)
+    answer = await client.post("/v1/chat/completions", json={"model": "base"}, headers=APP)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_draining")
     assert int(answer.headers["retry-after"]) > 0
     assert (await client.get("/v1/models", headers=APP)).status_code == 200
@@ -174,7 +178,7 @@ async def test_requests_and_first_tokens_are_booked_on_their_alias(
     client: httpx.AsyncClient, serving: Serving, folders: list[Path]
 ) -> None:
     await put(serving, "booked", folders[0])
-    await client.post("/v1/chat", json={"model": "booked"}, headers=APP)
+    await client.post("/v1/chat/completions", json={"model": "booked"}, headers=APP)
     assert serving.metrics.requests.labels("booked", "ok")._value.get() == 1
     assert serving.metrics.ttft.labels("booked")._sum.get() > 0
     await serving.catalog.delete("booked", BY)
@@ -193,7 +197,7 @@ async def test_a_user_keeps_a_version_and_the_answer_names_it(
     for turn in range(60):
         user = f"user{turn % 20}"
         headers = {**APP, header: user}
-        answer = await client.post("/v1/chat", json={"model": "legal"}, headers=headers)
+        answer = await client.post("/v1/chat/completions", json={"model": "legal"}, headers=headers)
         given.setdefault(user, set()).add(answer.headers["x-quantserve-adapter"])
     assert all(len(versions) == 1 for versions in given.values())
     assert len(set().union(*given.values())) == 2
@@ -205,7 +209,8 @@ async def test_without_a_session_the_key_is_the_user(
     await put(serving, "legal", folders[0])
     await serving.catalog.canary("legal", BY, 0.5, source=str(folders[1]))
     answers = [
-        await client.post("/v1/chat", json={"model": "legal"}, headers=APP) for _ in range(8)
+        await client.post("/v1/chat/completions", json={"model": "legal"}, headers=APP)
+        for _ in range(8)
     ]
     assert len({answer.headers["x-quantserve-adapter"] for answer in answers}) == 1
 
@@ -214,10 +219,10 @@ async def test_a_canarys_requests_are_counted_apart_until_it_ends(
     client: httpx.AsyncClient, serving: Serving, folders: list[Path]
 ) -> None:
     stable = await put(serving, "legal", folders[0])
-    await client.post("/v1/chat", json={"model": "legal"}, headers=APP)
+    await client.post("/v1/chat/completions", json={"model": "legal"}, headers=APP)
     assert canary_series(serving) == {}
     await serving.catalog.canary("legal", BY, 1.0, source=str(folders[1]))
-    await client.post("/v1/chat", json={"model": "legal"}, headers=APP)
+    await client.post("/v1/chat/completions", json={"model": "legal"}, headers=APP)
     (series,) = canary_series(serving).items()
     assert series[0] != stable.name and series[1] == 1.0
     await serving.catalog.drop_canary("legal", BY)

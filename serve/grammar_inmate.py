@@ -1,0 +1,73 @@
+"""The program that compiles clients' grammars on trial: whatever it takes, it takes it here.
+
+Run by its path, with a model's vocabulary as the first line; each further line is a grammar's kind
+and text, answered with a line: null, or what is wrong with it. Compiling stops at no signal but the
+one that ends the process, which is what happens when its time or its memory is up.
+"""
+
+import json
+import resource
+import sys
+from typing import Any
+
+import xgrammar
+
+MEMORY = 4 << 30  # bytes of its own
+
+
+def compiled(compiler: xgrammar.GrammarCompiler, kind: str, text: str) -> Any:
+    if kind == "json":
+        return compiler.compile_json_schema(text)
+    if kind == "regex":
+        return compiler.compile_regex(text)
+    if kind == "structural_tag":
+        return compiler.compile_structural_tag(text)
+    return compiler.compile_grammar(text)
+
+
+def fault_of(compiler: xgrammar.GrammarCompiler, kind: str, text: str, vocabulary: int) -> Any:
+    """What keeps the engine from using it, a first token included."""
+    try:
+        grammar = compiled(compiler, kind, text)
+    except (RuntimeError, ValueError, TypeError) as fault:
+        return {"compiles": False, "message": last_line(fault)}
+    try:
+        matcher = xgrammar.GrammarMatcher(grammar)
+        matcher.fill_next_token_bitmask(xgrammar.allocate_token_bitmask(1, vocabulary))
+    except (RuntimeError, ValueError, TypeError) as fault:
+        return {"compiles": True, "message": last_line(fault)}
+    return None
+
+
+def last_line(fault: Exception) -> str:
+    """Its own words, without the place in the library's source."""
+    text = str(fault).strip().splitlines()[-1] if str(fault).strip() else type(fault).__name__
+    return text.rpartition(".cc:")[2].partition(": ")[2][:500] or text[:500]
+
+
+def allow(seconds: int) -> None:
+    """So much more of a processor, and the process ends."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    spent = int(used.ru_utime + used.ru_stime) + 1
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, hard))
+
+
+def main() -> None:
+    seconds = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    vocabulary = xgrammar.TokenizerInfo.deserialize_json(sys.stdin.buffer.readline().decode())
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    sys.stdout.write("null\n")
+    sys.stdout.flush()
+    while line := sys.stdin.buffer.readline():
+        kind, text = json.loads(line)
+        allow(seconds)
+        compiler = xgrammar.GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False)
+        fault = fault_of(compiler, kind, text, vocabulary.vocab_size)
+        sys.stdout.write(json.dumps(fault) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Grammars on trial: what the engine may compile, what is refused, and what is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve.errors import BadRequest
+from serve.grammars import GrammarTrial
+
+FIELDS = ("json", "regex", "choice", "grammar", "structural_tag")
+
+
+def wanted(**given: Any) -> SimpleNamespace:
+    """As much of vLLM's StructuredOutputsParams as is read."""
+    return SimpleNamespace(**{**dict.fromkeys(FIELDS), **given})
+
+
+def vocabulary() -> str:
+    import xgrammar
+
+    drawn = random.Random(0)
+    words = {"".join(drawn.choices("abcdef xyz", k=drawn.randint(2, 9))) for _ in range(40_000)}
+    tokens = ["</s>", *map(chr, range(32, 127)), *sorted(words)]
+    told = xgrammar.TokenizerInfo(tokens, vocab_size=len(tokens), stop_token_ids=[0])
+    return str(told.serialize_json())
+
+
+@pytest.fixture
+async def trial() -> AsyncIterator[GrammarTrial]:
+    made = GrammarTrial(vocabulary, largest=8000, seconds=1)
+    yield made
+    await made.close()
+
+
+async def refusal(trial: GrammarTrial, **given: Any) -> BadRequest:
+    with pytest.raises(BadRequest) as caught:
+        await trial.check(wanted(**given))
+    assert caught.value.param and "\n" not in str(caught.value)
+    return caught.value
+
+
+async def test_what_compiles_passes(trial: GrammarTrial) -> None:
+    for given in (
+        {"json": {"type": "object", "properties": {"a": {"type": "string"}}}},
+        {"json": '{"type": "array", "minItems": 1000000}'},
+        {"regex": "(a|b){1,100}"},
+        {"choice": ['say "hi"', "back\\slash", "new\nline"]},
+        {"grammar": 'root ::= root "a" | "b"'},
+        {},
+    ):
+        await trial.check(wanted(**given))
+    await trial.check(wanted(json='{"type": "banana"}'))  # vLLM says itself what is wrong
+
+
+async def test_what_never_ends_is_stopped_and_the_next_is_tried_again(trial: GrammarTrial) -> None:
+    for given in ({"regex": "a?" * 2000}, {"grammar": "root ::= " + '[^"]? ' * 1000}):
+        fault = await refusal(trial, **given)
+        assert "QUANTSERVE_MAX_GRAMMAR_SECONDS" in str(fault)
+        await trial.check(wanted(regex="[a-z]+"))
+
+
+async def test_a_verdict_is_remembered(trial: GrammarTrial) -> None:
+    first = await refusal(trial, grammar='root ::= "a"\nroot ::= "b"')
+    await trial.close()
+    trial._possible = False  # nobody to ask any more
+    again = await refusal(trial, grammar='root ::= "a"\nroot ::= "b"')
+    assert str(again) == str(first) and "EBNF" in str(first)
+
+
+async def test_size_is_bounded_before_anything_is_tried() -> None:
+    def never() -> str:
+        raise AssertionError
+
+    trial = GrammarTrial(never, largest=100, seconds=1)
+    for given in ({"choice": ["x" * 10] * 20}, {"regex": "é" * 60}, {"json": {"a": "b" * 100}}):
+        assert "at most 100 (QUANTSERVE_MAX_GRAMMAR_BYTES)" in str(await refusal(trial, **given))
+
+
+async def test_without_a_vocabulary_nothing_is_tried() -> None:
+    def none() -> str:
+        raise ValueError("no tokenizer of a known kind")
+
+    trial = GrammarTrial(none, largest=100, seconds=1)
+    await trial.check(wanted(regex="a?" * 40))
+
+
+async def test_a_client_that_leaves_does_not_leave_its_verdict_to_the_next(
+    trial: GrammarTrial,
+) -> None:
+    await trial.check(wanted(regex="a"))
+    leaving = asyncio.create_task(trial.check(wanted(regex="b?" * 2000)))
+    await asyncio.sleep(0.05)
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    bad = await refusal(trial, grammar='root ::= "a" |')
+    assert "grammar" in str(bad)
+    await trial.check(wanted(json=json.dumps({"type": "string"})))
