@@ -112,7 +112,7 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
         Place("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", takes="self method timeout ..."),
     ),
     "serve.kernel_report": (
-        Place("vllm.v1.worker.gpu_worker:Worker.get_model", takes="self"),
+        Place("vllm.v1.worker.worker_base:WorkerBase.get_model", takes="self"),
         Place(
             "vllm.v1.worker.worker_base:WorkerWrapperBase.init_worker", uses="worker_extension_cls"
         ),
