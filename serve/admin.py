@@ -26,6 +26,11 @@ from serve.turn import current
 IfMatch = Annotated[str | None, Header()]
 Name = Annotated[str, Path(pattern=r"^[A-Za-z0-9._/-]+$", max_length=LONGEST_ALIAS)]
 ADAPTER = "/adapters/{alias:path}"
+LONGEST_REVISION = 18  # digits
+
+
+# An address or a version's name; refusals repeat it, and the history keeps them.
+Text = Annotated[str, Field(max_length=2048)]
 
 
 class Canary(BaseModel):
@@ -33,8 +38,8 @@ class Canary(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    source: str = ""
-    version: str = ""
+    source: Text = ""
+    version: Text = ""
     weight: float = Field(ge=0, le=1)
 
     @model_validator(mode="after")
@@ -55,8 +60,8 @@ class Wish(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    source: str = ""
-    path: str = ""
+    source: Text = ""
+    path: Text = ""
     pinned: bool | None = None
     canary: Share | None = None
 
@@ -74,7 +79,7 @@ class Target(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: str = ""
+    version: Text = ""
 
 
 def routes(app: FastAPI) -> APIRouter:
@@ -208,8 +213,8 @@ def by(if_match: str | None = None) -> By:
     if if_match is None or if_match.strip() == "*":
         return By(who)
     revision = if_match.strip().removeprefix("W/").strip('"')
-    if not revision.isdecimal():
-        raise BadRequest(f"If-Match: {if_match} is not an ETag of ours", param="if-match")
+    if not revision.isdecimal() or len(revision) > LONGEST_REVISION:
+        raise BadRequest(f"If-Match: {if_match[:40]} is not an ETag of ours", param="if-match")
     return By(who, int(revision))
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from serve.adapters.rows import Alias
-from serve.admin import by, counted
+from serve.admin import Text, by, counted
 from serve.errors import AdapterMissing, BadRequest, Conflict, NotFound
 from serve.serving import Serving
 
@@ -23,8 +23,8 @@ PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 class Load(BaseModel):
     """vLLM's LoadLoRAAdapterRequest."""
 
-    lora_name: str
-    lora_path: str
+    lora_name: Text
+    lora_path: Text
     load_inplace: bool = False
     is_3d_lora_weight: bool = False
 
@@ -32,7 +32,7 @@ class Load(BaseModel):
 class Unload(BaseModel):
     """vLLM's UnloadLoRAAdapterRequest; like vLLM, goes by the name."""
 
-    lora_name: str
+    lora_name: Text
     lora_int_id: int | None = None
 
 

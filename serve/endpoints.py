@@ -38,6 +38,7 @@ from serve import (
     voices,
 )
 from serve.access import Gate
+from serve.adapters import names
 from serve.adapters.canary import opening_of
 from serve.adapters.pool import AdapterPool, Version
 from serve.errors import (
@@ -146,18 +147,19 @@ class Published(dict[str, LoRARequest]):
         return request_of(version)
 
     def _version(self, model: str) -> Version | None:
-        alias, named = self._pool.asked(model)
         turn = current.get()
+        if turn is not None and turn.version is not None:  # published still or not
+            alias, digest = names.asked(model)
+            same = turn.alias == alias and turn.version.digest.startswith(digest)
+            return turn.version if same else None
+        alias, named = self._pool.asked(model)
         if turn is None:
             route = self._pool.get(alias)
             return named or (route.stable if route else None)
-        if turn.version is None:
-            turn.version = (
-                self._pool.hold(named) if named else self._pool.lease(alias, turn.identity)
-            )
-            turn.alias = alias if turn.version else turn.alias
-        same = turn.alias == alias and named in (None, turn.version)
-        return turn.version if same else None
+        version = self._pool.hold(named) if named else self._pool.lease(alias, turn.identity)
+        if version is not None:
+            turn.alias, turn.version = alias, version
+        return version
 
 
 class Endpoints:

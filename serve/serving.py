@@ -20,6 +20,7 @@ from serve.adapters.intake import Intake
 from serve.adapters.pool import AdapterPool, Engine, Route
 from serve.adapters.reconciler import START_WAIT_S, Reconciler
 from serve.adapters.registry import Registry, sqlite_url
+from serve.adapters.rows import Alias
 from serve.adapters.slots import Slots
 from serve.adapters.sources import Sources
 from serve.adapters.store import Store, Stored, base_of
@@ -144,6 +145,7 @@ class Serving:
         try:
             stored = await asyncio.to_thread(self._take_in_anywhere, source)
             version = await self.pool.load(alias, stored)
+            self.reconciler.rows[alias] = Alias(alias, stored.digest)
             await self.pool.publish(alias, Route(version))
             self.pool.release(version)
         except ServeError as fault:

@@ -102,10 +102,10 @@ class Settings(BaseModel):
 
 def check_alias(alias: str) -> str:
     """An alias is letters, digits and `._-/`: `:` and `@` belong to versions."""
-    if not alias or not all(c.isalnum() or c in "._-/" for c in alias) or not alias.isascii():
-        raise ValueError(f"adapter alias {alias!r}: use letters, digits and . _ - /")
     if len(alias) > LONGEST_ALIAS:
         raise ValueError(f"adapter alias {alias[:20]!r}...: at most {LONGEST_ALIAS} characters")
+    if not alias or not all(c.isalnum() or c in "._-/" for c in alias) or not alias.isascii():
+        raise ValueError(f"adapter alias {alias!r}: use letters, digits and . _ - /")
     if not {"", ".", ".."}.isdisjoint(alias.split("/")):
         raise ValueError(f"adapter alias {alias!r}: between slashes stand names, no '.' or '..'")
     if alias.rpartition("/")[2] in RESERVED:

@@ -253,3 +253,20 @@ async def test_an_alias_that_fails_here_for_its_name_says_so_and_can_be_deleted(
     assert (told["state"], told["reason"]) == ("failed", "'base' is the base model's name")
     assert (await ops.delete("/admin/adapters/base")).status_code == 200
     assert serving.reconciler.failures == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "match"),
+    [
+        (LEGAL, {"source": "x" * 100_000}, "*"),
+        (f"{LEGAL}/canary", {"version": "x" * 100_000, "weight": 1}, "*"),
+        (LEGAL, {"source": "/x"}, "9" * 5000),
+    ],
+    ids=["source", "version", "revision"],
+)
+async def test_what_is_too_long_is_refused_and_not_kept(
+    ops: httpx.AsyncClient, path: str, body: dict[str, Any], match: str
+) -> None:
+    answer = await ops.put(path, json=body, headers={"if-match": match})
+    assert answer.status_code in (400, 422)
+    assert (await ops.get(f"{LEGAL}/history")).status_code == 404

@@ -37,6 +37,7 @@ async def pool(tmp_path: Path, folders: list[Path]) -> AdapterPool:
 async def test_a_request_gets_the_version_that_it_names_and_holds_it(pool: AdapterPool) -> None:
     route = pool.get("legal")
     assert route is not None and route.canary is not None
+    keepers = [pool.hold(version) for version in route.versions]
     for model, version in (("legal", route.stable), (route.canary.name, route.canary),
                            (f"legal@{route.stable.digest}", route.stable)):  # fmt: skip
         turn = Turn()
@@ -44,9 +45,15 @@ async def test_a_request_gets_the_version_that_it_names_and_holds_it(pool: Adapt
         published = Published(pool)
         for _ in range(2):  # vLLM asks several times
             assert model in published and published[model].lora_name == version.name
-        assert (turn.alias, turn.version, version.leases) == ("legal", version, 1)
+        assert (turn.alias, turn.version, version.leases) == ("legal", version, 2)
+        with_canary = pool.get("legal")
+        await pool.publish("legal", None)  # in the middle of the request
+        assert model in published and published[model].lora_name == version.name
+        await pool.publish("legal", with_canary)
         other = route.stable if version is route.canary else route.canary
-        assert other.name not in published and other.leases == 0
+        assert other.name not in published and other.leases == 1
+        pool.release(version)
+    for version in keepers:
         pool.release(version)
     current.set(None)
     assert Published(pool)[route.canary.name].lora_name == route.canary.name

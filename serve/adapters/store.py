@@ -308,7 +308,8 @@ def _check_stated(config: Path, source: str) -> None:
 def _refused(fault: AdapterError, folder: Path, source: str) -> AdapterRefused:
     """In the caller's words: nobody knows our staging folder."""
     told = str(fault).replace(str(folder.resolve()), source)
-    return AdapterRefused(_printable(told), param=_printable(fault.field)[:200])
+    field = _printable(fault.field)[:200] if fault.field else None
+    return AdapterRefused(_printable(told), param=field)
 
 
 def _printable(text: str) -> str:
