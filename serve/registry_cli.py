@@ -38,7 +38,10 @@ def check(state_dir: StateDir = None, database_url: DatabaseUrl = None) -> None:
     typer.echo(f"last seen {cache}: {_told(seen, cache)}")
     why = restoration.differs(found, seen)
     if why and seen is not None and seen.snapshot.aliases:
-        typer.echo("not whole: `quantserve registry restore` brings back what was last seen")
+        typer.echo(
+            "not whole: `quantserve registry restore` brings back what was last seen; without "
+            f"{cache.name} a start makes a new registry"
+        )
     elif why:
         typer.echo("not whole, and nothing was last seen that could be restored")
     else:

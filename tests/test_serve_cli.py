@@ -105,3 +105,16 @@ def test_an_alias_of_the_bases_name(
     fits = write_lora(tmp_path / "lora", {MODULE: (8, 6)})
     told = refused(model, "--adapter", f"{alias}={fits}", *flags)
     assert f"--adapter {alias}=" in told and "is the base model's name" in told
+
+
+def test_adapters_are_checked_before_the_start_without_torch(model: Path, tmp_path: Path) -> None:
+    """The parent stays for as long as the server does, and 200 MB with it."""
+    fits = write_lora(tmp_path / "lora", {MODULE: (8, 6)})
+    (fits / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    code = (
+        "import sys; from serve import cli; from serve.settings import Settings;"
+        f"cli._check(Settings(artifact={str(model)!r}, adapters={{'legal': {str(fits)!r}}}));"
+        "print(sorted({'torch', 'numpy', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
