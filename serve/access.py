@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from starlette._utils import get_route_path
+
 from serve import json_limits, routes
 from serve.answer import Answer, Message, Receive, Send
 from serve.errors import Draining, Forbidden, NotFound, ServeError
@@ -43,7 +45,7 @@ class Gate:
         scope["path"] = _tidy(scope["path"])
         target = routes.target(scope["app"], scope)
         with self._turn(serving, scope) as turn:
-            answer = Answer(serving, turn, scope["path"], send)
+            answer = Answer(serving, turn, get_route_path(scope), send)
             answer.counted = target.works and scope["type"] == "http"
             answer.bare = target.scope == routes.OPEN
             try:
@@ -51,7 +53,7 @@ class Gate:
                 receive = await json_limits.measured(scope, receive, serving.json_limits)
             except ServeError as fault:
                 refused = scope["type"] == "websocket"
-                await (_refuse_socket(send) if refused else answer.end_with(fault))
+                await (_refuse_socket(send) if refused else answer.end(fault))
                 return
             if scope["type"] == "websocket":
                 await self._app(scope, receive, send)

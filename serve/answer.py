@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 
-from serve.errors import EngineEnded, ServeError
+from serve.errors import Draining, EngineDied, ServeError
 from serve.metrics import NO_ALIAS, outcome_of
 from serve.turn import Turn
 from serve.wire import OPENAI, Told, dialect_of, error_event, has_several, read_error, told_of
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 ERROR_BODY_LIMIT = 1 << 20  # bytes of an error's body that are read; the rest is dropped
 RETRY_AFTER_S = 2  # of a 429 or 503 that does not say it itself
 GONE = (OSError, ClientDisconnect)  # what an app raises when its client has left
-ENGINE_ENDED = "the engine ended while it worked on this request; send it again"
+ENGINE_DIED = "the engine ended while it worked on this request; send it again"
 
 
 class Answer:
@@ -74,7 +74,7 @@ class Answer:
             await asyncio.wait({task})
         except asyncio.CancelledError:  # uvicorn's, when a drain has lasted too long
             task.cancel()
-            await self.end_with(EngineEnded("the server stops; send the request to another"))
+            await self.end(Draining("this server stops; send the request to another"))
             await asyncio.wait({task})
         fault = None if task.cancelled() else task.exception()
         if fault is not None and not (self._left and isinstance(fault, GONE)):
@@ -97,7 +97,7 @@ class Answer:
             self._streams = _is_stream(message)
             failed = message["status"] >= 400 and not self.bare
             if self.turn.fault is not None and not self.bare:
-                await self.end_with(self.turn.fault)
+                await self.end(self.turn.fault)
             elif not failed and not self._streams:
                 await self._begin()
         elif self._start is not None and self._start["status"] >= 400:
@@ -105,7 +105,7 @@ class Answer:
         else:
             await self._pass(message)
 
-    async def end_with(self, fault: ServeError) -> None:
+    async def end(self, fault: ServeError) -> None:
         """Answer with an error of ours: as a whole where nothing was sent, else as last event."""
         await self._end(told_of(fault))
 
@@ -143,8 +143,8 @@ class Answer:
         if message.get("more_body"):
             return
         status, headers = self._start["status"], self._start.get("headers", ())
-        if status >= 500 and self._serving.engine_ended():
-            await self.end_with(EngineEnded(ENGINE_ENDED))
+        if status >= 500 and self._serving.engine_dead():
+            await self.end(EngineDied(ENGINE_DIED))
         else:
             await self._end(read_error(status, self._body, self._path), headers)
 
@@ -175,8 +175,8 @@ class Answer:
         """The error of a stream, as we say it; what else came in the same piece stays."""
         if self.turn.fault is not None:
             told = told_of(self.turn.fault)
-        elif told.status >= 500 and self._serving.engine_ended():
-            told = told_of(EngineEnded(ENGINE_ENDED))
+        elif told.status >= 500 and self._serving.engine_dead():
+            told = told_of(EngineDied(ENGINE_DIED))
         self._broken = told
         event = self._dialect.event(told, self.turn.request_id, self._events)
         before, _, rest = body.partition(b"\n\n")
@@ -216,8 +216,8 @@ class Answer:
         return known and not (self._whole or self._broken or self._left)
 
     def _abrupt(self) -> Told:
-        ended = self._serving.engine_ended()
-        return told_of(EngineEnded(ENGINE_ENDED) if ended else ServeError(""))
+        ended = self._serving.engine_dead()
+        return told_of(EngineDied(ENGINE_DIED) if ended else ServeError(""))
 
     def _dressed(self, headers: Any) -> list[tuple[bytes, bytes]]:
         kept = [pair for pair in headers if pair[0].lower() != b"x-request-id"]

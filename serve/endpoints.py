@@ -193,7 +193,7 @@ class Endpoints:
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
         _give_voice(state, serving)
-        serving.engine_ended = lambda: bool(engine_client.errored)
+        serving.engine_dead = lambda: bool(engine_client.errored)
         stats.follow(engine_client.output_processor, base_name)
         trial = serving.trial = _trial(engine_client, serving)
         vllm_compat.watch_requests(_watching(serving, trial))

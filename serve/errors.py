@@ -97,10 +97,10 @@ class AdapterSlotsFull(ServeError):
     retry_after_s = 5
 
 
-class EngineEnded(ServeError):
-    """The engine ended under a request, which may be sent again: another is on its way."""
+class EngineDied(ServeError):
+    """The engine ended under its requests, which may be sent again: another is being started."""
 
-    status, type, code = 503, "server_error", "engine_ended"
+    status, type, code = 503, "server_error", "engine_died"
     retry_after_s = 5
     refuses = False
 

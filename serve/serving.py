@@ -69,7 +69,7 @@ class Serving:
         self._following: list[asyncio.Task[None]] = []
         self._untold: dict[str, str] = {}
         self._spare: tempfile.TemporaryDirectory[str] | None = None
-        self.engine_ended: Callable[[], bool] = lambda: False
+        self.engine_dead: Callable[[], bool] = lambda: False
         metrics.served = lambda name: name == base_name or self.pool.get(name) is not None
         metrics.open_books(base_name)
 

@@ -23,7 +23,7 @@ from vllm.exceptions import GenerationError
 
 from serve.answer import Answer
 from serve.endpoints import Published, _placing, enclose
-from serve.errors import EngineEnded
+from serve.errors import EngineDied
 from serve.serving import Serving
 from serve.turn import Turn
 from tests.fakes import APP, BY, settled
@@ -262,13 +262,23 @@ async def test_a_body_that_does_not_fit_names_its_field(
 async def test_an_engine_that_has_ended_asks_for_the_request_again_and_is_a_failure_of_ours(
     client: httpx.AsyncClient, serving: Serving
 ) -> None:
-    serving.engine_ended = lambda: True
+    serving.engine_dead = lambda: True
     plain = await client.post(CHAT, json={"model": "base", "how": "500"})
     assert plain.status_code == 503 and int(plain.headers["retry-after"]) > 0
-    assert plain.json()["error"]["code"] == "engine_ended"
+    assert plain.json()["error"]["code"] == "engine_died"
     stream = await client.post(CHAT, json={"model": "base", "stream": True, "how": "error"})
-    assert fault_of(CHAT, stream.text)["code"] == "engine_ended"
+    assert fault_of(CHAT, stream.text)["code"] == "engine_died"
     assert books(serving) == {("none", "server_error"): 1, ("base", "stream_error"): 1}
+
+
+async def test_behind_a_prefix_a_route_keeps_its_shape(app: FastAPI, serving: Serving) -> None:
+    app.root_path = "/llm"
+    told = {"model": "base", "stream": True, "how": "unfinished"}
+    transport = httpx.ASGITransport(app)
+    ops = {"authorization": "Bearer sk-ops-0123456789"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        answer = await client.post("/llm/v1/messages", json=told, headers=ops)
+    assert fault_of("/v1/messages", answer.text)["type"] == "api_error"
 
 
 @pytest.mark.parametrize("how", ["error", "raises inside"])
@@ -409,11 +419,11 @@ async def test_a_request_that_the_server_gives_up_is_told_so(
         await asyncio.sleep(0.01)
     task.cancel()
     await task
-    assert fault_of(CHAT, caller.text())["code"] == "engine_ended"
+    assert fault_of(CHAT, caller.text())["code"] == "server_draining"
     assert caller.sent[0]["status"] == (200 if stream else 503)
     assert not caller.sent[-1].get("more_body")
     ((_, outcome),) = books(serving)
-    assert outcome == ("stream_error" if stream else "server_error")
+    assert outcome == ("stream_error" if stream else "refused")
 
 
 @pytest.mark.parametrize("when", ["before", "within"])
@@ -429,7 +439,7 @@ async def test_an_open_answer_can_be_ended_from_outside(
         await made.send(start)
         await made.send({"type": "http.response.body", "body": b'data: {"id": 1}\n\n',
                          "more_body": True})  # fmt: skip
-    await made.end_with(EngineEnded("it ended"))
+    await made.end(EngineDied("it ended"))
     await made.send({"type": "http.response.body", "body": b"late", "more_body": True})
     assert "late" not in caller.text()
     assert fault_of(CHAT, caller.text())["message"] == "it ended"
