@@ -245,7 +245,8 @@ class Answer:
             metrics.canary_requests.labels(version.alias, version.name, outcome).inc()
 
     def _alias(self) -> str:
-        return self._serving.metrics.label(self.turn.served or NO_ALIAS)
+        unnamed = self._serving.base_name if self.turn.names_nothing else NO_ALIAS
+        return self._serving.metrics.label(self.turn.served or unnamed)
 
 
 def _advice(told: Told, given: set[bytes]) -> list[tuple[bytes, bytes]]:

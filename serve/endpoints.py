@@ -300,11 +300,8 @@ def _watching(serving: Serving, trial: GrammarTrial) -> Callable[[Any], Awaitabl
     limits = request_limits.limits_of(serving.settings)
 
     async def watch(request: Any) -> None:
-        turn = current.get()
-        if turn is not None and not vars(request).get("model"):  # the base answers who names none
-            turn.alias = turn.alias or serving.base_name
         try:
-            _watch(vars(request), turn, limits)
+            _watch(vars(request), current.get(), limits)
             extract = getattr(request, "extract_structured_outputs", None)
             if extract is not None and (wanted := extract()) is not None:
                 await trial.check(wanted)
@@ -352,6 +349,7 @@ def _watch(asked: Mapping[str, Any], turn: Turn | None, limits: Any) -> None:
         user = asked.get("user")
         turn.user = user if isinstance(user, str) else ""
         turn.opening = opening_of(asked)
+        turn.names_nothing = not asked.get("model")
     if asked.get("prompt_embeds") is not None:
         raise BadRequest("embeddings cannot be sent to this server", param="prompt_embeds")
     request_limits.check(asked, limits)

@@ -26,6 +26,7 @@ class Turn:
     request_id: str = ""  # what the client calls it; `id` begins with it
     began: float = field(default_factory=time.monotonic)
     alias: str = ""  # "" until vLLM has found the model
+    names_nothing: bool = False  # no model: the base answers
     version: Version | None = None
     caller: str = ""  # the name of the key, for the history of what it changes
     session: str = ""  # what its headers say of whom it is for

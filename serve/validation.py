@@ -7,12 +7,14 @@ leave out.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve.wire import without_tail
 
+_PYTHONS = re.compile(r" or (?:instance of \w+|object to extract fields from)$")
 READ = 200  # errors, of as many as a hostile body can make
 REASONS = 3  # said of one field, at most
 NAMED = 5  # other fields that are named
@@ -76,4 +78,5 @@ def _reason(error: Mapping[str, Any]) -> str:
         return "this field is required"
     if error.get("type") == "extra_forbidden":
         return "there is no such field"
+    text = _PYTHONS.sub("", text).replace("valid dictionary", "valid object")
     return text[:1].lower() + text[1:]

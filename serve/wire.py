@@ -48,6 +48,7 @@ FAILED = "the server failed to answer this request; its log says more under the 
 OBSCURE = {
     "TextEncodeInput must be": "a text holds characters that are not Unicode, such as one half of "
     "a surrogate pair; send whole characters",
+    "codec can't decode": "the body is not UTF-8",
     "surrogates not allowed": "a text holds one half of a surrogate pair; send whole characters",
 }
 

@@ -93,6 +93,7 @@ def test_no_error_leaves_without_a_word(raw: bytes, status: int, path: str) -> N
      "1}, input_type=dict]\n    For further information visit https://errors.pydantic.dev/2/v/x",
      "'int' object is not subscriptable",
      "TextEncodeInput must be Union[TextInputSequence, Tuple[InputSequence, InputSequence]]",
+     "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
      "'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not allowed"],
 )  # fmt: skip
 @pytest.mark.parametrize("status", [400, 500])
