@@ -50,7 +50,8 @@ class Gate:
             answer.bare = target.scope == routes.OPEN
             try:
                 _admit(serving, scope, target, turn)
-                receive = await json_limits.measured(scope, receive, serving.json_limits)
+                item = serving.item if target.template == routes.RESPONSES else None
+                receive = await json_limits.measured(scope, receive, serving.json_limits, item)
             except ServeError as fault:
                 refused = scope["type"] == "websocket"
                 await (_refuse_socket(send) if refused else answer.end(fault))

@@ -195,6 +195,7 @@ class Endpoints:
         _give_voice(state, serving)
         serving.engine_dead = lambda: bool(engine_client.errored)
         stats.follow(engine_client.output_processor, base_name)
+        serving.item = vllm_compat.response_item()
         trial = serving.trial = _trial(engine_client, serving)
         vllm_compat.watch_requests(_watching(serving, trial))
         _judge(state, args, serving)

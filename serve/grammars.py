@@ -41,6 +41,7 @@ class GrammarTrial:
         self._lock = asyncio.Lock()
         self._process: Process | None = None
         self._possible = True
+        self.tried = 0
 
     async def check(self, wanted: Any) -> None:
         """BadRequest where vLLM's structured outputs hold what the engine had better not see."""
@@ -76,6 +77,7 @@ class GrammarTrial:
     async def _tried(self, kind: str, param: str, order: bytes) -> BadRequest | None:
         if not await self._ready():
             return None
+        self.tried += 1
         line = await self._asked(order, PATIENCE * self._seconds)
         if line is None:
             return BadRequest(

@@ -19,6 +19,7 @@ WEBSOCKET = "WEBSOCKET"
 READING = frozenset({"GET", "HEAD"})
 PROBES = frozenset({"/livez", "/readyz", "/health"})
 METRICS = "/metrics"  # a mounted app: all that is under it, too
+RESPONSES = "/v1/responses"
 ANTHROPIC = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 
 # scope -> template -> methods; HEAD goes with GET
@@ -29,7 +30,7 @@ TABLE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(
             (
                 "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions",
-                "/v1/responses", "/v1/responses/{response_id}/cancel", *ANTHROPIC,
+                RESPONSES, "/v1/responses/{response_id}/cancel", *ANTHROPIC,
                 "/v1/embeddings", "/v2/embed", "/pooling", "/classify",
                 "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank",
                 "/v1/audio/transcriptions", "/v1/audio/translations",

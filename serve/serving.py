@@ -62,6 +62,7 @@ class Serving:
         self.catalog = Catalog(registry, intake, self.pool, self.reconciler)
         self.registry, self.templates = registry, Templates()
         self.trial: GrammarTrial | None = None
+        self.item: json_limits.Item | None = None
         self.ready_fd: int | None = None
         self.layers: list[dict[str, int]] = []  # of every rank: layers by the kernel they have
         self.draining = False

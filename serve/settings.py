@@ -66,7 +66,7 @@ class Settings(BaseModel):
     threads: int = Field(0, ge=0, description="threads of the model on CPU; 0: every core")
     drain_timeout: float = Field(30.0, ge=0, description="seconds in-flight requests may take")
     max_body_bytes: int = Field(32 << 20, ge=1, description="largest request body")
-    max_json_values: int = Field(250_000, ge=1, description="values a JSON body may hold")
+    max_json_values: int = Field(200_000, ge=1, description="values a JSON body may hold")
     max_messages: int = Field(4096, ge=1, description="messages of a conversation")
     max_n: int = Field(128, ge=1, description="answers to a prompt, `n`")
     max_sequences: int = Field(2048, ge=1, description="prompts of a request, times `n`")

@@ -14,7 +14,9 @@ import multiprocessing
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
+
+from pydantic import TypeAdapter
 
 from serve import vllm_release
 
@@ -27,6 +29,7 @@ else:
     from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.common.startup import cli_env_setup
 from vllm.entrypoints.launchers.api_server import entry
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMValidationError
@@ -117,6 +120,13 @@ def _watch(handler: Any, watch: Callable[[Any], Awaitable[None]]) -> None:
         return await stock(self, request)
 
     handler._check_model = check_model
+
+
+def response_item() -> Callable[[Any], object]:
+    """Checks one item of the responses API's `input`; ValueError where it is none."""
+    kinds = get_args(ResponsesRequest.model_fields["input"].annotation)
+    (items,) = (kind for kind in kinds if get_origin(kind) is list)
+    return TypeAdapter(get_args(items)[0]).validate_python
 
 
 def vocabulary(tokenizer: Any, size: int) -> str:

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from serve.errors import BadRequest
 from serve.grammars import GrammarTrial
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 FIELDS = ("json", "regex", "choice", "grammar", "structural_tag")
 
 
@@ -32,7 +34,7 @@ def vocabulary() -> str:
     return str(told.serialize_json())
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def trial() -> AsyncIterator[GrammarTrial]:
     made = GrammarTrial(vocabulary, largest=8000, seconds=1)
     yield made
@@ -68,10 +70,12 @@ async def test_what_never_ends_is_stopped_and_the_next_is_tried_again(trial: Gra
 
 async def test_a_verdict_is_remembered(trial: GrammarTrial) -> None:
     first = await refusal(trial, grammar='root ::= "a"\nroot ::= "b"')
-    await trial.close()
-    trial._possible = False  # nobody to ask any more
+    began = trial.tried
     again = await refusal(trial, grammar='root ::= "a"\nroot ::= "b"')
     assert str(again) == str(first) and "EBNF" in str(first)
+    await trial.check(wanted(regex="[a-z]+"))
+    await trial.check(wanted(regex="[a-z]+"))
+    assert trial.tried <= began + 1
 
 
 async def test_size_is_bounded_before_anything_is_tried() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from serve.errors import BadRequest
-from serve.json_limits import SLICE, JsonLimits, check, measured
+from serve.json_limits import SLICE, JsonLimits, check, check_items, measured
+from serve.vllm_compat import response_item
 
 LIMITS = JsonLimits(values=100, objects=20, depth=8)
 
@@ -90,3 +91,21 @@ async def test_a_body_is_handed_on_whole() -> None:
     big = {"type": "http.request", "body": b"[" * 100, "more_body": False}
     assert await replayed(form, big, gone) == [big, gone]
     assert await replayed({"type": "http", "method": "GET"}, big, gone) == [big, gone]
+
+
+async def test_of_many_items_the_first_that_is_none_ends_it() -> None:
+    """Pydantic would hold what it has against each of them, for seconds."""
+    item, good = response_item(), {"role": "user", "content": "hi"}
+    await check_items(dumped({"input": [good] * 1000}), item)
+    await check_items(dumped({"input": "hi"}), item)
+    await check_items(b"{", item)
+    looked = 0
+
+    def counted(one: Any) -> object:
+        nonlocal looked
+        looked += 1
+        return item(one)
+
+    with pytest.raises(BadRequest) as caught:
+        await check_items(dumped({"input": [good] * 30 + [{"type": "banana"}] * 3000}), counted)
+    assert caught.value.param == "input[30]" and looked == 31
