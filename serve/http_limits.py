@@ -124,13 +124,13 @@ class Watch:
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         for connection in list(self.open):
             connection.look(loop.time())
-        self._say_if_descriptors_are_out()
+        self.say_if_descriptors_are_out()
         loop.call_later(LOOK_EVERY_S, self._look, loop)
 
-    def _say_if_descriptors_are_out(self) -> None:
+    def say_if_descriptors_are_out(self) -> None:
         """The loop itself drops a connection that it has no descriptor for without a word."""
         try:
-            os.close(os.dup(0))
+            os.close(os.open(os.devnull, os.O_RDONLY))
         except OSError as fault:
             if time.monotonic() - self._said >= SAY_EVERY_S:
                 logger.error("new connections are dropped: %s", fault.strerror)  # noqa: TRY400
@@ -157,7 +157,7 @@ class Bounded(HttpToolsProtocol):
         self._stuck_since: float | None = None
         self._refused_at: float | None = None
         self._fault: ServeError | None = None
-        self._unparsed = 0  # bytes since the parser last had something to say about them
+        self._unparsed = 0  # bytes that the parser keeps, or has passed over, without a word
         self._heard = self._deaf = False
         self._head = self._body = 0
         if not self.watch.enter(self, self.loop):
@@ -191,19 +191,20 @@ class Bounded(HttpToolsProtocol):
         self._head_began = self._head_began or self.loop.time()
 
     def on_url(self, url: bytes) -> None:
-        self._unparsed = 0
+        self._unparsed -= len(url)
         if len(self.url) + len(url) > self.limits.line:
             self._raise(LineTooLong(f"the request line is longer than {self.limits.line} bytes"))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._unparsed = 0
+        self._unparsed -= len(name) + len(value)
         self._head += len(name) + len(value)
         if self._head > self.limits.headers or len(self.headers) >= self.limits.header_count:
             self._raise(self._too_large())
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self._unparsed = 0
         self._head_began = None
         self._body_began = self.loop.time()
         for name, value in self.headers:

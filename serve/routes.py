@@ -75,7 +75,6 @@ class Target:
     template: str
     scope: str
     works: bool = False  # gives the engine something to do
-    refuses_method: bool = False  # the route is listed, and has no such method
 
     @property
     def takes_api_key(self) -> bool:
@@ -95,8 +94,8 @@ def target(app: Any, scope: Mapping[str, Any]) -> Target:
             allowed = method in methods
             if not allowed and match is Match.FULL:
                 break  # it would be done, and nobody has allowed it
-            works = needed == "inference" and method not in READING
-            return Target(template, needed, works, refuses_method=not allowed)
+            works = allowed and needed == "inference" and method not in READING
+            return Target(template, needed, works)  # the app says itself what is not allowed
     return Target(template, "")
 
 

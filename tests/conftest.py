@@ -54,6 +54,7 @@ def into(tmp_path: Path) -> Path:
 @pytest.fixture
 async def serving(tmp_path: Path) -> AsyncIterator[Serving]:
     (tmp_path / "keys").write_text(KEYS)
+    (tmp_path / "keys").chmod(0o600)
     chosen = Settings(
         artifact=write_model(tmp_path / "model"),
         api_key_file=tmp_path / "keys",

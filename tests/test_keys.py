@@ -21,9 +21,7 @@ ops:inference,admin:sk-ops-0123456789
 
 @pytest.fixture
 def loaded(tmp_path: Path) -> keys.Keys:
-    path = tmp_path / "keys"
-    path.write_text(FILE)
-    return keys.load(path)
+    return keys.load(put(tmp_path / "keys", FILE))
 
 
 def test_a_key_names_its_caller_and_scopes(loaded: keys.Keys) -> None:
@@ -50,17 +48,13 @@ def test_without_a_file_everybody_may_everything() -> None:
     "line", ["only-a-name", "a:root:sk-0123456789abcdef", "a:inference:short", ":inference:sk-0123"]
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "keys"
-    path.write_text(f"# first\n{line}\n")
     with pytest.raises(SettingsError, match=r"keys:2"):
-        keys.load(path)
+        keys.load(put(tmp_path / "keys", f"# first\n{line}\n"))
 
 
 def test_a_file_without_keys_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# nothing\n")
     with pytest.raises(SettingsError, match="holds no key"):
-        keys.load(path)
+        keys.load(put(tmp_path / "keys", "# nothing\n"))
 
 
 def put(path: Path, text: str | bytes, mode: int = 0o600) -> Path:

@@ -87,6 +87,7 @@ def test_a_database_of_an_unknown_kind(model: Path) -> None:
 
 def test_a_key_file_with_a_bad_line(model: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("app:everything:sk-0123456789abcdef\n")
+    (tmp_path / "keys").chmod(0o600)
     assert "keys:1" in refused(model, "--api-key-file", tmp_path / "keys")
 
 

@@ -97,6 +97,7 @@ def serving(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "keys").write_text(KEYS)
+    (folder / "keys").chmod(0o600)  # whatever the umask: others must not be able to write it
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = settings.setdefault("port", probe.getsockname()[1])
     log = folder / "server.log"
