@@ -10,50 +10,42 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import SamplingParams
 
 from serve import (
     admin,
     controllers,
     health,
+    incoming,
     kernel_report,
     logs,
-    parsers,
     request_limits,
     settings,
     stats,
-    tools,
     vllm_compat,
-    vllm_tools,
     voices,
 )
 from serve.access import Gate
 from serve.adapters import names
-from serve.adapters.canary import opening_of
 from serve.adapters.pool import AdapterPool, Version
 from serve.errors import (
     AdapterRefused,
-    AdapterSlotsFull,
     BadRequest,
     Conflict,
-    ModelNotFound,
     ServeError,
 )
-from serve.grammars import GrammarTrial
 from serve.serving import Serving
 from serve.soft_prompts import SoftPrompts
 from serve.tryout import Tryout
-from serve.turn import Turn, current
+from serve.turn import current
 from serve.unknown_model import unknown_model
 from serve.validation import explain
 
@@ -196,13 +188,15 @@ class Endpoints:
         serving.engine_dead = lambda: bool(engine_client.errored)
         stats.follow(engine_client.output_processor, base_name)
         serving.item = vllm_compat.response_item()
-        trial = serving.trial = _trial(engine_client, serving)
-        vllm_compat.watch_requests(_watching(serving, trial))
-        _judge(state, args, serving)
+        trial = serving.trial = incoming.trial_of(engine_client, serving)
+        vllm_compat.watch_requests(
+            incoming.watching(request_limits.limits_of(serving.settings), trial)
+        )
+        incoming.judge(state, args, serving)
         vllm_compat.end_quietly(engine_client)
         for method in ("generate", "encode"):
             stock = getattr(engine_client, method)
-            setattr(engine_client, method, _placing(stock, serving, engine.soft))
+            setattr(engine_client, method, incoming.placing(stock, serving, engine.soft))
         serving.layers = await vllm_compat.layers_by_kernel(engine_client)
         # past vLLM's own prefix of every line that this process writes
         os.write(sys.stderr.fileno(), f"kernels: {kernel_report.line(serving.layers)}\n".encode())
@@ -284,131 +278,6 @@ def _give_voice(state: Any, serving: Serving) -> None:
     for handler in vars(state)["_state"].values():
         if hasattr(handler, "default_sampling_params"):
             handler.default_sampling_params = voices.Defaults(handler.default_sampling_params)
-
-
-def _trial(client: Any, serving: Serving) -> GrammarTrial:
-    config = client.model_config
-
-    def vocabulary() -> str:
-        return vllm_compat.vocabulary(client.renderer.get_tokenizer(), config.get_vocab_size())
-
-    chosen = serving.settings
-    return GrammarTrial(vocabulary, chosen.max_grammar_bytes, chosen.max_grammar_seconds)
-
-
-def _watching(serving: Serving, trial: GrammarTrial) -> Callable[[Any], Awaitable[None]]:
-    """What vLLM's handlers call with each request, before they look its model up."""
-    limits = request_limits.limits_of(serving.settings)
-
-    async def watch(request: Any) -> None:
-        try:
-            _watch(vars(request), current.get(), limits)
-            extract = getattr(request, "extract_structured_outputs", None)
-            if extract is not None and (wanted := extract()) is not None:
-                await trial.check(wanted)
-        except BadRequest as fault:
-            _blame(fault)  # some of vLLM's handlers would make a 500 of it
-            raise
-
-    return watch
-
-
-def _judge(state: Any, args: Any, serving: Serving) -> None:
-    """Prepare requests for tools, and say which models there are where one is not."""
-    shown = state.online_renderer
-    reads, forces = vllm_tools.reads_calls(shown)
-    chosen = parsers.choose(settings.load())
-    base = tools.of(chosen, reads=reads, forces=forces, runs=args.tool_server is not None)
-    model_type = str(shown.model_config.hf_config.model_type)
-
-    def prepare(request: Any) -> None:
-        own = voices.voice().template(tools=True)
-        base.beside(own, model_type).prepare(request, _warn)
-
-    def unknown(name: Any) -> ModelNotFound:
-        return unknown_model(name, [serving.base_name, *serving.pool.live()])
-
-    vllm_tools.hold_arguments(shown, _warn)
-    vllm_tools.judge_requests(prepare, unknown, _blame)
-
-
-def _warn(text: str) -> None:
-    turn = current.get()
-    if turn is not None and text not in turn.warnings:
-        turn.warnings.append(text)
-
-
-def _blame(fault: ServeError) -> None:
-    turn = current.get()
-    if turn is not None:
-        turn.fault = fault
-
-
-def _watch(asked: Mapping[str, Any], turn: Turn | None, limits: Any) -> None:
-    """Note whom a request is for; BadRequest where it asks too much, or brings embeddings."""
-    if turn is not None:
-        user = asked.get("user")
-        turn.user = user if isinstance(user, str) else ""
-        turn.opening = opening_of(asked)
-        turn.names_nothing = not asked.get("model")
-    if asked.get("prompt_embeds") is not None:
-        raise BadRequest("embeddings cannot be sent to this server", param="prompt_embeds")
-    request_limits.check(asked, limits)
-
-
-def _placing(stock: Any, serving: Serving, soft: SoftPrompts | None) -> Any:
-    """vLLM's `generate` or `encode`: see to the adapter's place.
-
-    A request of an adapter waits here until the engine may be asked for it, and holds its version
-    until the engine has answered, also where the HTTP request ends before (background responses).
-    """
-
-    def asked(prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
-        turn = current.get()
-        if turn is not None:
-            turn.alias = turn.alias or serving.base_name
-        generates = isinstance(params, SamplingParams)
-        if generates:
-            voices.add_stops(params)
-        if soft is not None and turn is not None and turn.version is not None and turn.version.soft:
-            if not generates:
-                raise BadRequest(f"{turn.alias!r} is prompt-tuned and generates text only")
-            prompt, kwargs["lora_request"] = soft.prepend(turn.version, prompt, params), None
-        answers = stock(prompt, params, request_id, *args, **kwargs)
-        if serving.trial is not None and generates and params.structured_outputs is not None:
-            answers = _tried(serving.trial, params.structured_outputs, turn, answers)
-        if turn is None or turn.version is None:
-            return answers
-        return _placed(serving.pool, turn, turn.version, answers)
-
-    return asked
-
-
-async def _tried(
-    trial: GrammarTrial, wanted: Any, turn: Turn | None, answers: AsyncGenerator[Any, None]
-) -> AsyncGenerator[Any, None]:
-    """What `_watching` has not seen: the grammar that vLLM makes of a request's tools."""
-    async with aclosing(answers):
-        try:
-            await trial.check(wanted)
-        except BadRequest as fault:
-            if turn is not None:
-                turn.fault = fault
-            raise GenerationError(str(fault)) from fault
-        async for answer in answers:
-            yield answer
-
-
-async def _placed(
-    pool: AdapterPool, turn: Turn, version: Version, answers: AsyncGenerator[Any, None]
-) -> AsyncGenerator[Any, None]:
-    try:
-        async with pool.running(version), aclosing(answers):
-            async for answer in answers:
-                yield answer
-    except AdapterSlotsFull as fault:
-        turn.fault = fault  # for the client; vLLM gets the one kind that it does not log at length
-        raise GenerationError(str(fault)) from fault
 
 
 def _model_routes(app: FastAPI) -> APIRouter:

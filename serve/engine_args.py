@@ -90,8 +90,9 @@ def environment(settings: Settings, facts: Facts) -> dict[str, str]:
         "NO_COLOR": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
-        "VLLM_HTTP_MAX_REQUEST_BODY_SIZE": str(settings.max_body_bytes),  # 0.33's own limit
     }
+    if vllm_release.release() != "0.32":  # which has no limit of its own
+        env["VLLM_HTTP_MAX_REQUEST_BODY_SIZE"] = str(settings.max_body_bytes)
     if facts.on_cpu:
         env |= _cpu_environment(settings, env)
     return env

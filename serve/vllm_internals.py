@@ -39,6 +39,7 @@ _LAYERS = "vllm.model_executor.layers"
 _MOE = f"{_LAYERS}.fused_moe"
 _QUANT = f"{_LAYERS}.quantization"
 _LINEAR = "vllm.model_executor.kernels.linear"
+_TOOLS = "vllm.tool_parsers.structural_tag_registry"
 _INT8_MOE = (
     f"{_QUANT}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8:"
     "CompressedTensorsW8A8Int8MoEMethod"
@@ -157,16 +158,6 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
         Place(
             f"{_ENTRY}.pooling.base.serving:PoolingBaseServing._check_model", uses="lora_requests"
         ),
-        # _placing: vLLM's client is called by position
-        Place(
-            "vllm.v1.engine.async_llm:AsyncLLM.generate",
-            takes="self prompt sampling_params request_id ...",
-            uses="lora_request",
-        ),
-        Place(
-            "vllm.v1.engine.async_llm:AsyncLLM.encode",
-            takes="self prompt pooling_params request_id ...",
-        ),
         Place(
             "vllm.v1.engine.async_llm:AsyncLLM",
             has="add_lora pin_lora remove_lora errored is_paused renderer model_config "
@@ -183,6 +174,22 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
             "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state",
             takes="self engine_client state args",
         ),
+    ),
+    "serve.incoming": (
+        # placing: vLLM's client is called by position
+        Place(
+            "vllm.v1.engine.async_llm:AsyncLLM.generate",
+            takes="self prompt sampling_params request_id ...",
+            uses="lora_request",
+        ),
+        Place(
+            "vllm.v1.engine.async_llm:AsyncLLM.encode",
+            takes="self prompt pooling_params request_id ...",
+        ),
+    ),
+    "serve.vllm_tools": (
+        Place(f"{_TOOLS}:_tool_is_strict", takes="tool"),
+        Place(f"{_TOOLS}:_dump_tool_for_xgrammar", takes="tool"),
     ),
     "serve.voices": (
         Place(

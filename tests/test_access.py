@@ -57,6 +57,7 @@ async def chat(request: Request) -> Response:
         yield f"data: {version}\n\n"
         await request.app.state.resume.wait()
         yield f"data: {request.headers['x-request-id']}\n\n"
+        yield "data: [DONE]\n\n"
 
     return StreamingResponse(chunks(), media_type="text/event-stream")
 
@@ -110,7 +111,7 @@ async def test_a_clients_request_id_is_the_answers_and_vllms(
         headers = {**APP, "x-request-id": given}
         answer = await client.post("/v1/chat/completions", json={"model": "legal"}, headers=headers)
         assert answer.headers.get_list("x-request-id") == [kept]
-        assert answer.text.endswith(f"data: {kept}\n\n")
+        assert f"data: {kept}\n\n" in answer.text
 
 
 async def test_two_requests_under_one_id_are_two_to_vllm(
@@ -130,7 +131,7 @@ async def test_two_requests_under_one_id_are_two_to_vllm(
     app.state.resume.set()
     answers = await asyncio.gather(*asked)
     assert [answer.headers["x-request-id"] for answer in answers] == ["mine", "mine"]
-    ids = {answer.text.split("data: ")[-1].strip() for answer in answers}
+    ids = {answer.text.split("data: ")[-2].strip() for answer in answers}
     assert len(ids) == 2 and all(name.startswith("mine") for name in ids)
 
 

@@ -22,8 +22,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.exceptions import GenerationError
 
 from serve.answer import Answer
-from serve.endpoints import Published, _placing, enclose
+from serve.endpoints import Published, enclose
 from serve.errors import EngineDied
+from serve.incoming import placing
 from serve.serving import Serving
 from serve.turn import Turn
 from tests.fakes import APP, BY, settled
@@ -67,7 +68,7 @@ def app(serving: Serving) -> FastAPI:
         await made.state.resume.wait()
         yield "last"
 
-    made.state.engine = SimpleNamespace(generate=_placing(stock, serving, None))
+    made.state.engine = SimpleNamespace(generate=placing(stock, serving, None))
     enclose(made)
     return made
 
@@ -253,9 +254,9 @@ async def test_a_body_that_does_not_fit_names_its_field(
     async def ask(body: dict[str, int]) -> dict[str, int]:
         return body
 
-    app.add_api_route("/v1/ask", ask, methods=["POST"])
-    answer = await client.post("/v1/ask", json={"n": "many"})
-    fault = fault_of("/v1/ask", answer.text)
+    app.add_api_route("/v1/embeddings", ask, methods=["POST"])
+    answer = await client.post("/v1/embeddings", json={"n": "many"})
+    fault = fault_of("/v1/embeddings", answer.text)
     assert (answer.status_code, fault["param"], fault["code"]) == (400, "n", "invalid_request")
 
 
@@ -369,8 +370,8 @@ async def test_a_client_that_leaves_a_plain_request_is_gone_whatever_is_made_for
             pass
         return JSONResponse(None)
 
-    app.add_api_route("/v1/slow", cancelled, methods=["POST"])
-    caller = Caller(app, "/v1/slow", {})
+    app.add_api_route("/pooling", cancelled, methods=["POST"])
+    caller = Caller(app, "/pooling", {})
     task = caller.ask()
     caller.leave()
     await task

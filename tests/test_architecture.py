@@ -30,7 +30,8 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "base", 
 
 # vLLM 0.x moves its modules; every place that knows one is named here.
 VLLM_DOORS = {
-    "worker", "vllm_compat", "vllm_tools", "lora_cpu", "cpu_ops", "endpoints", "stats", "tryout",
+    "worker", "vllm_compat", "vllm_tools", "lora_cpu", "cpu_ops", "endpoints", "incoming", "stats",
+    "tryout",
 }  # fmt: skip
 # Standard library and pydantic only.
 LIGHT = (

@@ -16,8 +16,8 @@ from vllm.exceptions import GenerationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from serve import vllm_compat
-from serve.endpoints import _placing, _watching
 from serve.errors import BadRequest
+from serve.incoming import placing, watching
 from serve.request_limits import RequestLimits
 from serve.serving import Serving
 from serve.turn import Turn, current
@@ -66,7 +66,7 @@ def turn() -> Turn:
     ],
 )
 async def test_every_apis_grammar_is_tried(request_: Any, shown: list[Any], trial: Trial) -> None:
-    await _watching(RequestLimits(), trial)(request_)  # type: ignore[arg-type]
+    await watching(RequestLimits(), trial)(request_)  # type: ignore[arg-type]
     assert trial.shown == shown
 
 
@@ -75,7 +75,7 @@ async def test_what_is_refused_is_the_requests_fault_whoever_catches_it(
 ) -> None:
     """Some of vLLM's handlers make a 500 of any exception; the answer knows better."""
     monkeypatch.setattr(BaseServing, "_check_model", BaseServing.__dict__["_check_model"])
-    vllm_compat._watch(BaseServing, _watching(RequestLimits(), trial))  # type: ignore[arg-type]
+    vllm_compat._watch(BaseServing, watching(RequestLimits(), trial))  # type: ignore[arg-type]
     asked = CompletionRequest(prompt="hi", n=16384)
     with pytest.raises(BadRequest, match="at most 128") as caught:
         await BaseServing._check_model(SimpleNamespace(), asked)
@@ -93,7 +93,7 @@ async def test_a_grammar_that_only_the_engine_would_see_is_tried_there(
         yield "answer"
 
     serving.trial = trial  # type: ignore[assignment]
-    generate = _placing(stock, serving, None)
+    generate = placing(stock, serving, None)
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
     assert [one async for one in generate("", params, "1")] == ["answer"]
     assert trial.shown == ["a"]
