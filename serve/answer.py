@@ -159,17 +159,17 @@ class Answer:
                     return
                 message["body"] = body
             self._note(body)
-        if not self._began and (body or not message.get("more_body")):
-            await self._begin()
-        if not self._began:
+        last = not message.get("more_body")
+        if last and self._lacks_its_end():
+            await self._end(self._abrupt())
             return
-        if not message.get("more_body"):
-            if self._lacks_its_end():
-                await self._break_off(self._abrupt())
-                return
+        if not self._began and (body or last):
+            await self._begin()
+        if last:
             self._over = True
-            self._book("stream_error" if self._broken else outcome_of(200), self._broken)
-        await self._send(message)
+            self._book("stream_error" if self._broken else "ok", self._broken)
+        if self._began:
+            await self._send(message)
 
     def _retold(self, told: Told, body: bytes) -> tuple[Told, bytes]:
         """The error of a stream, as we say it; what else came in the same piece stays."""
@@ -205,11 +205,15 @@ class Answer:
 
     async def _close(self) -> None:
         """The app has returned: whatever has no end yet gets one."""
-        if self._left and not self._over:
-            self._over = True
-            self._book("stream_error" if self._broken else "ok", self._broken)
-        elif not self._over:
+        if self._over:
+            return
+        if not (self._left or self._whole or self._broken):
             await self._end(self._abrupt())
+            return
+        self._over = True
+        self._book("stream_error" if self._broken else "ok", self._broken)
+        if not self._left:
+            await self._send({"type": "http.response.body", "body": b""})
 
     def _lacks_its_end(self) -> bool:
         known = self._streams and bool(self._dialect.ends)

@@ -92,19 +92,26 @@ async def chat(request: Request) -> Response:
 
 
 async def pieces(state: Any, path: str, how: str) -> AsyncIterator[str]:
-    if how == "error first":
-        yield ERROR
+    first = {"nothing": [], "error first": [ERROR]}.get(how)
+    last = {"unfinished": [], "error": [VLLMS.get(path, ERROR)]}.get(how, [finished(path)])
     try:
-        async for answer in state.engine.generate("", None, "r"):
-            yield f'data: {{"id": "{answer}"}}\n\n'
+        async for answer in (
+            state.engine.generate("", None, "r") if first is None else listed(first)
+        ):
+            yield f'data: {{"id": "{answer}"}}\n\n' if first is None else answer
             if how == "raises inside":
                 raise Boom("in mid-stream")
     except GenerationError:
         yield 'data: {"error": {"message": "in vLLM\'s words", "code": 500}}\n\n'
-    if how == "error":
-        yield VLLMS.get(path, ERROR)
-    if how not in ("unfinished", "error"):
-        yield finished(path)
+    for chunk in last if first != [] else ():
+        yield chunk
+    if how == "raises after":
+        raise Boom("when all was sent")
+
+
+async def listed(chunks: list[str]) -> AsyncIterator[str]:
+    for chunk in chunks:
+        yield chunk
 
 
 @pytest.fixture
@@ -204,6 +211,8 @@ async def test_a_stream_that_waited_for_its_slot_comes_whole(
         ("error", 200, "stream_error"),
         ("raises inside", 200, "stream_error"),
         ("unfinished", 200, "stream_error"),
+        ("nothing", 500, "server_error"),
+        ("raises after", 200, "ok"),
     ],
 )
 async def test_a_stream_is_counted_once_by_its_end_and_a_failure_is_told(
