@@ -293,16 +293,18 @@ class Bounded(HttpToolsProtocol):
     def _refuse(self, fault: ServeError) -> None:
         """Answer, say that nothing more will come, and read on for a while.
 
-        Where an answer is under way, none can be put into its middle: that is then the last.
+        A request that came whole before this one is answered, and that is then the last: nothing
+        can be put into the middle of its answer.
         """
         self._deaf = True
         self._unset_keepalive_if_required()
         cycle = self.cycle
         under_way = cycle is not None and not cycle.response_complete
-        if under_way and (cycle.response_started or self.pipeline):
+        if under_way and not cycle.more_body:
             cycle.keep_alive = False
-            if cycle.more_body:  # it will never have the rest
-                self.transport.close()
+            return
+        if under_way and (cycle.response_started or self.pipeline):
+            self.transport.close()  # it will never have the rest
             return
         if under_way:
             cycle.disconnected = True
