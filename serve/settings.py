@@ -71,7 +71,7 @@ class Settings(BaseModel):
     max_n: int = Field(128, ge=1, description="answers to a prompt, `n`")
     max_sequences: int = Field(2048, ge=1, description="prompts of a request, times `n`")
     max_grammar_bytes: int = Field(
-        64 << 10, ge=1, description="largest schema, regex, grammar or list of choices"
+        256 << 10, ge=1, description="largest schema, regex, grammar or list of choices"
     )
     max_grammar_seconds: int = Field(5, ge=1, description="seconds one may take to compile")
     max_connections: int = Field(4096, ge=1, description="connections open at once")

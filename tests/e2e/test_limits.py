@@ -172,7 +172,6 @@ TOO_MUCH: list[tuple[str, dict[str, Any], str | None]] = [
 ]  # fmt: skip
 GRAMMARS: list[dict[str, Any]] = [
     {"choice": [f"{i:07}" for i in range(200_000)]},
-    {"choice": [f"{i:07}" for i in range(20_000)]},
     {"regex": "a?" * 2048},
     {"regex": "\\w+ " * 1024},
     {"grammar": 'root ::= "a"\nroot ::= "b"'},
