@@ -5,10 +5,14 @@ The tiles are there on a GPU, or where Triton interprets them (see `test_tiles`)
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -19,7 +23,10 @@ from torch import Tensor
 from quant.solver import columns, grid, int8
 from quant.solver.grid import Levels
 
+pytestmark = pytest.mark.arithmetic
+
 ROWS, SIZE = 40, 32
+MOST_ROWS = 0.9  # a tie that sums of another order break the other way changes a whole row
 INT4, INT8 = grid.full_range(4, torch.float16), grid.full_range(8, torch.bfloat16)
 LEVELS = [INT4, INT8, int8.CHANNEL]
 
@@ -121,7 +128,7 @@ def test_steps_and_errors_are_those_of_the_slow_loop(loops: Any, levels: Levels)
     steps, errors, scale, loss = loops.quantize(given, feedback, cost, offered, levels)
     expected = feed_back(given, feedback, cost, scale, levels)
     same = (steps == expected[0]).all(dim=1)
-    assert int((~same).sum()) <= 1  # float32 may break a tie the other way
+    assert float(same.float().mean()) > MOST_ROWS  # float32 may break a tie the other way
     torch.testing.assert_close(errors[same].double(), expected[1][same], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss[same].double(), expected[2][same], rtol=1e-4, atol=0)
     assert levels.low <= float(steps.min()) and float(steps.max()) <= levels.high
@@ -141,7 +148,9 @@ def test_the_chosen_scales_feedback_costs_least_among_those_that_round_best(
     losses = torch.stack(tried, dim=1)  # [rows, finalists]
     of_chosen = feed_back(given, feedback, cost, scale, levels)[2]
     # float32 may see a tie for the last place among the finalists the other way.
-    assert int((of_chosen > losses.amin(dim=1) * 1.0001).sum()) <= 1
+    least = losses.amin(dim=1)
+    assert float((of_chosen <= least * 1.0001).float().mean()) > MOST_ROWS
+    assert bool((of_chosen <= least * 1.05).all())
     assert not torch.equal(scale, finalists[:, 0]), "trying finalists changes nothing"
 
 
@@ -168,7 +177,7 @@ def test_descent_is_that_of_the_slow_loop(loops: Any, levels: Levels, sign: floa
     slow = descended(steps, scale, gradient, matrix, levels)
     assert not torch.equal(ours[0], steps)
     same = (ours[0] == slow[0]).all(dim=1)
-    assert int((~same).sum()) <= 1  # float32 may break a tie the other way
+    assert float(same.float().mean()) > MOST_ROWS  # float32 may break a tie the other way
     for mine, theirs in zip(ours[1:], slow[1:], strict=True):
         size = float(theirs.abs().mean())
         torch.testing.assert_close(mine[same].double(), theirs[same], rtol=1e-3, atol=1e-4 * size)
@@ -186,7 +195,8 @@ if "tiles" in LOOPS:
         steps = grid.to_steps(weights, scale, INT4)
         given = steps, scale, (weights - steps * scale[:, None]) @ matrix, matrix, INT4
         found = LOOPS["tiles"].descend(*given)[0]
-        assert int((found != descended(*given)[0]).any(dim=1).sum()) <= 1
+        same = (found == descended(*given)[0]).all(dim=1)
+        assert float(same.float().mean()) > MOST_ROWS
         assert not torch.equal(found, steps)
 
 
@@ -199,6 +209,7 @@ def everything() -> list[Tensor]:
     gradient = (weights - steps * scale[:, None]) @ matrix
     return [
         *columns.quantize(given, feedback, cost, offered, INT4),
+        *columns.quantize(*problem(int8.CHANNEL, rows=300), int8.CHANNEL),
         columns.best_rounding(weights, cost, offered, INT4),
         *columns.descend(steps, scale, gradient, matrix, INT4),
     ]
@@ -211,6 +222,26 @@ def test_the_number_of_threads_does_not_matter() -> None:
     with threads(2):
         two = everything()
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def digest() -> str:
+    """Of what each loop gives."""
+    numbers = b"".join(tensor.contiguous().numpy().tobytes() for tensor in everything())
+    return hashlib.sha256(numbers).hexdigest()
+
+
+def test_code_out_of_the_cache_computes_what_just_compiled_code_does(tmp_path: Path) -> None:
+    """To the bit: a run goes on where another process was stopped, and makes the same files."""
+    program = "from tests.test_columns import digest; print(digest())"
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    compiled, cached = (
+        subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert list(tmp_path.rglob("*.nbc")), "numba kept nothing"
+    assert compiled == cached and len(compiled) > 60
 
 
 @each_loop

@@ -30,6 +30,9 @@ _Loop = TypeVar("_Loop", bound=Callable[..., object])
 
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _MOST_LANES = 128  # what they hold of a group of 128 columns fits a core's second-level cache
+# All of LLVM's fast mathematics but fusing a product with a sum: code out of numba's cache fuses
+# others than code that was just compiled, and the next run would not make the same files.
+_FAST = {"nnan", "ninf", "nsz", "arcp", "afn", "reassoc"}
 _WORST = np.finfo(np.float32).max  # fastmath promises the compiler that no infinity is met
 
 
@@ -108,12 +111,12 @@ def _lanes(rows: int) -> int:
 
 
 def _compiled(loop: _Loop) -> _Loop:
-    built: _Loop = njit(fastmath=True, cache=True, error_model="numpy")(loop)
+    built: _Loop = njit(fastmath=_FAST, cache=True, error_model="numpy")(loop)
     return built
 
 
 def _parallel(loop: _Loop) -> _Loop:
-    built: _Loop = njit(parallel=True, fastmath=True, cache=True, error_model="numpy")(loop)
+    built: _Loop = njit(parallel=True, fastmath=_FAST, cache=True, error_model="numpy")(loop)
     return built
 
 
