@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from quant import formats
+from quant import formats, interrupt
 from quant.errors import ArtifactError
 from quant.formats import Format
 from quant.headers import Headers, TensorHeader, read_headers
@@ -285,13 +285,16 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _digest(path: Path) -> FileDigest:
+    digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileDigest(sha256=digest.hexdigest(), bytes=file.tell())
+        for chunk in _chunks(file, size):
+            digest.update(chunk)
+    return FileDigest(sha256=digest.hexdigest(), bytes=size)
 
 
 def _chunks(file: Any, size: int) -> Iterator[bytes]:
     while size > 0:
+        interrupt.check()
         chunk: bytes = file.read(min(size, _CHUNK))
         if not chunk:
             raise ArtifactError(f"{file.name} ends {size} bytes early")

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant import artifact, packing
+from quant import artifact, interrupt, packing
 from quant.errors import ArtifactError
 from quant.formats import FULL, Format, Plan
 from quant.solver import gptq
@@ -179,6 +179,7 @@ def _read(
     folder: Path, section: Mapping[str, Any], module: str, leaves: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], Layer | None]:
     """A module's tensors, and the layer they hold where it is a quantized one."""
+    interrupt.check()
     tensors = {}
     for leaf, file in leaves.items():
         with safe_open(folder / file, framework="pt") as shard:

@@ -1,14 +1,13 @@
 """`quantserve quantize` and `quantserve inspect`, beside `quantserve compare`.
 
 Every mistake of the user's is one line on stderr and exit status 2, a shut gate one and 3; Ctrl-C
-is one line and 2, which says where the same command will go on. torch and transformers are
-imported when a command runs, not before.
+and SIGTERM are one line and 2, which says where the same command will go on. torch and transformers
+are imported when a command runs, not before.
 """
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quant import artifact, bar
+from quant import artifact, bar, interrupt
 from quant.artifact import Manifest
 from quant.errors import ArtifactError, QuantError, RecipeError
 from quant.formats import FULL
+from quant.interrupt import Interrupted
 from quant.lora import adapter_cli
 from quant.lora.adapter_cli import Initial, TrainingBase
 from quant.proof import card, compare_cli, ways_cli
@@ -38,31 +38,25 @@ adapter_cli.app.registered_commands += ways_cli.app.registered_commands
 app.add_typer(adapter_cli.app)
 
 
-_TYPER_INTERRUPTED = 130  # how Typer leaves on Ctrl-C, without a word
-
-
 def main(run: Callable[[], object] = app) -> None:
-    """Run `run`; a QuantError is one line and its exit status, Ctrl-C one and 2."""
-    # A shell starts background jobs with SIGINT ignored; a long job has to be stoppable too.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Run `run`; a QuantError is one line and its exit status, Ctrl-C and SIGTERM one and 2."""
     try:
-        run()
+        with interrupt.listening("quantserve"):
+            run()
     except QuantError as fault:
-        sys.stderr.write(f"quantserve: {'; '.join((str(fault), *_notes(fault)))}\n")
-        sys.exit(fault.exit_status)
-    except (KeyboardInterrupt, SystemExit) as left:
-        if isinstance(left, SystemExit) and left.code != _TYPER_INTERRUPTED:
-            raise
-        notes = list(_notes(left)) or ["nothing was written"]
-        sys.stderr.write(f"quantserve: {'; '.join(('interrupted', *notes))}\n")
-        sys.exit(2)
+        _end(fault.exit_status, str(fault), *_notes(fault))
+    except Interrupted as stopped:
+        _end(interrupt.STATUS, "interrupted", *(_notes(stopped) or ["nothing was written"]))
 
 
-def _notes(fault: BaseException | None) -> Iterator[str]:
+def _notes(fault: Exception) -> list[str]:
     """What was added to an exception on its way, such as how the next run goes on."""
-    while fault is not None:  # Typer's own exit stands before the Ctrl-C that caused it
-        yield from vars(fault).get("__notes__", ())
-        fault = fault.__context__
+    return getattr(fault, "__notes__", [])
+
+
+def _end(status: int, *told: str) -> None:
+    sys.stderr.write(f"quantserve: {'; '.join(told)}\n")
+    sys.exit(status)
 
 
 @app.command()

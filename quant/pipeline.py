@@ -23,6 +23,7 @@ from quant import (
     command,
     estimate,
     formats,
+    interrupt,
     journal,
     room,
     shards,
@@ -74,8 +75,8 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     """Quantizes a model into a new folder and returns its manifest.
 
     The same command goes on where an earlier one was cut short, and makes the same files. A
-    QuantError leaves neither a target nor a partial one behind; Ctrl-C, a full disk and a crash
-    leave what the next run goes on from, once a block is done, and say so in a note.
+    QuantError leaves neither a target nor a partial one behind; an interrupt, a full disk and a
+    crash leave what the next run goes on from, once a block is done, and say so in a note.
     """
     heap.share()
     on = _devices(recipe, progress)
@@ -190,6 +191,7 @@ def _solve(layers: Layers, asked: estimate.Run, kept: Journal, rows: Batches) ->
         streams = blocks.embed(decoder, opened, list(batches), shelves)
         kept.resume(layers, streams[0])
         for place in range(kept.entry.done, len(decoder.blocks)):
+            interrupt.check()
             walk.run(decoder, place, opened, streams, layers)
             tensors = dict(pair for name in inside[place] for pair in layers.encoded(opened, name))
             kept.finished(tensors, layers, streams[0])

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as chatter
 
-from quant import tokens
+from quant import interrupt, tokens
 from quant.errors import CalibrationError, SourceError
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
@@ -127,6 +127,7 @@ def _load(source: Source, device: torch.device) -> PreTrainedModel:
             chatter.enable_progress_bar()
     _merge(model, source)
     loaded: PreTrainedModel = model.to(device).eval()
+    architecture.interruptible(loaded)
     return loaded
 
 
@@ -182,6 +183,7 @@ def _write(
     ids[:, 0] = torch.tensor([queue.popleft() for queue in due])
     cache = DynamicCache(config=model.config)
     for place in range(1, length):
+        interrupt.check()
         step: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         logits = model(input_ids=ids[:, place - 1 : place].to(model.device), **step).logits
         sampled = _sample(logits[:, -1].float().cpu(), generator)

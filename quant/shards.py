@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant import artifact
+from quant import artifact, interrupt
 from quant.durable import settle
 from quant.errors import SpaceError
 from quant.headers import TensorHeader, read_headers
@@ -50,6 +50,7 @@ def whole(path: Path, pieces: Iterable[Any]) -> None:
     try:
         with growing.open("wb", buffering=0) as out:
             for piece in pieces:
+                interrupt.check()
                 _put(out, memoryview(piece))
             os.fsync(out.fileno())
         growing.replace(path)
@@ -168,4 +169,5 @@ def _raw(tensor: Tensor) -> Any:
 
 def _put(out: FileIO, piece: memoryview) -> None:
     while piece.nbytes:
-        piece = piece[out.write(piece) :]
+        piece = piece[out.write(piece[:_CHUNK]) :]
+        interrupt.check()

@@ -1,8 +1,8 @@
 """Where an artifact grows: in a hidden sibling of the target, renamed into place at the end.
 
 A failure leaves nothing, unless the run has done something that the next one can go on from: then
-Ctrl-C, a full disk and a crash leave the hidden folder, as a killed process does. Refuses a target
-that exists, unless told to replace an artifact.
+an interrupt, a full disk and a crash leave the hidden folder, as a killed process does. Refuses a
+target that exists, unless told to replace an artifact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant import artifact
+from quant import artifact, interrupt
 from quant.errors import QuantError, SourceError, SpaceError, TargetExists
 
 
@@ -78,6 +78,7 @@ def resumable(target: Path) -> Iterator[Stage]:
     A failure that the next run can go on after leaves the stage, and carries its promise as a
     note; any other removes it. Call `check_target` first: what stands at `target` is replaced.
     """
+    interrupt.check()
     home = target.with_name(f".{target.name}.partial")
     with _locked(home, target):
         stage = Stage(home / "artifact", home / "state")

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from quant import artifact
+from quant import artifact, interrupt
 from quant import cli as quant_cli
 from serve import keys, registry_cli
 from serve import settings as serve_settings
@@ -44,6 +44,8 @@ def main() -> None:
     except ServeError as fault:
         sys.stderr.write(f"quantserve: {fault}\n")
         sys.exit(2)
+    finally:
+        interrupt.ignore()
 
 
 @app.command()
@@ -118,7 +120,8 @@ def serve(
         float | None, typer.Option(help="seconds running requests get after SIGTERM [30]")
     ] = None,
     max_cpu_isa: Annotated[
-        str | None, typer.Option(help="auto, or avx2: behave as the oldest machine [auto]")
+        str | None,
+        typer.Option(help="avx2 or avx512: behave as the oldest machine of the fleet [auto]"),
     ] = None,
     verbose: Annotated[bool, typer.Option(help="pass on all of vLLM's log")] = False,
 ) -> None:
@@ -154,7 +157,8 @@ def serve(
         if settings.state_dir is None:
             folder = kept.enter_context(tempfile.TemporaryDirectory(prefix="quantserve-"))
             settings = settings.model_copy(update={"state_dir": Path(folder)})
-        code = asyncio.run(Supervisor(settings, _say, verbose=verbose).run())
+        with interrupt.at_once():  # until the supervisor handles signals itself
+            code = asyncio.run(Supervisor(settings, _say, verbose=verbose).run())
     raise typer.Exit(code)
 
 

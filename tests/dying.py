@@ -1,4 +1,4 @@
-"""Ways for a process to end, or to find the disk full, at a chosen step of its work on files.
+"""Ways for a process to end, be stopped, or find the disk full, at a chosen step on files.
 
 An audit hook sees every file under a folder that is opened, renamed or removed. Light to import:
 the process that is to die has to.
@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ def die_at(folder: Path, moment: tuple[str, str]) -> None:
     def act(event: str, path: str) -> None:
         if event == moment[0] and path.endswith(moment[1]):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    watched(folder, act)
+
+
+def signal_at(folder: Path, moment: tuple[str, str], numbers: Sequence[signal.Signals]) -> None:
+    """Signals to itself, once, at such a step."""
+    left = list(numbers)
+
+    def act(event: str, path: str) -> None:
+        if event == moment[0] and path.endswith(moment[1]):
+            while left:
+                os.kill(os.getpid(), left.pop(0))
 
     watched(folder, act)
 

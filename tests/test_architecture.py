@@ -35,9 +35,9 @@ VLLM_DOORS = {
 }  # fmt: skip
 # Standard library and pydantic only.
 LIGHT = (
-    "quant.artifact", "quant.durable", "quant.errors", "quant.foreign_json", "quant.lora.adapter",
-    "quant.lora.cell", "quant.lora.fitting", "quant.lora.folder", "quant.lora.served",
-    "quant.lora.soft_prompt", "quant.lora.voice",
+    "quant.artifact", "quant.durable", "quant.errors", "quant.foreign_json", "quant.interrupt",
+    "quant.lora.adapter", "quant.lora.cell", "quant.lora.fitting", "quant.lora.folder",
+    "quant.lora.served", "quant.lora.soft_prompt", "quant.lora.voice",
 )  # fmt: skip
 MATHS = (
     "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",
@@ -193,8 +193,9 @@ def test_environment_has_one_reader() -> None:
     names = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
     wrong = []
     for source in sources(*PRODUCT):
-        # The command tells torch's OpenMP how to wait, before it is loaded.
-        if source.name in ("serve.settings", "quant.cli"):
+        # The command tells torch's OpenMP how to wait, before it is loaded; what oneDNN was limited
+        # to is told by its variable alone.
+        if source.name in ("serve.settings", "quant.cli", "quant.solver.devices"):
             continue
         wrong += [source.at(i.line) for i in imports(source) if i.module in names]
         wrong += [
@@ -211,7 +212,7 @@ def test_maths_modules_take_and_return_tensors_only() -> None:
         if source.name not in MATHS:
             continue
         for found in imports(source):
-            ours = under(found.module, "quant.errors", *MATHS)
+            ours = under(found.module, "quant.errors", "quant.interrupt", *MATHS)
             room = under(found.module, "quant") and not is_module(found.module)
             if not ours and not room and found.module.partition(".")[0] not in MATHS_MAY_IMPORT:
                 wrong.append(f"{source.at(found.line)} {found.module}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ import transformers
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from transformers import PreTrainedModel
 
-from quant.errors import SourceError
-from quant.intake import gguf, source
+from quant.errors import SourceError, SpaceError
+from quant.intake import cached, gguf, source
 from quant.tokens import load_tokenizer, of_text
 from tests import tiny
 
@@ -170,13 +169,20 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, head: bytes) ->
 
 
 def test_another_process_that_was_first_is_as_good(tmp_path: Path) -> None:
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    for folder in (ours, theirs):
-        folder.mkdir()
-        (folder / "name").write_text(folder.name)
-    gguf._publish(ours, theirs)
-    assert (theirs / "name").read_text() == "theirs"
-    shutil.rmtree(theirs)
-    theirs.write_text("a file in the way")
-    with pytest.raises(OSError, match="Not a directory"):
-        gguf._publish(ours, theirs)
+    target = tmp_path / "kept" / "model"
+
+    def overtaken(growing: Path) -> None:
+        (growing / "name").write_text("ours")
+        target.mkdir()
+        (target / "name").write_text("theirs")
+
+    assert (cached.folder(target, overtaken) / "name").read_text() == "theirs"
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_a_file_in_the_way_of_a_conversion_is_named(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.write_text("a file in the way")
+    with pytest.raises(SpaceError, match=r"cannot hold the model: .*Not a directory"):
+        cached.folder(target, lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

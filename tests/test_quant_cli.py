@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from quant import artifact, cli
+from quant import artifact
 from quant.artifact import Manifest
 from tests import tiny, warm
 from tests.lora import write_lora
@@ -209,16 +209,6 @@ def test_ctrl_c_exits_with_2_and_says_how_to_go_on(deep: Path, tmp_path: Path) -
     told = r"quantserve: interrupted; continues at block \d+ of 48 when run again; --fresh .*\n"
     assert run.status == 2 and re.fullmatch(told, run.stderr)
     assert {path.name for path in tmp_path.iterdir()} == {"said", ".out.partial"}
-
-
-def test_ctrl_c_before_anything_is_done_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as left:
-        cli.main(interrupted)
-    assert left.value.code == 2
-    assert capsys.readouterr().err == "quantserve: interrupted; nothing was written\n"
 
 
 def test_a_killed_run_leaves_no_target_and_the_next_one_succeeds(

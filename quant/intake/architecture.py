@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from quant import artifact
+from quant import artifact, interrupt
 from quant.errors import ArtifactError, SourceError
 from quant.intake import spelling
 
@@ -111,3 +112,13 @@ def _check_decoder(path: Path, config: PretrainedConfig) -> None:
 
 def _brief(fault: Exception) -> str:
     return " ".join(str(fault).split())[:300]
+
+
+def interruptible(model: PreTrainedModel) -> None:
+    """Lets a forward end before any of its layers where the user wants it to."""
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        layer.register_forward_pre_hook(_look)
+
+
+def _look(_layer: nn.Module, _inputs: object) -> None:
+    interrupt.check()

@@ -10,6 +10,16 @@ from pathlib import Path
 from quant.errors import SourceError, SpaceError
 
 
+def hidden(target: Path) -> Path:
+    """An empty folder beside `target`, which is made where it may stand. SourceError."""
+    home = target.parent
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=home, prefix=f".{target.name}."))
+    except OSError as fault:
+        raise SourceError(f"{home} cannot be written: {fault.strerror}") from fault
+
+
 def folder(target: Path, make: Callable[[Path], None]) -> Path:
     """`target`; if it is not there, `make` fills a hidden sibling that is renamed to it.
 
@@ -18,11 +28,7 @@ def folder(target: Path, make: Callable[[Path], None]) -> Path:
     if target.is_dir():
         return target
     home = target.parent
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        growing = Path(tempfile.mkdtemp(dir=home, prefix=f".{target.name}."))
-    except OSError as fault:
-        raise SourceError(f"{home} cannot be written: {fault.strerror}") from fault
+    growing = hidden(target)
     try:
         make(growing)
         growing.chmod(0o755)

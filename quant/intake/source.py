@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from quant import artifact
+from quant import artifact, interrupt
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SourceError
 from quant.headers import TensorHeader
@@ -178,7 +178,8 @@ def _folder(spec: str, cache: Path, say: Say) -> Path:
         raise SourceError(f"{path} does not exist")
     say(f"looking for {spec} on the hub")
     try:
-        return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
+        with interrupt.at_once():  # it goes on with what it has by itself
+            return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
     except (OSError, HTTPError, HFValidationError) as fault:
         reason = str(fault).partition("\n")[0]
         raise SourceError(f"{spec} is no folder here, and the hub said: {reason}") from fault

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quant import interrupt
 from quant.errors import SourceError
 
 
@@ -73,6 +74,7 @@ class Stored:
         made = torch.empty(count, dtype=self.dtype)
         if not count:
             return made
+        interrupt.check()
         try:
             with self.path.open("rb") as file:
                 file.seek(self.begin + first * self.dtype.itemsize)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from quant import artifact, staging
+from quant import artifact, interrupt, staging
 from quant.errors import SourceError
 from quant.intake import architecture, cached, fsdp, megatron, naming, zero
 from quant.intake.architecture import Outline
@@ -134,6 +134,7 @@ def _digest(files: Iterable[Path]) -> str:
         digest.update(f"{path.parent.name}/{path.name}\n{path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
+                interrupt.check()
                 digest.update(chunk)
     return digest.hexdigest()
 

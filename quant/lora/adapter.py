@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant import interrupt
 from quant.artifact import Manifest
 from quant.errors import AdapterError, ArtifactError
 from quant.headers import TensorHeader, read_headers
@@ -227,6 +228,7 @@ def digest_of(folder: Path, headers: dict[str, TensorHeader], own: bytes) -> str
         digest.update(file.read(min(header.begin for header in headers.values())))
         for key, header in headers.items():
             for start in range(header.begin, header.end, _CHUNK):
+                interrupt.check()
                 raw = file.read(min(_CHUNK, header.end - start))
                 digest.update(raw)
                 if not _finite(raw, header.dtype):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quant import checkpoint, staging
+from quant import checkpoint, interrupt, staging
 from quant.errors import AdapterError, RecipeError, SpaceError
 from quant.intake import remodel, source
 from quant.intake.source import Source
@@ -102,7 +102,7 @@ class _Job:
 def run(order: Order, progress: Progress) -> Blended:
     """Writes the merged model and says what it is.
 
-    Any QuantError, and Ctrl-C, leave neither a target nor a partial one behind.
+    Any QuantError, and an interrupt, leave neither a target nor a partial one behind.
     """
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=False)
@@ -116,6 +116,7 @@ def run(order: Order, progress: Progress) -> Blended:
         mixer = mixture.mixer(order.mixture, adapters, job.stored, job.tell)
         writer = Writer(folder)
         for name in job.names():
+            interrupt.check()
             job.tell(name)
             writer.add(name, _written(job, mixer, name))
         size = writer.close()

@@ -171,6 +171,7 @@ def _started() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-I", str(_PROGRAM)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={},
+        start_new_session=True,  # a terminal's Ctrl-C is for us
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def run(order: Order, progress: Progress) -> Exported:
     """Writes the adapter and says what it is.
 
     AdapterError where it is no plain LoRA and cannot be made one, or does not fit the base. Any
-    QuantError, and Ctrl-C, leave nothing at the target.
+    QuantError, and an interrupt, leave nothing at the target.
     """
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=False)

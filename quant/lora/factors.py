@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant import artifact
+from quant import artifact, interrupt
 from quant.errors import AdapterError
 from quant.intake import fused
 from quant.intake.source import Tensors
@@ -34,6 +34,7 @@ def of(adapter: Adapter, base: Base, told: Told) -> Factors:
     scales = units.read(base.units if adapter.artifact is None else None)
     found: Factors = {}
     for place, module in enumerate(adapter.pairs, 1):
+        interrupt.check()
         a, b = plain_pair(adapter, module, _weight(base, stored, adapter, module))
         found[module] = scales.moved(module, a, b)
         told(module, place, len(adapter.pairs))

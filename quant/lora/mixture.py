@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from quant import interrupt
 from quant.errors import AdapterError, RecipeError
 from quant.lora import combine, merge
 from quant.lora.adapter import Adapter, scaling, transposed
@@ -118,6 +119,7 @@ def passes(mixture: Mixture) -> int:
 
 def _changes(adapter: Adapter, stored: Stored, tell: Tell) -> Iterator[Tensor]:
     for name in sorted(adapter.parts.tensors()):
+        interrupt.check()
         tell(name)
         before = stored(name)
         if merge.is_plain(adapter, name):

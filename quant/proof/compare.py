@@ -59,7 +59,7 @@ class Found:
 def run(draw: Draw, order: Order, progress: Progress) -> Found:
     """Measures, and stores the result in the artifact's manifest and card.
 
-    Any QuantError, and Ctrl-C, leave the artifact as it was.
+    Any QuantError, and an interrupt, leave the artifact as it was.
     """
     device = devices.first(draw.device)
     folder = order.artifact.expanduser().resolve()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quant import interrupt
 from quant.errors import CompareError
 from quant.proof import bootstrap
 from quant.proof.evidence import ChoiceFidelity, Estimate, Fidelity, TextFidelity
@@ -86,6 +87,7 @@ def trace(pair: Pair, windows: Sequence[Tensor], step: Step) -> Trace:
     """Runs both models over each window. CompareError where logits are not finite."""
     parts: list[tuple[Tensor, ...]] = []
     for place, window in enumerate(windows):
+        interrupt.check()
         found = _compared(pair, window)
         parts.append((torch.full((len(window) - 1,), place), *found))
         step(place + 1, len(windows))
@@ -96,6 +98,7 @@ def picks(pair: Pair, questions: Sequence[Question], step: Step) -> Picks:
     """The choice of the highest log-likelihood per token, the first of equals."""
     taken: list[tuple[int, int, int]] = []
     for place, question in enumerate(questions):
+        interrupt.check()
         taken.append((_pick(pair.parent, question), _pick(pair.quantized, question),
                       question.answer))  # fmt: skip
         step(place + 1, len(questions))

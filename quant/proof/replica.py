@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from quant import checkpoint, formats
 from quant.artifact import Manifest
 from quant.errors import CompareError
-from quant.intake import spelling
+from quant.intake import architecture, spelling
 from quant.intake.source import Source
 from quant.solver import blocks, int8
 
@@ -48,6 +48,7 @@ def of_tensors(
     held = {own[name]: tensor for name, tensor in given.items()}
     model.load_state_dict(held, strict=False, assign=True)
     model.tie_weights()
+    architecture.interruptible(model)
     if empty := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise CompareError(f"{place} lacks {empty[0]}, which {source.architecture} needs to run")
     return model

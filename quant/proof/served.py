@@ -27,6 +27,7 @@ from httpx2 import Client, HTTPError, Response, TransportError
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from quant import interrupt
 from quant.errors import CompareError
 
 TOKENS = 64  # of an answer
@@ -157,6 +158,7 @@ def timed(client: Client, body: object, log: Path) -> Answer:
             if reply.status_code != 200:
                 raise _refused(reply, log)
             for line in reply.iter_lines():
+                interrupt.check()
                 part = _part(line)
                 if part.get("choices") and (tokens := part["usage"]["completion_tokens"]):
                     pieces.append((time.monotonic() - asked, tokens))
@@ -196,6 +198,7 @@ def _client(port: int, key: str) -> Client:
 def _until_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
+        interrupt.check()
         if (status := process.poll()) is not None:
             raise CompareError(f"the server ended with status {status}; {_end_of(log)}")
         try:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from quant import interrupt
 from quant.solver import columns
 from quant.solver.gptq import Factor, Solution, dequantize
 from quant.solver.grid import Levels
@@ -132,6 +133,7 @@ def _descended(
     moved = ridge * error.square().sum(dim=1)
     for _ in range(_PASSES):
         for place in range(scale.shape[1]):
+            interrupt.check()
             group = slice(place * size, (place + 1) * size)
             unit, inner = scale[:, place], hessian[group, group]
             gradient = error @ hessian[:, group]

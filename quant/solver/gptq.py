@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant import interrupt
 from quant.errors import SolveError
 from quant.solver import columns, grid
 from quant.solver.grid import Levels
@@ -109,6 +110,7 @@ def factorize(hessian: Tensor, damping: float, group: int, draw: int = 0) -> Fac
     order = _order(diagonal * _luck(diagonal, draw) if draw else diagonal, group)
     reverse = order.flip(0)
     attempt = damping
+    interrupt.check()
     while attempt <= _MOST_DAMPING:
         # The one matrix beside the Hessian: factorized, turned around and scaled in its place.
         square = hessian[reverse[:, None], reverse]
@@ -207,6 +209,7 @@ def _quantize(
     feedback, cost, scales = factor.feedback.T, factor.cost, []
     damped = wanted.new_zeros(len(wanted))
     for start in range(0, wanted.shape[1], size):
+        interrupt.check()
         group = slice(start, start + size)
         fed = torch.addmm(wanted[:, group], errors[:, :start], feedback[:start, group])
         offered = grid.offered(fed, levels)

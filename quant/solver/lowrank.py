@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant import interrupt
 from quant.solver.moments import Hessian
 
 _SPARE, _ROUNDS = 16, 8  # of a subspace iteration: columns beside those wanted, and its length
@@ -68,6 +69,7 @@ def _largest(square: Tensor, count: int) -> Tensor:
     width = min(count + _SPARE, len(square))
     basis = torch.randn(len(square), width, generator=draw).to(square)
     for _ in range(_ROUNDS):
+        interrupt.check()
         basis = torch.linalg.qr(square @ basis)[0]
     inner = basis.T @ square @ basis
     vectors = torch.linalg.eigh((inner + inner.T) / 2)[1]

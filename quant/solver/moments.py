@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quant import interrupt
 from quant.errors import SolveError
 
 ALL = slice(None)
@@ -141,6 +142,7 @@ class Moments:
 
     def add(self, served: Tensor, parent: Tensor, gap: Tensor | None = None) -> None:
         """Counts every row of the inputs [tokens, columns] and of the gap [tokens, rows]."""
+        interrupt.check()
         self.hessian.add(served)
         drift = parent - served
         if self._few:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quant import interrupt
 from quant.solver import blocks, descent, experts, gptq, moments, walk
 from quant.solver.blocks import Stream
 from quant.solver.moments import Moments
@@ -70,6 +71,7 @@ def through(
     args, kwargs = stream.calls[place]
 
     def note(_: nn.Module, inputs: tuple[Tensor], output: Tensor, *, name: str) -> Tensor | None:
+        interrupt.check()
         real[name] = experts.real(experts.reading(inputs[0]), stream.mask)
         read[name], made[name] = inputs[0].detach()[real[name]], output
         return (instead or {}).get(name)

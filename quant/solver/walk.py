@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quant import interrupt
 from quant.errors import SolveError
 from quant.intake.source import Source
 from quant.solver import aside, blocks, experts, kinship, lockstep
@@ -171,6 +172,7 @@ _role = threading.local()
 
 
 def _forward(block: nn.Module, stream: Stream, place: int, *, parent: bool = False) -> Tensor:
+    interrupt.check()
     args, kwargs = stream.calls[place]
     _role.parent, _role.stream = parent, stream
     with aside.holding(stream.shelf):
@@ -217,6 +219,7 @@ def _stops(
     leaders, theirs = {group[0] for group in groups}, blocks.linears(known)
 
     def meet(inputs: Tensor, *, name: str, linear: nn.Linear, own: Tensor) -> Tensor:
+        interrupt.check()
         instead = getattr(_role, "instead", None)
         if instead is not None:
             trial = instead.get(linear)
