@@ -36,12 +36,18 @@ serve: setup
 	@test -d $(ARTIFACT) || $(BIN)/quantserve quantize demo --out $(ARTIFACT)
 	@$(BIN)/quantserve serve $(ARTIFACT)
 
-## test    everything: lint, types, unit tests, and the real server under real clients
+## test    everything: lint, types, unit tests, and the real server under real clients;
+##         ISA=avx2 or ISA=avx512: only what depends on arithmetic, as on such a machine
+ifdef ISA
+test: setup-dev
+	@$(BIN)/python -m tests.held $(ISA)
+else
 test: lint
 	@tests/setup-prometheus.sh
 	@tests/setup-azurite.sh
 	@tests/setup-triton.sh
 	@$(BIN)/python -m pytest
+endif
 
 ## check   what to run before a commit: lint, types, unit tests
 check: lint

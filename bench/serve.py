@@ -34,13 +34,10 @@ import aiohttp
 import psutil
 
 from quant.intake import source
+from serve.settings import CPU_LIMITS
 
 BASELINE = "plain-float32"
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
+AVX2 = CPU_LIMITS["avx2"]
 # A plain vLLM process knows nothing of our ISA setting: this makes torch report what an AVX2
 # machine would, before vLLM picks its C++ extension.
 AVX2_VLLM = (

@@ -18,7 +18,7 @@ from serve import parsers, vllm_release
 from serve import settings as serve_settings
 from serve.errors import SettingsError
 from serve.parsers import Parsers
-from serve.settings import AVX2_LIMITS, Settings
+from serve.settings import CPU_LIMITS, Settings
 
 # vLLM allocates every slot at one of these ranks.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -154,9 +154,7 @@ def _cpu_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, st
     if openmp.is_file() and "LD_PRELOAD" not in env:
         # Intel's OpenMP parks idle threads after 1 ms; GNU's spin beside the API process.
         chosen |= {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "1"}
-    if settings.max_cpu_isa == "avx2":
-        chosen |= AVX2_LIMITS
-    return chosen
+    return chosen | CPU_LIMITS.get(settings.max_cpu_isa, {})
 
 
 def _cpu_flags(cpuinfo: Path) -> frozenset[str]:

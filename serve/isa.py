@@ -11,18 +11,19 @@ import torch
 
 from serve import settings
 
-VLLM_ASKS = ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported")
+_BEYOND_AVX512 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+# What vLLM asks torch, and a machine of each level has not.
+DENIED = {"avx2": ("_is_avx512_supported", *_BEYOND_AVX512), "avx512": _BEYOND_AVX512}
 
 
 def _no() -> bool:
     return False
 
 
-def limit_to_avx2() -> None:
-    """Let torch report what it would on an AVX2-only machine."""
-    for question in VLLM_ASKS:
+def limit(level: str) -> None:
+    """Let torch report what it would on a machine of that level; "auto" is this one."""
+    for question in DENIED.get(level, ()):
         setattr(torch.cpu, question, _no)
 
 
-if settings.load().max_cpu_isa == "avx2":
-    limit_to_avx2()
+limit(settings.load().max_cpu_isa)

@@ -19,10 +19,18 @@ from serve.errors import SettingsError
 PREFIX = "QUANTSERVE_"
 LONGEST_ALIAS = 200
 RESERVED = ("canary", "history", "promote", "rollback")  # what follows an alias in /admin
-AVX2_LIMITS = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+# What holds torch, oneDNN and MKL to a level; "avx512" has VNNI, and neither bf16 nor AMX.
+CPU_LIMITS = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
 }
 
 
@@ -78,8 +86,8 @@ class Settings(BaseModel):
     write_timeout: float = Field(
         30.0, gt=0, description="seconds an answer may wait for a client that does not read"
     )
-    max_cpu_isa: Literal["auto", "avx2"] = Field(
-        "auto", description="avx2: behave as the oldest machine of the fleet"
+    max_cpu_isa: Literal["auto", "avx2", "avx512"] = Field(
+        "auto", description="avx2, avx512: behave as the oldest machine of the fleet"
     )
     tool_parser: str = Field(
         "auto", min_length=1, description="what reads tool calls: a parser of vLLM's, none, or auto"

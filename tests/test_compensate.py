@@ -27,6 +27,8 @@ from tests.test_export import Heard
 from tests.test_pipeline import calibration_file, letters, quantize
 from tests.test_ways import Told
 
+pytestmark = pytest.mark.arithmetic
+
 ROWS = recipe.build({"samples": 48, "length": 64})
 SCHEMES: dict[str, dict[str, Any]] = {
     "w4a16": {"group_size": 32},

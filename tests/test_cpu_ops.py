@@ -9,6 +9,8 @@ from vllm.model_executor.custom_op import op_registry_oot
 
 from serve import cpu_ops
 
+pytestmark = pytest.mark.arithmetic
+
 
 @pytest.fixture
 def norm() -> cpu_ops.CpuRMSNorm:

@@ -15,6 +15,8 @@ from quant.solver.moments import Moments
 from tests.test_gptq import CASES, INT4, correlated, drawn, output_loss
 from tests.test_moments import drifted, moments
 
+pytestmark = pytest.mark.arithmetic
+
 ROWS, COLUMNS, DAMPING = 24, 64, 0.01
 INT8 = grid.full_range(8, torch.bfloat16)
 

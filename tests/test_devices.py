@@ -9,6 +9,8 @@ from quant import room
 from quant.errors import RecipeError
 from quant.solver import devices, preflight
 
+pytestmark = pytest.mark.arithmetic
+
 CPU = torch.device("cpu")
 
 
@@ -68,6 +70,17 @@ def test_sixteen_bits_are_for_devices_made_for_them_and_runs_that_allow_it() -> 
         assert devices.forward_dtype(device, exact=True) == torch.float32
 
 
+@pytest.mark.parametrize("level", ["AVX2", "AVX512_CORE_VNNI", "avx512_core", "AVX512_CORE_BF16"])
+def test_they_are_left_where_onednn_may_not_use_them(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", level)
+    wanted = torch.bfloat16 if level == "AVX512_CORE_BF16" else torch.float32
+    assert devices.forward_dtype(CPU, exact=False) == wanted
+
+
 @pytest.mark.parametrize("may", ["AVX2", "DEFAULT", "AVX512"])
 @pytest.mark.parametrize("has", [set(), {"avx512_bf16"}, {"amx_bf16"}])
 def test_a_cpu_is_made_for_them_if_it_has_instructions_that_torch_may_use(
@@ -75,5 +88,6 @@ def test_a_cpu_is_made_for_them_if_it_has_instructions_that_torch_may_use(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: may)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     wanted = torch.bfloat16 if has and may == "AVX512" else torch.float32
     assert devices.forward_dtype(CPU, exact=False) == wanted

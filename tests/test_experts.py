@@ -40,6 +40,8 @@ from tests.test_pipeline import (
     shift,
 )
 
+pytestmark = pytest.mark.arithmetic
+
 CPU = torch.device("cpu")
 OF_MIXTRAL = "block_sparse_moe.experts.{}.{}", ("w1", "w3", "w2"), "block_sparse_moe.gate"
 OF_QWEN = "mlp.experts.{}.{}", ("gate_proj", "up_proj", "down_proj"), "mlp.gate"

@@ -17,6 +17,8 @@ from quant.proof.evidence import TextFidelity
 from quant.proof.fidelity import Pair, Picks, Question, Quiz, Sample, Trace
 from tests import tiny
 
+pytestmark = pytest.mark.arithmetic
+
 DIGEST = "d" * 64
 
 

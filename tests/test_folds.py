@@ -15,6 +15,8 @@ from quant.solver import folds
 from quant.solver.folds import Feed
 from tests import tiny
 
+pytestmark = pytest.mark.arithmetic
+
 QKV, MLP, DOWN = "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"
 SEPARATE = {QKV: "input_layernorm", MLP: "post_attention_layernorm", DOWN: "mlp.up_proj"}
 EXPECTED: dict[str, dict[str, str]] = {

@@ -11,6 +11,8 @@ from torch import Tensor
 from quant.solver import grid, int8
 from quant.solver.grid import Levels
 
+pytestmark = pytest.mark.arithmetic
+
 HALVES = (torch.float16, torch.bfloat16)
 GRIDS = [grid.full_range(bits, dtype) for bits in (4, 8) for dtype in HALVES] + [int8.CHANNEL]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.solver import int8
+
+pytestmark = pytest.mark.arithmetic
 
 
 def activations(*shape: int, seed: int = 0) -> Tensor:

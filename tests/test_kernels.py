@@ -49,6 +49,8 @@ from serve.kernel_report import kernel_of
 from serve.settings import Settings
 from tests import tiny
 
+pytestmark = pytest.mark.arithmetic
+
 INPUTS, HEAD = 256, 32
 WIDTHS = {"q": 4 * HEAD, "k": HEAD, "v": HEAD}
 ROWS = (1, 9, 70)
@@ -464,7 +466,10 @@ def test_a_claimed_checkpoint_is_read_as_ours(tmp_path: Path) -> None:
         assert ModelConfig(model=str(tmp_path), dtype="float32").quantization == expected
 
 
-@pytest.mark.skipif(kernels_native.level() != "avx512", reason="already at AVX2")
+@pytest.mark.skipif(
+    kernels_native.level() != "avx512" or "QUANTSERVE_MAX_CPU_ISA" in os.environ,
+    reason="already held to a level",
+)
 def test_layers_and_packed_layers_hold_at_avx2() -> None:
     """The same tests on vLLM's AVX2 extension, and on our AVX2 code, in another process."""
     here = Path(__file__)

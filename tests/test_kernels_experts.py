@@ -26,6 +26,8 @@ from quant.solver import int8
 from serve import kernels, kernels_experts
 from serve.kernels_experts import PackedGPTQExperts, PackedInt8Experts
 
+pytestmark = pytest.mark.arithmetic
+
 EXPERTS, HIDDEN, INNER, TOP = 5, 128, 64, 2
 CONFIG = FusedMoEConfig(
     num_experts=EXPERTS,

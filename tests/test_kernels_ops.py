@@ -16,6 +16,8 @@ from torch import Tensor
 
 from serve import kernels_native, kernels_ops
 
+pytestmark = pytest.mark.arithmetic
+
 
 class Make(Protocol):
     def __call__(

@@ -34,6 +34,8 @@ from vllm.platforms import current_platform
 
 from serve import lora_cpu, lora_delta
 
+pytestmark = pytest.mark.arithmetic
+
 INPUTS = 48
 MAX_RANK = 16
 TOKENS = 64

@@ -9,6 +9,8 @@ from torch import Tensor
 from quant.solver import gptq, lowrank
 from quant.solver.lowrank import Misses
 
+pytestmark = pytest.mark.arithmetic
+
 ROWS, COLUMNS, TOKENS = 24, 40, 400
 
 

@@ -11,6 +11,8 @@ from quant.solver import gptq
 from quant.solver.moments import Hessian, Moments, Sample, energy, held_out, merged
 from tests.test_gptq import correlated, drawn, hessian_of
 
+pytestmark = pytest.mark.arithmetic
+
 ROWS, COLUMNS = 24, 64
 CPU = torch.device("cpu")
 

@@ -21,6 +21,8 @@ from quant.solver import int8
 from tests import tiny
 from tests.test_pipeline import Made, calibration_file, quantize
 
+pytestmark = pytest.mark.arithmetic
+
 CPU = torch.device("cpu")
 IDS = torch.arange(4, 84)[None]
 

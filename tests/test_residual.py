@@ -11,6 +11,8 @@ from quant.solver import residual
 from tests import tiny
 from tests.test_folds import Scene, scene
 
+pytestmark = pytest.mark.arithmetic
+
 BOTH = ["self_attn.o_proj", "mlp.down_proj"]
 
 

@@ -19,6 +19,8 @@ from quant.solver import allotment, blocks, sensitivity
 from quant.solver.sensitivity import Offers, Rows, Unit
 from tests import tiny
 
+pytestmark = pytest.mark.arithmetic
+
 CPU = torch.device("cpu")
 ROWS, LENGTH = 8, 48  # of each stream
 SHARPER = 30

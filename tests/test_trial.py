@@ -13,6 +13,8 @@ from quant.solver import trial
 from quant.solver.blocks import Stream
 from quant.solver.trial import Trial
 
+pytestmark = pytest.mark.arithmetic
+
 WIDTH, TOKENS = 16, 400
 
 

@@ -22,6 +22,8 @@ from quant.solver.walk import Group, Inputs
 from tests import tiny
 from tests.test_blocks import CPU, opened
 
+pytestmark = pytest.mark.arithmetic
+
 SEPARATE = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     ["self_attn.o_proj"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 
@@ -10,6 +11,10 @@ import torch
 from quant import room
 from quant.errors import RecipeError
 from quant.solver.preflight import ON_CPU, Allowed
+
+# oneDNN's names for levels below the first that multiplies it.
+_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE",
+                     "AVX512_CORE_VNNI")  # fmt: skip
 
 
 def named(names: str) -> list[torch.device]:
@@ -51,9 +56,12 @@ def forward_dtype(device: torch.device, *, exact: bool) -> torch.dtype:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it, and torch may use them."""
+    """Whether this processor has instructions for it, and torch and oneDNN may use them."""
     has = torch.cpu.get_capabilities()
     allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    # torch does not tell to what oneDNN was limited.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    allowed &= limit not in _WITHOUT_BFLOAT16
     return allowed and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
