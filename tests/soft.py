@@ -33,6 +33,9 @@ def trained_soft(folder: Path, base: Path, kind: str, *, tokens: int, seed: int 
     return folder
 
 
+WAVERS = 0.001  # nats: a hundred times what sums in another order move in float32
+
+
 class Reference:
     """Greedy answers of transformers, and of PEFT over it."""
 
@@ -48,7 +51,11 @@ class Reference:
         ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"]
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-            min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=1, **how,
+            min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=1,
+            return_dict_in_generate=True, output_scores=True, **how,
         )  # fmt: skip
-        told: list[int] = out[0, ids.shape[1] :].tolist()
+        best = torch.cat(out.scores).topk(2).values
+        lead = float((best[:, 0] - best[:, 1]).min())
+        assert lead > WAVERS, f"the reference wavers at {prompt!r}, by {lead}: take another prompt"
+        told: list[int] = out.sequences[0, ids.shape[1] :].tolist()
         return told

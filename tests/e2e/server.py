@@ -8,28 +8,64 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionTokenLogprob
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
 KEY = "sk-test-everything-0123456789"
 APP_KEY = "sk-test-inference-0123456789"
 KEYS = f"tests:admin:{KEY}\napp:inference:{APP_KEY}\n"
 QUESTION = "What is the capital of France?"
-# Without it the parent itself wavers between English and French, a tenth of a logit apart, and any
-# rounding may tip it. With it "The" leads by more than one.
 BRIEF = "You answer in one short English sentence."
+GREEDY: dict[str, Any] = {
+    "max_tokens": 24, "temperature": 0, "logprobs": True, "top_logprobs": 2
+}  # fmt: skip
+# Nats. A batch, a cached prefix or another processor move a log-probability in float32 by 2e-3.
+NEAR_TIE = 0.05
+# In float32 on every machine, so that what is served can be held to what is computed apart.
+LEVEL = os.environ.get("QUANTSERVE_MAX_CPU_ISA", "avx2")
 START_TIMEOUT_S = 600  # a hang; on a machine shared by many a start may take minutes
 
 
 def chat(question: str = QUESTION) -> list[ChatCompletionMessageParam]:
     return [{"role": "system", "content": BRIEF}, {"role": "user", "content": question}]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said at temperature 0: tokens, and by how many nats each led the next likeliest."""
+
+    tokens: tuple[str, ...]
+    leads: tuple[float, ...]
+
+    @classmethod
+    def of(cls, told: Iterable[ChatCompletionTokenLogprob]) -> Answer:
+        tokens, leads = [], []
+        for token in told:
+            first, second = sorted((each.logprob for each in token.top_logprobs), reverse=True)[:2]
+            tokens.append(token.token)
+            leads.append(first - second)
+        return cls(tuple(tokens), tuple(leads))
+
+    def is_as(self, other: Answer) -> bool:
+        """The same up to the first near tie, which any arithmetic may turn."""
+        pairs = zip_longest(self.tokens, other.tokens)
+        place = next((place for place, (one, its) in enumerate(pairs) if one != its), None)
+        if place is None:
+            return True
+        leads = [answer.leads[place] for answer in (self, other) if place < len(answer.leads)]
+        return max(leads) < NEAR_TIE
+
+    def __str__(self) -> str:
+        return "".join(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -54,16 +90,12 @@ class Server:
             base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=START_TIMEOUT_S
         )
 
-    def answer(self, model: str, question: str = QUESTION) -> str:
-        """The whole answer at temperature 0."""
+    def answer(self, model: str, question: str = QUESTION) -> Answer:
         with self.client() as client:
-            reply = client.chat.completions.create(
-                model=model,
-                messages=chat(question),
-                max_tokens=24,
-                temperature=0,
-            )
-        return reply.choices[0].message.content or ""
+            reply = client.chat.completions.create(model=model, messages=chat(question), **GREEDY)
+        logprobs = reply.choices[0].logprobs
+        assert logprobs is not None and logprobs.content, "nothing was said"
+        return Answer.of(logprobs.content)
 
     def log_probabilities(self, model: str, prompt: str) -> list[float]:
         """What it gives every token of `prompt` but the first, which nothing predicts."""
@@ -89,9 +121,9 @@ class Server:
 
 @contextmanager
 def serving(
-    artifact: Path, folder: Path, *flags: str, isa: str = "avx2", **settings: object
+    artifact: Path, folder: Path, *flags: str, isa: str = LEVEL, **settings: object
 ) -> Iterator[Server]:
-    """`quantserve serve ARTIFACT` with keys, by default as on an AVX2-only machine.
+    """`quantserve serve ARTIFACT` with keys, by default as on a machine of the LEVEL under test.
 
     `settings` go into the environment, as QUANTSERVE_*; without a port, any that is free.
     """

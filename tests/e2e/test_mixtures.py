@@ -27,6 +27,7 @@ TOLERANCE = 0.005
 ROUNDED = 0.03
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(
     ("family", "scheme"), [("mixtral", "w4a16"), ("qwen2_moe", "w4a16"), ("qwen2_moe", "w8a8")]
 )

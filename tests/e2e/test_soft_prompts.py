@@ -23,7 +23,7 @@ from tests.e2e.server import Server, serving
 from tests.lora import write_lora
 from tests.soft import Reference, trained_soft, write_soft
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.arithmetic]
 
 SHORT = "the quick brown fox jumps over"
 LONG = "".join(chr(97 + (place * place * 7 + place) % 26) for place in range(160))  # 149 tokens

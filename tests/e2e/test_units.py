@@ -16,7 +16,7 @@ from tests.e2e.server import Server, serving
 from tests.test_export import Heard
 from tests.test_pipeline import calibration_file, letters, quantize
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.arithmetic]
 
 TEXT = " ".join(letters(seed=5, lines=4))
 # 0.011 nats a token were measured for the base, 0.013 and 0.012 for the adapter beside it, and 0.65
