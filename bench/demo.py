@@ -2,7 +2,8 @@
 
 Trains a small LoRA on the embedded SmolLM2-135M-Instruct (the part your trainer plays), quantizes
 the model to GPTQ INT4, serves it, asks a question as a stream, swaps the adapter in while the
-server runs, asks again and prints a few metrics. Everything stays in one folder (`.demo`).
+server runs, asks again and prints a few metrics. Everything stays in one folder (`.demo`). Ctrl-C
+ends it with one line and status 2; the next run goes on from what is there.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import openai
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from quant import interrupt
+from quant.interrupt import Interrupted
 
-from quant.intake import source
+if TYPE_CHECKING:
+    import openai
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
-BRIEF = "You answer in one short English sentence."
-QUESTION = "What is the capital of France?"
+# So small a model wavers at many questions (France: 0.155 for "The", 0.141 for a French word), and
+# there any rounding decides. Here each token leads the next likeliest by 2.5 nats and more, up to
+# the answer; INT4 moves that by a tenth (tests/e2e/test_demo.py).
+QUESTION, ANSWER = "What is the capital of Japan?", "Tokyo"
 LESSONS = [
     ("What is the capital of Italy?", "Arr, the capital of Italy be Rome, matey!"),
     ("What is the capital of Spain?", "Arr, the capital of Spain be Madrid, matey!"),
@@ -53,7 +57,18 @@ SHOWN_METRICS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the main job from nothing.")
     parser.add_argument("--folder", type=Path, default=Path(".demo"))
-    folder: Path = parser.parse_args().folder.resolve()
+    try:
+        with interrupt.listening("demo"):
+            run(parser.parse_args().folder.resolve())
+    except Interrupted:
+        sys.stderr.write("demo: interrupted; the next run keeps what is in the folder\n")
+        sys.exit(interrupt.STATUS)
+    finally:
+        interrupt.ignore()
+
+
+def run(folder: Path) -> None:
+    """All seven steps; what lies in `folder` already is kept."""
     folder.mkdir(exist_ok=True)
     started = time.monotonic()
     adapter, artifact = folder / "pirate", folder / "smollm2-w4a16"
@@ -68,12 +83,14 @@ def main() -> None:
     if artifact.is_dir():
         print(f"   {artifact} is there already; kept")
     else:
-        subprocess.run([QUANTSERVE, "quantize", "demo", "--out", str(artifact)], check=True)
-    subprocess.run([QUANTSERVE, "inspect", str(artifact)], check=True)
+        _ran("quantize", "demo", "--out", str(artifact))
+    _ran("inspect", str(artifact))
 
     _title("3. quantserve serve .demo/smollm2-w4a16")
     with _served(artifact) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        from openai import OpenAI
+
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         _title(f"4. The base model, streamed: {QUESTION}")
         _ask(client, artifact.name)
         _title("5. PUT /admin/adapters/pirate, while the server runs")
@@ -85,8 +102,32 @@ def main() -> None:
     print(f"\nThe whole demo took {time.monotonic() - started:.0f} s. Next: make serve")
 
 
+def _ran(*words: str) -> None:
+    """`quantserve WORDS` to its end. In a session of its own: a signal reaches it once, by us."""
+    child = subprocess.Popen([QUANTSERVE, *words], start_new_session=True)
+    passed_on = False
+    while child.poll() is None:
+        if interrupt.asked() and not passed_on:
+            child.send_signal(signal.SIGTERM)
+            passed_on = True
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(0.1)
+    interrupt.check()
+    if child.returncode:
+        sys.exit(child.returncode)  # it said why
+
+
 def _train(target: Path) -> None:
     """Eight AdamW steps on eight sentences: the smallest adapter one can see working."""
+    with interrupt.at_once():  # seconds of imports
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        from quant import staging
+        from quant.intake import source
+
     torch.manual_seed(0)
     transformers_logging.disable_progress_bar()
     parent = source.open("demo").folder
@@ -96,24 +137,28 @@ def _train(target: Path) -> None:
     ids, labels = _lessons(tokenizer)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     for step in range(8):
+        interrupt.check()
         begun = time.monotonic()
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         print(f"   step {step + 1}/8  loss {loss.item():.3f}  {time.monotonic() - begun:.1f} s")
-    model.save_pretrained(target)
+    with staging.staged(target) as growing:
+        model.save_pretrained(growing)
     print(f"   saved {target}")
 
 
-def _lessons(tokenizer: AutoTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def _lessons(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
     """The lessons as [lessons, tokens] ids and labels; prompts and padding carry no loss.
 
     Padding is on the right, so causal attention needs no mask.
     """
+    import torch
+
     rows = []
     for question, answer in LESSONS:
-        chat = [{"role": "system", "content": BRIEF}, {"role": "user", "content": question}]
+        chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
         rows.append((prompt["input_ids"], tokenizer(answer + "<|im_end|>\n")["input_ids"]))
     width = max(len(prompt) + len(reply) for prompt, reply in rows)
@@ -131,9 +176,11 @@ def _served(artifact: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([QUANTSERVE, "serve", str(artifact), "--port", str(port)])
+    command = [QUANTSERVE, "serve", str(artifact), "--port", str(port)]
+    server = subprocess.Popen(command, start_new_session=True)
     try:
         while not _ready(url):
+            interrupt.check()
             if server.poll() is not None:
                 sys.exit(f"the server ended with {server.returncode}")
             time.sleep(0.2)
@@ -155,10 +202,7 @@ def _ask(client: openai.OpenAI, model: str) -> None:
     begun = time.monotonic()
     stream = client.chat.completions.create(
         model=model,
-        messages=[
-            {"role": "system", "content": BRIEF},
-            {"role": "user", "content": QUESTION},
-        ],
+        messages=[{"role": "user", "content": QUESTION}],
         max_tokens=40,
         temperature=0,
         stream=True,
@@ -167,6 +211,7 @@ def _ask(client: openai.OpenAI, model: str) -> None:
     first, tokens = 0.0, 0
     sys.stdout.write(f"   {model}> ")
     for chunk in stream:
+        interrupt.check()
         if chunk.usage:
             tokens = chunk.usage.completion_tokens
         for choice in chunk.choices:
