@@ -16,7 +16,7 @@ from starlette._utils import get_route_path
 
 from serve import json_limits, routes
 from serve.answer import Answer, Message, Receive, Send
-from serve.errors import Draining, Forbidden, NotFound, ServeError
+from serve.errors import Forbidden, NotFound, ServeError
 from serve.keys import ANYONE
 from serve.routes import Target
 from serve.turn import Turn, current, tidy_id
@@ -60,7 +60,8 @@ class Gate:
                 await self._app(scope, receive, send)
                 return
             in_flight = serving.metrics.in_flight
-            with in_flight.track_inprogress() if answer.counted else nullcontext():
+            counting = in_flight.track_inprogress() if answer.counted else nullcontext()
+            with counting, serving.answers.holding(answer):
                 await answer.run(partial(self._app, scope), receive)
 
     @contextmanager
@@ -112,8 +113,8 @@ def _admit(serving: Serving, scope: Message, target: Target, turn: Turn) -> None
         raise NotFound(f"there is no {path} here" + (f": {why}" if why else ""))
     if not caller.may(target.scope):
         raise Forbidden(f"key {caller.name!r} lacks the scope {target.scope!r} that {path} needs")
-    if serving.draining and target.works:
-        raise Draining("this server is shutting down; send the request to another")
+    if target.works:
+        serving.check_open()
 
 
 async def _refuse_socket(send: Send) -> None:

@@ -10,7 +10,9 @@ import asyncio
 import ipaddress
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +20,13 @@ import typer
 
 from quant import artifact, interrupt
 from quant import cli as quant_cli
-from serve import keys, registry_cli
+from serve import keys, listening, registry_cli
 from serve import settings as serve_settings
+from serve.console import Console
 from serve.errors import ServeError, SettingsError
 from serve.settings import Settings
 from serve.supervisor import Supervisor
+from serve.vllm_flags import adopt
 
 app = typer.Typer(
     name="quantserve",
@@ -64,7 +68,13 @@ def serve(
         ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="address to bind [127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="port to bind [8000]")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="port to bind; 0: any that is free [8000]")
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="serve HTTPS with this certificate, a PEM file")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="its key [in the same file]")] = None,
     model_name: Annotated[
         str | None, typer.Option(help="model id of the base [the folder's name]")
     ] = None,
@@ -136,6 +146,8 @@ def serve(
         vllm_flags=tuple(vllm_flags) if vllm_flags else None,
         host=host,
         port=port,
+        ssl_certfile=ssl_certfile.resolve() if ssl_certfile else None,
+        ssl_keyfile=ssl_keyfile.resolve() if ssl_keyfile else None,
         model_name=model_name,
         api_key_file=api_key_file.resolve() if api_key_file else None,
         state_dir=state_dir.resolve() if state_dir else None,
@@ -152,13 +164,16 @@ def serve(
         drain_timeout=drain_timeout,
         max_cpu_isa=max_cpu_isa,
     )
+    settings = adopt(settings, serve_settings.inherited())
     _check(settings)
     with ExitStack() as kept:
         if settings.state_dir is None:
             folder = kept.enter_context(tempfile.TemporaryDirectory(prefix="quantserve-"))
             settings = settings.model_copy(update={"state_dir": Path(folder)})
+        console = Console()
+        kept.callback(console.close)
         with interrupt.at_once():  # until the supervisor handles signals itself
-            code = asyncio.run(Supervisor(settings, _say, verbose=verbose).run())
+            code = asyncio.run(Supervisor(settings, console.say, verbose=verbose).run())
     raise typer.Exit(code)
 
 
@@ -182,6 +197,7 @@ def _check(settings: Settings) -> None:
             "or bind 127.0.0.1"
         )
     keys.load(settings.api_key_file)
+    listening.encryption(settings)
     if settings.database_url:
         from serve.adapters import database
 
@@ -192,7 +208,9 @@ def _check(settings: Settings) -> None:
     if settings.adapters and not settings.max_adapters:
         raise SettingsError("--adapter needs at least one slot: --max-adapters is 0")
     if settings.adapters:
-        _check_adapters(settings)
+        # Needs torch, which would stay in this process for as long as it serves.
+        with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+            apart.submit(_check_adapters, settings).result()
 
 
 def _check_adapters(settings: Settings) -> None:
@@ -216,11 +234,6 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"quantserve: {text}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -169,10 +169,7 @@ class Endpoints:
         app.include_router(controllers.routes(app))
         app.include_router(_model_routes(app))
 
-        def probe() -> Any:
-            return app.state.engine_client.is_paused()
-
-        app.include_router(health.routes(lambda: not serving().draining, probe))
+        app.include_router(health.routes(lambda: serving().fault()))
         app.add_exception_handler(ServeError, answer_error)
         enclose(app)
         app.router.lifespan_context = _stopping(app.router.lifespan_context, serving)
@@ -181,11 +178,13 @@ class Endpoints:
         base_name, *others = map(str, args.served_model_name)
         engine = VllmEngine(engine_client, _soft_prompts(engine_client), state.online_renderer)
         serving = Serving(settings.load(), engine, stats.metrics, base_name, *others)
-        serving.ready_fd = vars(args).get("quantserve_ready_fd")
+        serving.line_fd = vars(args).get("quantserve_line_fd")
+        serving.engine_dead = lambda: bool(engine_client.errored)
+        serving.ask_engine = engine_client.is_paused
+        serving.accepts = lambda: _accepts(state.server)
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
         _give_voice(state, serving)
-        serving.engine_dead = lambda: bool(engine_client.errored)
         stats.follow(engine_client.output_processor, base_name)
         serving.item = vllm_compat.response_item()
         trial = serving.trial = incoming.trial_of(engine_client, serving)
@@ -201,6 +200,15 @@ class Endpoints:
         # past vLLM's own prefix of every line that this process writes
         os.write(sys.stderr.fileno(), f"kernels: {kernel_report.line(serving.layers)}\n".encode())
         await serving.start()
+
+
+def _accepts(server: Any) -> bool:
+    """Whether vLLM's uvicorn takes connections: it closes its socket long before it ends."""
+    return (
+        server.started
+        and not server.should_exit
+        and all(listening.is_serving() for listening in server.servers)
+    )
 
 
 def _stopping(stock: Any, serving: Callable[[], Serving]) -> Any:
@@ -294,11 +302,11 @@ def _model_routes(app: FastAPI) -> APIRouter:
         ]
         return [base, *aliases]
 
-    @router.get("/v1/models")
+    @router.api_route("/v1/models", methods=["GET", "HEAD"])
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": cards()}
 
-    @router.get("/v1/models/{model:path}")
+    @router.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"])
     async def get_model(model: str) -> dict[str, Any]:
         serving: Serving = app.state.quantserve
         alias, version = serving.pool.asked(model)

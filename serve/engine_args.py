@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quant.lora import served
-from serve import parsers, vllm_release
+from serve import parsers, vllm_flags, vllm_release
 from serve import settings as serve_settings
 from serve.errors import SettingsError
 from serve.parsers import Parsers
@@ -76,7 +76,7 @@ def flags(settings: Settings, facts: Facts) -> list[str]:
         given += ["--enforce-eager", "--dtype", _cpu_dtype(settings, facts)]
         given += ["--kv-cache-memory-bytes", str(settings.kv_cache_bytes)]
     given += parsers.flags(facts.parsers, settings.vllm_flags)
-    return [*given, *settings.vllm_flags]
+    return [*given, *vllm_flags.given(settings), *settings.vllm_flags]
 
 
 def environment(settings: Settings, facts: Facts) -> dict[str, str]:

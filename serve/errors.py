@@ -92,6 +92,13 @@ class Draining(ServeError):
     retry_after_s = 5
 
 
+class EngineStalled(ServeError):
+    """The engine stands still: it goes on, or another is started."""
+
+    status, type, code = 503, "server_error", "engine_stalled"
+    retry_after_s = 5
+
+
 class AdapterSlotsFull(ServeError):
     status, type, code = 503, "server_error", "adapter_slots_full"
     retry_after_s = 5

@@ -1,34 +1,36 @@
-"""Is the process alive, and would a request be served: /livez and /readyz."""
+"""Two of three questions: /livez, is it alive; /readyz and /health, would a request be served now.
+
+The third, does the engine get on, is the parent's (serve.watch), which tells the worker. No probe
+waits for the engine. vLLM's charts ask /health before they send traffic, so it means the same as
+/readyz here.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-# A step of the engine answers nothing else while it runs; a long prefill on a CPU takes this long.
-PROBE_TIMEOUT_S = 30.0
+from serve.errors import ServeError
+
+METHODS = ["GET", "HEAD"]
 
 
-def routes(ready: Callable[[], bool], probe: Callable[[], Awaitable[object]]) -> APIRouter:
-    """`ready` says whether requests are admitted; `probe` asks the engine anything at all."""
+def routes(fault: Callable[[], ServeError | None]) -> APIRouter:
+    """`fault` is why a request would not be served now."""
     router = APIRouter()
 
-    @router.get("/livez")
+    @router.api_route("/livez", methods=METHODS)
     async def livez() -> JSONResponse:
         return JSONResponse({"status": "alive"})
 
-    @router.get("/readyz")
+    @router.api_route("/readyz", methods=METHODS)
+    @router.api_route("/health", methods=METHODS)
     async def readyz() -> JSONResponse:
-        if not ready():
-            return JSONResponse({"status": "draining"}, 503)
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await probe()
-        except TimeoutError:
-            return JSONResponse({"status": "engine does not answer"}, 503)
-        return JSONResponse({"status": "ready"})
+        found = fault()
+        if found is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse(found.body(), found.status, {"retry-after": str(found.retry_after_s)})
 
     return router

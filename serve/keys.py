@@ -71,24 +71,23 @@ class Keys:
             raise InvalidKey("the API key given is not known to this server")
         return found
 
-    def reload(self) -> None:
-        """Take the file as it is now; where it is bad, log one line and keep what was."""
+    def reload(self) -> str:
+        """Take the file as it is now; where it is bad, keep what was. A line about either."""
         if self._path is None:
-            return
+            return "there is no key file to read again"
         self._stamp = _stamp(self._path)
         try:
             self._callers = _read(self._path)
         except SettingsError as fault:
-            logger.error("the keys stay as they were: %s", fault)  # noqa: TRY400
-        else:
-            logger.warning("%s: %d keys", self._path, len(self._callers))
+            return f"the keys stay as they were: {fault}"
+        return f"{self._path} was read again: {len(self._callers)} keys"
 
     async def follow(self, every_s: float = LOOK_EVERY_S) -> None:
         """Read the file again whenever it has changed; until cancelled."""
         while self._path is not None:
             await asyncio.sleep(every_s)
             if _stamp(self._path) != self._stamp:
-                self.reload()
+                logger.warning(self.reload())
 
 
 def load(path: Path | None) -> Keys:

@@ -24,7 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 
 NO_ALIAS = "none"
 GONE = "gone"
@@ -34,12 +41,61 @@ TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3
 SWAP_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
+# Why a worker ended; a closed set. `none`: none has.
+ENDS = (
+    "none", "engine_died", "engine_hung", "worker_died", "worker_hung", "start_failed",
+    "start_hung", "out_of_memory", "spawn_failed",
+)  # fmt: skip
+
+
+class Lifetimes:
+    """What outlives a worker: the parent keeps it, shows it while none serves, and tells the next.
+
+    A new one says that nothing is ready and nothing has ended yet.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._registry = registry = registry or CollectorRegistry()
+        self.ready = Gauge(
+            "quantserve_ready", "1 while a request would be served", registry=registry
+        )
+        self._build = Gauge(
+            "quantserve_build_info", "What runs here", ("version", "vllm"), registry=registry
+        )
+        self._counted = 0
+        self._restarts = Counter(
+            "quantserve_engine_restarts_total",
+            "Workers that were started in place of one that ended",
+            registry=registry,
+        )
+        self._last = Gauge(
+            "quantserve_last_restart_info", "Why the last one ended", ("reason",), registry=registry
+        )
+        self.note(0, "none")
+
+    def built(self, version: str, vllm: str) -> None:
+        self._build.labels(version, vllm).set(1)
+
+    def note(self, restarts: int, reason: str) -> None:
+        """So many workers ended by now, the last one for that reason, of ENDS."""
+        assert reason in ENDS and restarts >= self._counted
+        self._restarts.inc(restarts - self._counted)
+        self._counted = restarts
+        self._last.clear()
+        self._last.labels(reason).set(1)
+
+    def page(self) -> bytes:
+        """In Prometheus' text format, with whatever else is on the registry."""
+        return generate_latest(self._registry)
+
+
 class Metrics:
     """The instruments, on one registry; `served` says whether something answers to a name."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.served: Callable[[str], bool] = lambda _: True
-        self.ready = Gauge("quantserve_ready", "1 while requests are admitted", registry=registry)
+        self.lifetimes = Lifetimes(registry)
+        self.ready = self.lifetimes.ready
         self.requests = Counter(
             "quantserve_requests_total",
             "Requests by how their answers ended",

@@ -1,19 +1,20 @@
-"""What every request needs, made once per worker: `app.state.quantserve`."""
+"""What every request needs, made once per worker: `app.state.quantserve`; and what the parent asks
+of it over their line (serve.heartbeat).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
-from serve import json_limits, keys
+from serve import json_limits, keys, vllm_release
 from serve.adapters import last_seen
 from serve.adapters.catalog import By, Catalog
 from serve.adapters.intake import Intake
@@ -24,13 +25,33 @@ from serve.adapters.rows import Alias
 from serve.adapters.slots import Slots
 from serve.adapters.sources import Sources
 from serve.adapters.store import Store, Stored, base_of
-from serve.errors import Conflict, RegistryDown, ServeError, StoreFailed
+from serve.errors import (
+    Conflict,
+    Draining,
+    EngineDied,
+    EngineStalled,
+    NotReady,
+    RegistryDown,
+    ServeError,
+    StoreFailed,
+)
 from serve.grammars import GrammarTrial
+from serve.heartbeat import Beat, Heart, engine_steps
 from serve.metrics import Metrics
+from serve.open_answers import OpenAnswers
 from serve.settings import Settings
 from serve.voices import Templates
 
 logger = logging.getLogger(__name__)
+
+ASK_EVERY_S = 1.0  # an idle engine, so that one that stands still is found before it is needed
+REFUSALS: dict[type[ServeError], str] = {
+    Draining: "this server is shutting down; send the request to another",
+    EngineDied: "the engine has ended; another is being started",
+    EngineStalled: "the engine does not get on; try again shortly",
+    NotReady: "the model is loading; try again shortly",
+}
+BY_CODE = {kind.code: kind for kind in REFUSALS}
 
 
 class Serving:
@@ -44,8 +65,30 @@ class Serving:
         self.settings, self.metrics, self.base_name = chosen, metrics, base_name
         self.keys = keys.load(chosen.api_key_file)
         self.json_limits = json_limits.limits_of(chosen)
+        self._open_adapters(engine, state_dir, (base_name, *others))
+        self.templates = Templates()
+        self.trial: GrammarTrial | None = None
+        self.item: json_limits.Item | None = None
+        self.layers: list[dict[str, int]] = []  # of every rank: layers by the kernel they have
+        self.line_fd: int | None = None  # to the parent, where there is one
+        self.accepts: Callable[[], bool] = lambda: True
+        self.engine_dead: Callable[[], bool] = lambda: False
+        self.ask_engine: Callable[[], Awaitable[object]] = _nothing
+        self.answers = OpenAnswers()
+        self.draining = self.stalled = False
+        self.alone = True  # nobody else answers on the socket
+        self._ending: type[ServeError] | None = None  # why all answers were told to end
+        self.started = int(time.time())
+        self._tasks: list[asyncio.Task[None]] = []
+        self._untold: dict[str, str] = {}
+        self._spare: tempfile.TemporaryDirectory[str] | None = None
+        metrics.served = lambda name: name == base_name or self.pool.get(name) is not None
+        metrics.open_books(base_name)
+
+    def _open_adapters(self, engine: Engine, state_dir: Path, names: tuple[str, ...]) -> None:
+        chosen, metrics = self.settings, self.metrics
         slots = Slots(slots_of(chosen), chosen.adapter_wait)
-        self.pool = AdapterPool(engine, slots, (base_name, *others))
+        self.pool = AdapterPool(engine, slots, names)
         registry = Registry(
             chosen.database_url or sqlite_url(state_dir),
             chosen.replica or f"{socket.gethostname()}:{chosen.port}",
@@ -60,19 +103,7 @@ class Serving:
         cache = state_dir / last_seen.NAME
         self.reconciler = Reconciler(registry, intake, self.pool, metrics, cache)
         self.catalog = Catalog(registry, intake, self.pool, self.reconciler)
-        self.registry, self.templates = registry, Templates()
-        self.trial: GrammarTrial | None = None
-        self.item: json_limits.Item | None = None
-        self.ready_fd: int | None = None
-        self.layers: list[dict[str, int]] = []  # of every rank: layers by the kernel they have
-        self.draining = False
-        self.started = int(time.time())
-        self._following: list[asyncio.Task[None]] = []
-        self._untold: dict[str, str] = {}
-        self._spare: tempfile.TemporaryDirectory[str] | None = None
-        self.engine_dead: Callable[[], bool] = lambda: False
-        metrics.served = lambda name: name == base_name or self.pool.get(name) is not None
-        metrics.open_books(base_name)
+        self.registry = registry
 
     async def start(self) -> None:
         """Load what the registry wants and the operator gave, then follow the registry."""
@@ -83,18 +114,22 @@ class Serving:
             await asyncio.wait(giving, timeout=START_WAIT_S)
         following = (
             self.reconciler.watch(every_s), self._tell_registry(every_s), self.keys.follow(),
+            engine_steps.ask(lambda: self.ask_engine(), ASK_EVERY_S),
         )  # fmt: skip
-        self._following = [*giving, *map(asyncio.create_task, following)]
+        self._tasks = [*giving, *map(asyncio.create_task, following)]
         self.metrics.adapters_loaded.set_function(self.pool.__len__)
         self.metrics.slots_pinned.set_function(lambda: self.pool.slots.pinned)
         self.metrics.slot_waiting.set_function(lambda: self.pool.slots.waiting)
-        self.metrics.ready.set(1)
+        self.metrics.lifetimes.built(
+            metadata.version("quantserve"), vllm_release.installed_version()[0]
+        )
+        self.metrics.ready.set_function(lambda: self.fault() is None)
 
     async def stop(self) -> None:
         """End what runs beside requests, and let go of the registry."""
-        for task in self._following:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._following, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.reconciler.close()
         if self.trial is not None:
             await self.trial.close()
@@ -105,15 +140,55 @@ class Serving:
             self._spare.cleanup()
 
     def announce(self) -> None:
-        """Tell the supervisor, where there is one, that the app has started; drain on SIGUSR1."""
-        if self.ready_fd is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.drain)
-            os.write(self.ready_fd, b"ready\n")
+        """Begin to tell the parent, where there is one, how it goes, and to do what it asks."""
+        if self.line_fd is None:
+            return
+        self.alone = False
+        orders: dict[str, Callable[..., object]] = {
+            "yours": lambda: setattr(self, "alone", True),
+            "drain": self.drain,
+            "end": self.end,
+            "reload": self.keys.reload,
+            "stalled": lambda: setattr(self, "stalled", True),
+            "moving": lambda: setattr(self, "stalled", False),
+            "past": lambda count, why: self.metrics.lifetimes.note(int(count), why),
+        }
+        Heart(self.line_fd, self.beat, orders).start()
+
+    def fault(self) -> ServeError | None:
+        """Why a new request would not be served now, if it would not."""
+        if self.engine_dead():
+            return _refusal(EngineDied)
+        if self._ending is not None:
+            return _refusal(self._ending)
+        if self.draining:
+            return _refusal(Draining)
+        if self.stalled:
+            return _refusal(EngineStalled)
+        return None if self.alone else _refusal(NotReady)
+
+    def check_open(self) -> None:
+        """Raises what `fault` says."""
+        fault = self.fault()
+        if fault is not None:
+            raise fault
 
     def drain(self) -> None:
         """Admit nothing new from now on."""
         self.draining = True
-        self.metrics.ready.set(0)
+
+    def end(self, why: str) -> None:
+        """Tell every client that its answer ends here: FAREWELLS has the reasons."""
+        if self._ending is None:
+            self._ending = BY_CODE[why]
+            self._tasks.append(asyncio.create_task(self.answers.end_all(_refusal(self._ending))))
+
+    def beat(self) -> Beat:
+        """How it goes, for the parent."""
+        dead = self.engine_dead()
+        if dead:
+            self.end(EngineDied.code)
+        return Beat(self.accepts(), dead, self.draining, len(self.answers), engine_steps.count)
 
     async def _give(self, alias: str, source: str) -> None:
         """An alias given at start, whether the registry can be told of it or not."""
@@ -179,3 +254,11 @@ def sources_of(chosen: Settings) -> Sources:
     return Sources(
         chosen.adapter_root, chosen.source_schemes, chosen.allow_hub, chosen.max_adapter_bytes
     )
+
+
+def _refusal(kind: type[ServeError]) -> ServeError:
+    return kind(REFUSALS[kind])
+
+
+async def _nothing() -> None:
+    """What is asked of no engine."""

@@ -1,13 +1,16 @@
 """The only reader of the environment: QUANTSERVE_* into one frozen object, strangers refused.
 
 The parent builds a Settings from its command line over its environment and hands it to the worker
-as environment again, so both sides read the same names. Refuses unknown QUANTSERVE_* names.
+as environment again, so both sides read the same names. Refuses unknown QUANTSERVE_* names, but for
+those that Kubernetes makes for a Service whose name begins with `quantserve`.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -19,6 +22,12 @@ from serve.errors import SettingsError
 PREFIX = "QUANTSERVE_"
 LONGEST_ALIAS = 200
 RESERVED = ("canary", "history", "promote", "rollback")  # what follows an alias in /admin
+# A Service `quantserve` or `quantserve-...`, as every pod of its namespace is told of it.
+SERVICE_LINK = re.compile(
+    r"QUANTSERVE_(?:[A-Z0-9_]+?_)??"
+    r"(?:SERVICE_(?P<host>HOST)|SERVICE_(?P<number>PORT)(?:_[A-Z0-9_]+)?"
+    r"|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:(?P<addr>ADDR)|(?P<port>PORT)|(?P<proto>PROTO)))?)?)"
+)
 # What holds torch, oneDNN and MKL to a level; "avx512" has VNNI, and neither bf16 nor AMX.
 CPU_LIMITS = {
     "avx2": {
@@ -42,7 +51,10 @@ class Settings(BaseModel):
     artifact: Path = Field(Path(), description="the folder to serve")
     model_name: str = Field("", description="model id of the base; default: the folder's name")
     host: str = Field("127.0.0.1", description="address to bind; others than loopback need keys")
-    port: int = Field(8000, ge=0, le=65535, description="port to bind")
+    port: int = Field(8000, ge=0, le=65535, description="port to bind; 0: any that is free")
+    ssl_certfile: Path | None = Field(None, description="serve HTTPS with this certificate (PEM)")
+    ssl_keyfile: Path | None = Field(None, description="its key; none: in the same file")
+    root_path: str = Field("", description="prefix of the paths that a proxy in front leaves on")
     api_key_file: Path | None = Field(None, description="bearer keys; none: loopback only")
     state_dir: Path | None = Field(
         None, description="where loaded adapters are kept; none: for this run only"
@@ -73,6 +85,9 @@ class Settings(BaseModel):
     kv_cache_bytes: int = Field(512 << 20, ge=1 << 20, description="KV cache size on CPU")
     threads: int = Field(0, ge=0, description="threads of the model on CPU; 0: every core")
     drain_timeout: float = Field(30.0, ge=0, description="seconds in-flight requests may take")
+    step_timeout: float = Field(
+        600.0, gt=0, description="seconds the engine may compute on one step before it is killed"
+    )
     max_body_bytes: int = Field(32 << 20, ge=1, description="largest request body")
     max_json_values: int = Field(200_000, ge=1, description="values a JSON body may hold")
     max_messages: int = Field(4096, ge=1, description="messages of a conversation")
@@ -127,6 +142,7 @@ def load(env: Mapping[str, str] = os.environ, **given: object) -> Settings:
     SettingsError names each unknown or unusable setting.
     """
     names = {PREFIX + name.upper(): name for name in Settings.model_fields}
+    env = {key: env[key] for key in env if not _is_service_link(key, env[key])}
     if strangers := sorted(key for key in env if key.startswith(PREFIX) and key not in names):
         raise SettingsError(f"unknown settings: {', '.join(strangers)}; known: {', '.join(names)}")
     told = {names[key]: _parsed(names[key], env[key]) for key in env if key in names}
@@ -141,6 +157,28 @@ def load(env: Mapping[str, str] = os.environ, **given: object) -> Settings:
 def inherited(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The parent's own environment without our settings, for a child to add to."""
     return {key: value for key, value in env.items() if not key.startswith(PREFIX)}
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes set it: by its exact pattern and the kind of its value."""
+    match = SERVICE_LINK.fullmatch(name)
+    if match is None:
+        return False
+    if match["host"] or match["addr"]:
+        return _is_ip(value)
+    if match["number"] or match["port"]:
+        return value.isdecimal()
+    if match["proto"]:
+        return value in ("tcp", "udp", "sctp")
+    return re.fullmatch(r"(tcp|udp|sctp)://\S+:\d+", value) is not None
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parsed(name: str, text: str) -> object:

@@ -14,6 +14,7 @@ from typing import Any
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from serve.errors import SettingsError
+from serve.heartbeat import engine_steps
 from serve.metrics import Metrics
 from serve.turn import current
 
@@ -42,6 +43,7 @@ class AliasStats(PrometheusStatLogger):  # type: ignore[misc]
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
+        engine_steps.seen()
         if scheduler_stats is not None:
             self._show_publicly(scheduler_stats)
         super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)

@@ -1,6 +1,8 @@
-"""What the parent itself answers while no worker is ready: alive, not ready, come back soon.
+"""What the parent itself answers while no worker accepts: alive, not ready, come back soon.
 
-Just enough HTTP for that, on the standard library: one request per connection, no bodies read.
+Just enough HTTP for that, on the standard library: one request per connection, of which only the
+head is read. Whatever else comes in is closed on, after a few seconds at most; where all places are
+taken the oldest connection makes room, so that a probe is always answered.
 """
 
 from __future__ import annotations
@@ -8,61 +10,155 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
-from serve.errors import NotReady
+from serve.errors import BadRequest, NotReady, ServeError
+from serve.listening import BACKLOG
 
-HEAD_LIMIT = 64 << 10
+HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 5.0
-LINGER_S = 0.5
+LINGER_S = 2.0
+LINGER_BYTES = 64 << 20
+PLACES = 256
+
+# The Authorization header -> the parent's own metrics; a ServeError where the key does not allow it
+Metrics = Callable[[str | None], bytes]
 
 
-async def open_on(listener: socket.socket) -> asyncio.Server:
-    """Accept on a duplicate of `listener`; close the returned server to leave it to the worker."""
-    return await asyncio.start_server(_answer, sock=listener.dup(), limit=HEAD_LIMIT)
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The head of a request, as far as it matters here; `path` is tidied."""
+
+    method: str
+    path: str
+    authorization: str | None = None
 
 
-async def answers(host: str, port: int, path: str) -> bool:
-    """Whether GET `path` there answers 200 within a few seconds."""
-    with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-        async with asyncio.timeout(HEAD_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host, port)
-            writer.write(
-                f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+class WaitingRoom:
+    """Opens and closes on one listening socket; `fault` is what all but health probes are told."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        metrics: Metrics,
+        *,
+        encryption: ssl.SSLContext | None = None,
+        root_path: str = "",
+    ) -> None:
+        self._listener, self._metrics = listener, metrics
+        self._encryption, self._root_path = encryption, root_path.rstrip("/")
+        self._server: asyncio.Server | None = None
+        self._seated: dict[asyncio.Task[None], None] = {}  # oldest first
+        self.fault: ServeError = NotReady("the model is loading; try again shortly")
+
+    @property
+    def is_open(self) -> bool:
+        return self._server is not None
+
+    async def open(self) -> None:
+        """Accept, beside a worker or without one. OSError when the system has nothing left."""
+        if self._server is None:
+            handshake_s = HEAD_TIMEOUT_S if self._encryption else None
+            self._server = await asyncio.start_server(
+                self._seat,
+                sock=self._listener.dup(),
+                limit=HEAD_BYTES,
+                backlog=BACKLOG,
+                ssl=self._encryption,
+                ssl_handshake_timeout=handshake_s,
             )
-            status = await reader.readline()
+
+    def close(self) -> None:
+        """Leave the socket to the worker; who has been let in is still answered."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    async def clear(self) -> None:
+        """Close, and let everybody go."""
+        self.close()
+        for task in list(self._seated):
+            task.cancel()
+        await asyncio.gather(*self._seated, return_exceptions=True)
+
+    def _seat(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while len(self._seated) >= PLACES:
+            oldest = next(iter(self._seated))
+            oldest.cancel()
+            del self._seated[oldest]
+        task = asyncio.create_task(self._answer(reader, writer))
+        self._seated[task] = None
+
+        def leave(done: asyncio.Task[None]) -> None:
+            self._seated.pop(done, None)
             writer.close()
-            await writer.wait_closed()
-            return b" 200 " in status
-    return False
+
+        task.add_done_callback(leave)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, TimeoutError, EOFError, asyncio.LimitOverrunError):
+            async with asyncio.timeout(HEAD_TIMEOUT_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(self.response(head))
+                await writer.drain()
+            await _linger(reader, writer)
+
+    def response(self, head: bytes) -> bytes:
+        """The whole HTTP answer to a request that begins so."""
+        asked = parse(head, self._root_path)
+        if asked is None:
+            return http(BadRequest("this is no HTTP/1 request"))
+        answer = self._answer_to(asked)
+        return answer[: answer.index(b"\r\n\r\n") + 4] if asked.method == "HEAD" else answer
+
+    def _answer_to(self, asked: Asked) -> bytes:
+        if asked.path == "/livez":
+            return page("200 OK", json.dumps({"status": "alive"}).encode())
+        if asked.path == "/metrics" and asked.method in ("GET", "HEAD"):
+            try:
+                return page("200 OK", self._metrics(asked.authorization), "text/plain")
+            except ServeError as fault:
+                return http(fault)
+        return http(self.fault)
 
 
-async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-        async with asyncio.timeout(HEAD_TIMEOUT_S):
-            head = await reader.readuntil(b"\r\n\r\n")
-            writer.write(response(head.split(b" ", 2)[1].split(b"?")[0].decode("latin-1")))
-            await writer.drain()
-            # Closing with unread bytes resets the connection and may lose the answer.
-            writer.write_eof()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(reader.read(HEAD_LIMIT), LINGER_S)
-    writer.close()
-    with suppress(OSError):
-        await writer.wait_closed()
+def parse(head: bytes, root_path: str = "") -> Asked | None:
+    """None where it is no request of HTTP/1."""
+    line, *headers = head.decode("latin-1").split("\r\n")
+    method, _, rest = line.partition(" ")
+    target, _, version = rest.rpartition(" ")
+    if not method.isalpha() or not target or not version.startswith("HTTP/1."):
+        return None
+    parts = (part for part in target.partition("?")[0].split("/") if part)
+    path = "/" + "/".join(parts)
+    if root_path and path.startswith(f"{root_path}/"):
+        path = path.removeprefix(root_path)
+    named = (header.partition(":") for header in headers)
+    keys = (value.strip() for name, _, value in named if name.lower() == "authorization")
+    return Asked(method.upper(), path, next(keys, None))
 
 
-def response(path: str) -> bytes:
-    """The whole HTTP answer for `path`."""
-    if path in ("/livez", "/health"):
-        return _http("200 OK", {"status": "starting"})
-    fault = NotReady("the model is loading; try again shortly")
-    if path == "/readyz":
-        return _http("503 Service Unavailable", {"status": "starting"})
-    return _http("503 Service Unavailable", fault.body(), f"Retry-After: {fault.retry_after_s}\r\n")
+def http(fault: ServeError) -> bytes:
+    """An error in OpenAI's shape."""
+    statuses = {400: "Bad Request", 401: "Unauthorized", 403: "Forbidden"}
+    status = f"{fault.status} {statuses.get(fault.status, 'Service Unavailable')}"
+    retry = f"Retry-After: {fault.retry_after_s}\r\n" if fault.retry_after_s is not None else ""
+    return page(status, json.dumps(fault.body()).encode(), headers=retry)
 
 
-def _http(status: str, body: object, headers: str = "") -> bytes:
-    text = json.dumps(body).encode()
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n"
-    return f"{head}{headers}Connection: close\r\n\r\n".encode() + text
+def page(status: str, body: bytes, kind: str = "application/json", headers: str = "") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}{headers}Connection: close\r\n\r\n".encode() + body
+
+
+async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Closing with unread bytes resets the connection and may lose the answer."""
+    if writer.can_write_eof():
+        writer.write_eof()
+    left = LINGER_BYTES
+    async with asyncio.timeout(LINGER_S):
+        while left > 0 and (read := await reader.read(HEAD_BYTES)):
+            left -= len(read)

@@ -1,10 +1,14 @@
-"""A starting engine's log becomes stages, and its failure one reason."""
+"""A worker's log, whatever its bytes, becomes stages, lines to show and a cause of failure."""
 
 from __future__ import annotations
 
-import pytest
+import time
 
-from serve.progress import Progress
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.progress import LINE_BYTES, Progress
 
 
 @pytest.fixture
@@ -27,13 +31,41 @@ def test_the_first_cause_is_kept_and_its_effects_are_not(said: list[str]) -> Non
     progress = Progress(said.append, verbose=False)
     progress.line("(EngineCore pid=1) ERROR 11-24 [core.py:1] ValueError: group 48 has no kernel")
     progress.line("RuntimeError: Engine core initialization failed. See root cause above.")
-    assert progress.reason == "ValueError: group 48 has no kernel"
+    assert progress.cause(since=0) == "ValueError: group 48 has no kernel"
 
 
-def test_an_effect_alone_is_no_reason(said: list[str]) -> None:
+def test_an_effect_alone_is_no_cause(said: list[str]) -> None:
     progress = Progress(said.append, verbose=False)
     progress.line("RuntimeError: Engine core initialization failed.")
-    assert progress.reason == ""
+    assert progress.cause(since=0) == ""
+
+
+def test_an_error_of_long_ago_is_no_cause_of_what_happens_now(said: list[str]) -> None:
+    progress = Progress(said.append, verbose=False)
+    progress.line("ValueError: an empty conversation")
+    now = time.monotonic()
+    assert progress.cause(since=now) == ""
+    progress.line("vllm.v1.OSError: no space left")
+    assert progress.cause(since=now) == "OSError: no space left"
+
+
+@given(st.lists(st.binary(max_size=40)), st.integers(1, 30))
+def test_lines_are_the_same_wherever_the_bytes_are_cut(lines: list[bytes], size: int) -> None:
+    log, told = b"\n".join(lines) + b"\n", [list[str](), list[str]()]
+    whole, pieces = (Progress(to.append, verbose=True) for to in told)
+    whole.feed(log)
+    for start in range(0, len(log), size):
+        pieces.feed(log[start : start + size])
+    assert told[0] == told[1] and len(told[0]) == log.count(b"\n")
+
+
+def test_a_long_line_is_cut_and_the_next_is_whole(said: list[str]) -> None:
+    progress = Progress(said.append, verbose=False)
+    for _ in range(100):
+        progress.feed(b"x" * LINE_BYTES)
+    progress.feed(b"\nERROR next\n")
+    assert said[0].startswith("xxx") and f"{99 * LINE_BYTES} more bytes" in said[0]
+    assert said[1] == "ERROR next" and len(said[0]) < LINE_BYTES + 40
 
 
 def test_verbose_passes_everything_on(said: list[str]) -> None:

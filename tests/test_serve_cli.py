@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tests.lora import write_lora
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
+ROOT = Path(__file__).parents[1]
 MODULE = "model.layers.0.self_attn.q_proj"
 
 
@@ -119,3 +120,15 @@ def test_adapters_are_checked_before_the_start_without_torch(model: Path, tmp_pa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "flag", ["--host", "--port", "--uds", "--api-key", "--ssl-ca-certs", "--api_key", "--port=9"]
+)
+def test_a_flag_of_vllms_that_would_move_the_server(model: Path, flag: str) -> None:
+    assert "after the --: " in refused(model, "--", flag, "9")
+
+
+def test_tls_without_a_certificate(model: Path) -> None:
+    assert "no TLS with" in refused(model, "--", "--ssl-certfile", "/none.pem")
+    assert "give both" in refused(model, "--ssl-keyfile", "/none.pem")

@@ -64,3 +64,35 @@ def test_an_alias_that_would_end_like_an_admin_route_is_refused(alias: str) -> N
 
 def test_children_inherit_everything_but_our_settings() -> None:
     assert settings.inherited({"HOME": "/root", "QUANTSERVE_PORT": "1"}) == {"HOME": "/root"}
+
+
+LINKS = {
+    "QUANTSERVE_SERVICE_HOST": "10.0.0.1",
+    "QUANTSERVE_SERVICE_PORT": "8000",
+    "QUANTSERVE_SERVICE_PORT_HTTP": "8000",
+    "QUANTSERVE_PORT": "tcp://10.0.0.1:8000",
+    "QUANTSERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "QUANTSERVE_PORT_8000_TCP_PROTO": "tcp",
+    "QUANTSERVE_PORT_8000_TCP_PORT": "8000",
+    "QUANTSERVE_PORT_8000_TCP_ADDR": "fd00::1",
+    "QUANTSERVE_GPU_SERVICE_HOST": "10.0.0.2",  # a service `quantserve-gpu`
+    "QUANTSERVE_GPU_PORT": "tcp://10.0.0.2:8000",
+    "QUANTSERVE_GPU_PORT_8000_UDP": "udp://10.0.0.2:8000",
+}
+
+
+def test_a_kubernetes_service_of_our_name_is_no_setting() -> None:
+    assert settings.load(LINKS) == settings.load({})
+    assert settings.load(LINKS | {"QUANTSERVE_PORT": "9000"}).port == 9000
+    assert settings.load({"QUANTSERVE_PORT": LINKS["QUANTSERVE_PORT"]}, port=9001).port == 9001
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SERVICE_HOSTS", "10.0.0.1"), ("SERVICE_HOST", "not an address"), ("SERVICE_PORT", "many"),
+     ("SERVICE", "10.0.0.1"), ("PORT_8000", "tcp://10.0.0.1:8000"), ("PORT", "tcp:8000"),
+     ("PORT_8000_TCP", "8000"), ("PORT_8000_TCP_PROTO", "http"), ("PORTS", "tcp://10.0.0.1:1")],
+)  # fmt: skip
+def test_what_only_looks_like_one_is_refused(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"QUANTSERVE_{name}|port"):
+        settings.load({f"QUANTSERVE_{name}": value})

@@ -1,0 +1,82 @@
+"""Flags after `--` that say where and to whom the server answers are ours, or refused by name."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from serve import engine_args, vllm_flags
+from serve.engine_args import Facts
+from serve.errors import SettingsError
+from serve.settings import Settings
+
+PLAIN = {
+    "host": "127.0.0.1", "port": 8000, "uds": None, "api_key": None, "root_path": "",
+    "ssl_certfile": None, "ssl_keyfile": None, "ssl_ca_certs": None, "ssl_cert_reqs": 0,
+    "ssl_ciphers": None,
+}  # fmt: skip
+
+
+def adopted(*flags: str) -> Settings:
+    return vllm_flags.adopt(Settings(vllm_flags=flags), {})
+
+
+@pytest.mark.parametrize("name", vllm_flags.REFUSED)
+@pytest.mark.parametrize("spelling", ["--{} x", "--{}=x", "--{_} x", "--{_}=x"])
+def test_what_cannot_be_is_refused_by_name_with_the_way_out(name: str, spelling: str) -> None:
+    words = spelling.replace("{}", name).replace("{_}", name.replace("-", "_")).split()
+    with pytest.raises(SettingsError, match=f"--{name} after the --: .*(give|proxy)"):
+        adopted("--max-num-seqs", "8", *words)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--ssl-certfile", "/c.pem", "--ssl-keyfile", "/k.pem"),
+     ("--ssl_certfile=/c.pem", "--ssl_keyfile=/k.pem")],
+)  # fmt: skip
+def test_tls_is_taken_over(flags: tuple[str, ...]) -> None:
+    chosen = adopted("--max-num-seqs", "8", *flags, "-tp", "2")
+    assert (chosen.ssl_certfile, chosen.ssl_keyfile) == (Path("/c.pem"), Path("/k.pem"))
+    assert chosen.vllm_flags == ("--max-num-seqs", "8", "-tp", "2")
+    chosen = chosen.model_copy(update={"max_adapters": 0})
+    said = engine_args.flags(chosen, Facts(on_cpu=False, cpu_flags=frozenset(), quantization=None))
+    assert said[said.index("--ssl-certfile") + 1] == "/c.pem"
+
+
+def test_a_root_path_is_taken_over_and_told_to_vllm() -> None:
+    chosen = adopted("--root-path", "/inference/llm")
+    assert chosen.root_path == "/inference/llm" and chosen.vllm_flags == ()
+    assert vllm_flags.given(chosen) == ["--root-path", "/inference/llm"]
+
+
+@pytest.mark.parametrize("flags", [("--root-path",), ("--root-path", "/a", "/b")])
+def test_a_flag_without_its_value_is_refused(flags: tuple[str, ...]) -> None:
+    with pytest.raises(SettingsError, match="expected one value"):
+        adopted(*flags)
+
+
+def test_a_key_in_the_environment_is_refused_too() -> None:
+    with pytest.raises(SettingsError, match="VLLM_API_KEY is set: give --api-key-file"):
+        vllm_flags.adopt(Settings(), {"VLLM_API_KEY": "sk"})
+
+
+def test_other_flags_are_vllms() -> None:
+    flags = ("--max-num-seqs", "8", "--middleware", "a.B", "--enable-ssl-refresh", "-tp", "2")
+    assert adopted(*flags).vllm_flags == flags
+
+
+def test_what_vllm_understood_is_looked_at_however_it_was_spelled() -> None:
+    vllm_flags.check(Namespace(**PLAIN), Settings())
+    for name, value in (("host", "0.0.0.0"), ("port", 9), ("uds", "/s"), ("api_key", ["k"]),
+                        ("ssl_ca_certs", "/ca"), ("ssl_cert_reqs", 2), ("root_path", "/x"),
+                        ("ssl_certfile", "/c")):  # fmt: skip
+        with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')} among vLLM's flags"):
+            vllm_flags.check(Namespace(**PLAIN | {name: value}), Settings())
+
+
+def test_what_we_told_vllm_passes() -> None:
+    chosen = Settings(port=9000, root_path="/llm", ssl_certfile=Path("/c"), ssl_keyfile=Path("/k"))
+    told = PLAIN | {"port": 9000, "root_path": "/llm", "ssl_certfile": "/c", "ssl_keyfile": "/k"}
+    vllm_flags.check(Namespace(**told), chosen)
