@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -125,13 +125,13 @@ def serving(
 ) -> Iterator[Server]:
     """`quantserve serve ARTIFACT` with keys, by default as on a machine of the LEVEL under test.
 
-    `settings` go into the environment, as QUANTSERVE_*; without a port, any that is free.
+    `settings` go into the environment, as QUANTSERVE_*; without a port, any that is free: the
+    server says which.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "keys").write_text(KEYS)
     (folder / "keys").chmod(0o600)  # whatever the umask: others must not be able to write it
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = settings.setdefault("port", probe.getsockname()[1])
+    settings.setdefault("port", 0)
     log = folder / "server.log"
     command = [QUANTSERVE, "serve", str(artifact), "--max-cpu-isa", isa]
     command += ["--api-key-file", str(folder / "keys"), *flags]
@@ -140,9 +140,8 @@ def serving(
         process = subprocess.Popen(
             command, stdout=sink, stderr=sink, start_new_session=True, env=env
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
-        yield server
+        yield Server(_address(process, log), process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -151,3 +150,13 @@ def serving(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Where it says that it listens, which it does before it loads anything."""
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end and process.poll() is None:
+        if found := re.search(r"listening on (\S+)\n", log.read_text()):
+            return found[1]
+        time.sleep(0.05)
+    raise AssertionError(f"the server said no address:\n{log.read_text()}")

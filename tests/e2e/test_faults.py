@@ -1,4 +1,6 @@
-"""A killed worker is replaced, its parent answering meanwhile; a stopped server finishes first."""
+"""What is killed or stopped is replaced, somebody answering all the time, and clients are told; a
+stopped server finishes first.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
 
-from tests.e2e.server import Server, serving
+from tests.e2e.server import START_TIMEOUT_S, Server, serving
 
 pytestmark = pytest.mark.e2e
+
+STILL_ALIVE_S = 10  # a hang: on a quiet machine it is under one
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,99 @@ def test_a_killed_worker_is_replaced_and_the_parent_answers_meanwhile(fragile: S
     assert fragile.answer("base").is_as(before)
 
 
-def test_sigterm_finishes_running_streams_and_leaves_no_process(
+class Stream(threading.Thread):
+    """A client in the middle of a long stream; `fault` is the error event that ended it."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self._server, self.begun, self.fault = server, threading.Event(), ""
+        self.start()
+        assert self.begun.wait(START_TIMEOUT_S)
+
+    def run(self) -> None:
+        with self._server.client() as client:
+            stream = client.completions.create(
+                model="base", prompt="Once upon a time", max_tokens=4000, stream=True,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            try:
+                for _ in stream:
+                    self.begun.set()
+            except (openai.APIError, httpx.HTTPError) as fault:
+                self.fault = str(fault)
+
+    def ended_with(self) -> str:
+        self.join(START_TIMEOUT_S)
+        return self.fault
+
+
+def strike(server: Server, victim: str, sign: signal.Signals) -> None:
+    """Send a signal to EngineCore, or to serve.worker."""
+    named = (child for child in descendants(server) if victim in " ".join(child.cmdline()))
+    next(named).send_signal(sign)
+
+
+class Probes(threading.Thread):
+    """Asks /livez again and again; `worst` is the longest that it took."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self._server, self._over, self.worst, self.asked = server, threading.Event(), 0.0, 0
+        self.start()
+
+    def run(self) -> None:
+        while not self._over.wait(0.05):
+            began = time.monotonic()
+            assert httpx.get(f"{self._server.url}/livez", timeout=60).status_code == 200
+            self.worst, self.asked = max(self.worst, time.monotonic() - began), self.asked + 1
+
+    def over(self) -> None:
+        self._over.set()
+        self.join()
+
+
+@pytest.mark.parametrize(
+    ("sign", "reason"), [(signal.SIGKILL, "engine_died"), (signal.SIGSTOP, "engine_hung")]
+)
+def test_clients_of_an_engine_that_dies_or_stands_still_are_told(
+    fragile: Server, sign: signal.Signals, reason: str
+) -> None:
+    probes, stream = Probes(fragile), Stream(fragile)
+    strike(fragile, "EngineCore", sign)
+    assert stream.ended_with()
+    assert httpx.get(f"{fragile.url}/readyz", timeout=60).status_code == 503
+    fragile.until_ready()
+    probes.over()
+    assert probes.asked and probes.worst < STILL_ALIVE_S
+    with fragile.http() as api:
+        assert f'quantserve_last_restart_info{{reason="{reason}"}} 1.0' in api.get("/metrics").text
+    assert "Paris" in fragile.answer("base")
+
+
+def test_a_stopped_worker_is_found_and_replaced(fragile: Server) -> None:
+    probes = Probes(fragile)
+    strike(fragile, "serve.worker", signal.SIGSTOP)
+    while "the API has not come round" not in fragile.log.read_text():
+        assert httpx.get(f"{fragile.url}/livez", timeout=60).status_code == 200
+        time.sleep(0.1)
+    fragile.until_ready()
+    probes.over()
+    assert probes.worst < STILL_ALIVE_S
+
+
+def drained(server: Server) -> None:
+    """An administrator's drain leaves a live server that admits nobody."""
+    with server.http() as api:
+        assert api.post("/admin/drain").status_code == 200
+        for path in ("/readyz", "/health"):
+            assert api.get(path).status_code == api.head(path).status_code == 503
+        assert api.get("/livez").status_code == api.head("/livez").status_code == 200
+    with pytest.raises(openai.InternalServerError) as refusal:
+        server.answer("base")
+    assert refusal.value.code == "server_draining"
+
+
+def test_a_drain_and_sigterm_finish_running_streams_and_leaves_no_process(
     fragile: Server, loras: list[Path]
 ) -> None:
     """The stream holds a version that was swapped meanwhile, and gives it back in the end."""
@@ -75,6 +172,7 @@ def test_sigterm_finishes_running_streams_and_leaves_no_process(
     while len(pieces) < 3:
         time.sleep(0.05)
     put(fragile, loras[1])
+    drained(fragile)
     os.kill(fragile.process.pid, signal.SIGTERM)
     reader.join(60)
     assert len(pieces) == 120
