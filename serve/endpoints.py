@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -48,6 +49,8 @@ from serve.tryout import Tryout
 from serve.turn import current
 from serve.unknown_model import unknown_model
 from serve.validation import explain
+
+SPARE_DESCRIPTORS = 100  # for the engine's sockets, files and libraries
 
 
 class EngineLoadFailed(ServeError):
@@ -203,10 +206,14 @@ class Endpoints:
 
 
 def _accepts(server: Any) -> bool:
-    """Whether vLLM's uvicorn takes connections: it closes its socket long before it ends."""
+    """Whether vLLM's uvicorn takes connections: it closes its socket long before it ends, and can
+    take none where no descriptor is left.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
     return (
         server.started
         and not server.should_exit
+        and len(server.server_state.connections) < most
         and all(listening.is_serving() for listening in server.servers)
     )
 

@@ -254,8 +254,10 @@ class Supervisor:
         if worker is not None and worker.accepts and not worker.pulse.late(self._pace.late_s):
             self._room.close()
             worker.tell_alone()
-        else:
-            await self._answer_alone()
+            return
+        if worker is not None and worker.serves and not (self._room.is_open or self._stop.is_set()):
+            self._say("the worker takes no new connections; answering in its place")
+        await self._answer_alone()
 
     async def _answer_alone(self) -> None:
         """Open the waiting room; where nothing is left to do that with, the next tick tries."""

@@ -86,6 +86,12 @@ class WorkerProcess:
         return beat is not None and beat.accepts and not beat.engine_dead
 
     @property
+    def serves(self) -> bool:
+        """Whether it is there for requests, though maybe not at this moment."""
+        beat = self.pulse.beat
+        return self.ready_at is not None and beat is not None and not beat.engine_dead
+
+    @property
     def quiet(self) -> bool:
         """Whether no client waits for it any more."""
         beat = self.pulse.beat

@@ -123,6 +123,7 @@ def test_a_stopped_worker_is_found_and_the_parent_answers_beside_it(tmp_path: Pa
         worker = parent.worker()
         os.kill(worker["pid"], signal.SIGSTOP)
         alone(parent)
+        assert "the worker takes no new connections; answering in its place" in parent.said()
         parent.until_said("the API has not come round for")
         assert parent.worker()["orders"][0] == "past 1 worker_hung"
 
