@@ -3,7 +3,8 @@
 Two things must come round: the event loop of the API, which sends a beat each time, and the engine,
 whose steps a beat counts. What does not come round is told apart by its processes:
 
-- they rest (or were stopped by a signal): nothing will come of it. `Limits.hang_s`.
+- a signal has stopped one: nothing will come of it. `Limits.stopped_s`.
+- they rest: they wait for one another, or for a disk or a network. `Limits.rest_s`.
 - they compute: a long prefill, a long parse. Patience, up to `Limits.step_s` for one step of the
   engine and `Limits.blocked_s` for the API. A hang that spins is found by this limit only: on a
   GPU a kernel that never ends looks like one that takes long.
@@ -34,7 +35,8 @@ class Limits:
 
     look_every_s: float = 0.5
     stalled_s: float = 3.0
-    hang_s: float = 8.0
+    stopped_s: float = 8.0
+    rest_s: float = 30.0
     blocked_s: float = 60.0
     step_s: float = 600.0
     start_quiet_s: float = 300.0
@@ -83,22 +85,26 @@ class Watch:
         passed, (api, engine) = self._passed(), self._processes()
         self._loop.note(heard, passed, moves=api.moves)
         if heard < self._looked - 2 * self._limits.look_every_s:
-            return self._blocked()  # and nothing is known of the engine
+            return self._blocked(stopped=api.stopped)  # and nothing is known of the engine
         self._engine.note(steps, passed, moves=engine.moves)
         return self._stuck(stopped=engine.stopped)
 
-    def _blocked(self) -> Verdict:
+    def _blocked(self, *, stopped: bool) -> Verdict:
         rested, busy = self._loop.rested_s, self._loop.worked_s
-        if rested < self._limits.hang_s and busy < self._limits.blocked_s:
+        if rested < self._patience(stopped=stopped) and busy < self._limits.blocked_s:
             return Verdict()
-        return Verdict(f"the API has not come round for {rested + busy:.0f} s")
+        how = "was stopped by a signal" if stopped else "has not come round"
+        return Verdict(f"the API {how} for {rested + busy:.0f} s")
 
     def _stuck(self, *, stopped: bool) -> Verdict:
         rested, busy = self._engine.rested_s, self._engine.worked_s
-        if rested < self._limits.hang_s and busy < self._limits.step_s:
+        if rested < self._patience(stopped=stopped) and busy < self._limits.step_s:
             return Verdict(stalled=stopped or rested >= self._limits.stalled_s)
         how = "was stopped by a signal" if stopped else "has taken no step"
         return Verdict(f"the engine {how} for {rested + busy:.0f} s", in_engine=True, stalled=True)
+
+    def _patience(self, *, stopped: bool) -> float:
+        return self._limits.stopped_s if stopped else self._limits.rest_s
 
     def _passed(self) -> float:
         """Seconds since the last look, of which this process was there to see."""

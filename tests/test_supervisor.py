@@ -109,7 +109,7 @@ def test_a_stopped_engine_is_found_while_everybody_is_answered(tmp_path: Path) -
 
 
 def test_a_stopped_engine_that_goes_on_is_ready_again(tmp_path: Path) -> None:
-    with supervised(tmp_path, hang_s=600.0) as parent:
+    with supervised(tmp_path, stopped_s=600.0) as parent:
         worker = parent.worker()
         os.kill(worker["engine"], signal.SIGSTOP)
         parent.until(lambda: parent.ask("/readyz").status_code == 503)
@@ -119,12 +119,12 @@ def test_a_stopped_engine_that_goes_on_is_ready_again(tmp_path: Path) -> None:
 
 
 def test_a_stopped_worker_is_found_and_the_parent_answers_beside_it(tmp_path: Path) -> None:
-    with supervised(tmp_path, hang_s=4.0) as parent:
+    with supervised(tmp_path, stopped_s=4.0) as parent:
         worker = parent.worker()
         os.kill(worker["pid"], signal.SIGSTOP)
         alone(parent)
         assert "the worker takes no new connections; answering in its place" in parent.said()
-        parent.until_said("the API has not come round for")
+        parent.until_said("the API was stopped by a signal for")
         assert parent.worker()["orders"][0] == "past 1 worker_hung"
 
 
@@ -139,7 +139,7 @@ def test_a_loop_that_computes_for_long_is_waited_for_and_others_are_answered(
 
 
 def test_a_long_step_of_the_engine_is_no_hang(tmp_path: Path) -> None:
-    with supervised(tmp_path, hang_s=1.0) as parent:
+    with supervised(tmp_path, rest_s=1.0) as parent:
         worker = parent.worker()
         parent.ask("/do/compute/4")
         spent = psutil.Process(worker["engine"]).cpu_times
@@ -165,7 +165,7 @@ def test_a_worker_that_hangs_while_it_loads_is_found(tmp_path: Path) -> None:
 
 
 def test_a_drained_worker_lives_on_and_stays_drained(tmp_path: Path) -> None:
-    with supervised(tmp_path, hang_s=0.5) as parent:
+    with supervised(tmp_path, rest_s=0.5) as parent:
         stream, worker = Stream(parent, "enough"), parent.worker()
         parent.ask("/do/drain")
         assert parent.ask("/readyz").status_code == 503
@@ -311,7 +311,7 @@ def test_the_address_is_the_one_that_was_bound(tmp_path: Path) -> None:
 def test_https_is_spoken_by_the_parent_and_by_the_worker(tmp_path: Path) -> None:
     cert, key = write_certificate(tmp_path)
     tls = ("--ssl-certfile", str(cert), f"--ssl_keyfile={key}")
-    with supervised(tmp_path, *tls, pauses_s=[600.0], hang_s=1.0) as parent:
+    with supervised(tmp_path, *tls, pauses_s=[600.0], rest_s=1.0) as parent:
         assert parent.url.startswith("https://127.0.0.1:")
         worker = parent.worker()
         parent.until_said("ready after")

@@ -13,9 +13,9 @@ import pytest
 
 from serve.watch import Limits, Verdict, Watch
 
-LIMITS = Limits(look_every_s=0.05, stalled_s=0.1, hang_s=0.3, blocked_s=0.6, step_s=0.6,
-                start_quiet_s=0.3)  # fmt: skip
-PATIENT = Limits(look_every_s=0.05, hang_s=0.2, blocked_s=1e9, step_s=1e9, start_quiet_s=0.2)
+LIMITS = Limits(look_every_s=0.05, stalled_s=0.1, stopped_s=0.3, rest_s=0.3, blocked_s=0.6,
+                step_s=0.6, start_quiet_s=0.3)  # fmt: skip
+PATIENT = Limits(look_every_s=0.05, stopped_s=0.2, rest_s=0.2, blocked_s=1e9, step_s=1e9)
 WORKER = """
 import subprocess, sys, time
 engine = subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdin=subprocess.PIPE)
@@ -89,6 +89,16 @@ def test_a_stopped_engine_hangs_whatever_else_computes(worker: Worker) -> None:
 
 
 @resting
+def test_a_stop_is_found_sooner_than_a_rest(worker: Worker) -> None:
+    limits = Limits(look_every_s=0.05, stopped_s=0.2, rest_s=1e9, blocked_s=1e9)
+    assert not worker.until(Watch(worker.process.pid, limits)).hung
+    for process in (worker.engine, psutil.Process(worker.process.pid)):
+        process.send_signal(signal.SIGSTOP)
+    verdict = worker.until(Watch(worker.process.pid, limits), beats=False)
+    assert "the API was stopped by a signal" in verdict.hung
+
+
+@resting
 def test_an_api_that_rests_without_a_beat_hangs(worker: Worker) -> None:
     verdict = worker.until(Watch(worker.process.pid, LIMITS), beats=False)
     assert "the API has not come round" in verdict.hung and not verdict.in_engine
@@ -114,7 +124,7 @@ def test_a_start_is_quiet_for_only_so_long(worker: Worker) -> None:
 def test_time_in_which_nobody_looked_is_nobodys(worker: Worker) -> None:
     watch = Watch(worker.process.pid, LIMITS)
     watch.serving(time.monotonic(), 1)
-    time.sleep(2 * LIMITS.hang_s)  # this process was paused
+    time.sleep(2 * LIMITS.rest_s)  # this process was paused
     assert not watch.serving(time.monotonic(), 1).hung
 
 

@@ -131,7 +131,7 @@ def test_clients_of_an_engine_that_dies_or_stands_still_are_told(
 def test_a_stopped_worker_is_found_and_replaced(fragile: Server) -> None:
     probes = Probes(fragile)
     strike(fragile, "serve.worker", signal.SIGSTOP)
-    while "the API has not come round" not in fragile.log.read_text():
+    while "the API was stopped by a signal" not in fragile.log.read_text():
         assert httpx.get(f"{fragile.url}/livez", timeout=60).status_code == 200
         time.sleep(0.1)
     fragile.until_ready()
