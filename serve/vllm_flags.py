@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from serve.errors import SettingsError
 from serve.settings import Settings
@@ -43,13 +44,12 @@ def adopt(settings: Settings, env: Mapping[str, str]) -> Settings:
     for name, words in _options(settings.vllm_flags):
         if name in REFUSED:
             raise SettingsError(f"--{name} after the --: {REFUSED[name]}")
-        if name not in TAKEN_OVER:
+        if name == "config":
+            _look_into(Path(_value(name, words)))
+        if name in TAKEN_OVER:
+            taken[TAKEN_OVER[name]] = _value(name, words)
+        else:
             kept += words
-            continue
-        value = words[0].partition("=")[2] or " ".join(words[1:])
-        if not value or len(words) > 2:
-            raise SettingsError(f"--{name} after the --: expected one value, not {words[1:]}")
-        taken[TAKEN_OVER[name]] = value
     if not taken:
         return settings
     told = settings.model_dump() | taken | {"vllm_flags": tuple(kept)}
@@ -88,6 +88,25 @@ def _options(flags: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
 
 def _name(word: str) -> str:
     return word.partition("=")[0].removeprefix("--").replace("_", "-")
+
+
+def _value(name: str, words: list[str]) -> str:
+    value = words[0].partition("=")[2] or " ".join(words[1:])
+    if not value or len(words) > 2:
+        raise SettingsError(f"--{name} after the --: expected one value, not {words[1:]}")
+    return value
+
+
+def _look_into(config: Path) -> None:
+    """A file of vLLM's flags: what stands on our command line beside it would win unseen."""
+    try:
+        text = config.read_text()
+    except (OSError, UnicodeDecodeError) as fault:
+        raise SettingsError(f"--config after the --: cannot read {config}: {fault}") from fault
+    for name in (*TAKEN_OVER, *REFUSED):
+        if re.search(rf"^{name.replace('-', '[-_]')}\s*:", text, re.MULTILINE):
+            way = REFUSED.get(name, f"give --{name} after the --")
+            raise SettingsError(f"{config} says {name}: {way}")
 
 
 def _text(value: object) -> str | None:

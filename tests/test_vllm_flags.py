@@ -62,6 +62,19 @@ def test_a_key_in_the_environment_is_refused_too() -> None:
         vllm_flags.adopt(Settings(), {"VLLM_API_KEY": "sk"})
 
 
+@pytest.mark.parametrize("line", ["port: 9", "api_key: sk", "ssl-certfile: /c", "root_path : /x"])
+def test_a_file_of_flags_is_looked_into(tmp_path: Path, line: str) -> None:
+    config = tmp_path / "flags.yaml"
+    config.write_text(f"max-num-seqs: 8\n{line}\n")
+    name = line.partition(":")[0].strip().replace("_", "-")
+    with pytest.raises(SettingsError, match=f"flags.yaml says {name}: .*give"):
+        adopted("--config", str(config))
+    config.write_text("max-num-seqs: 8\nsupport: 9\n")
+    assert adopted(f"--config={config}").vllm_flags == (f"--config={config}",)
+    with pytest.raises(SettingsError, match="cannot read"):
+        adopted("--config", str(tmp_path))
+
+
 def test_other_flags_are_vllms() -> None:
     flags = ("--max-num-seqs", "8", "--middleware", "a.B", "--enable-ssl-refresh", "-tp", "2")
     assert adopted(*flags).vllm_flags == flags
