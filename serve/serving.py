@@ -178,7 +178,7 @@ class Serving:
         self.draining = True
 
     def end(self, why: str) -> None:
-        """Tell every client that its answer ends here: FAREWELLS has the reasons."""
+        """Tell every client that its answer ends here, by the code of the reason."""
         if self._ending is None:
             self._ending = BY_CODE[why]
             self._tasks.append(asyncio.create_task(self.answers.end_all(_refusal(self._ending))))

@@ -21,8 +21,10 @@ from serve.listening import BACKLOG
 HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 5.0
 LINGER_S = 2.0
+LAST_ANSWERS_S = 0.3
 LINGER_BYTES = 64 << 20
 PLACES = 256
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 # The Authorization header -> the parent's own metrics; a ServeError where the key does not allow it
 Metrics = Callable[[str | None], bytes]
@@ -78,8 +80,10 @@ class WaitingRoom:
             self._server = None
 
     async def clear(self) -> None:
-        """Close, and let everybody go."""
+        """Close, and let everybody go, who is being answered a moment later."""
         self.close()
+        if self._seated:
+            await asyncio.wait(self._seated, timeout=LAST_ANSWERS_S)
         for task in list(self._seated):
             task.cancel()
         await asyncio.gather(*self._seated, return_exceptions=True)
@@ -119,7 +123,7 @@ class WaitingRoom:
             return page("200 OK", json.dumps({"status": "alive"}).encode())
         if asked.path == "/metrics" and asked.method in ("GET", "HEAD"):
             try:
-                return page("200 OK", self._metrics(asked.authorization), "text/plain")
+                return page("200 OK", self._metrics(asked.authorization), EXPOSITION)
             except ServeError as fault:
                 return http(fault)
         return http(self.fault)
