@@ -92,8 +92,10 @@ class GrammarTrial:
 
     async def _ready(self) -> bool:
         """Whether there is a process to ask. It is started with the first grammar."""
-        if self._process is not None or not self._possible:
-            return self._possible
+        if not self._possible:
+            return False
+        if self._process is not None and self._process.returncode is None:
+            return True
         try:
             vocabulary = await asyncio.to_thread(self._vocabulary)
         except ValueError as fault:
@@ -101,8 +103,8 @@ class GrammarTrial:
             self._possible = False
             return False
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, str(PROGRAM), str(self._seconds),
-            stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=LONGEST_ANSWER,
+            sys.executable, "-I", str(PROGRAM), str(self._seconds),
+            stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=LONGEST_ANSWER, env={},
         )  # fmt: skip
         if await self._asked(vocabulary.encode() + b"\n", START_S) is None:
             logger.error("the process that tries grammars did not start")

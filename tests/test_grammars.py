@@ -106,3 +106,13 @@ async def test_a_client_that_leaves_does_not_leave_its_verdict_to_the_next(
     bad = await refusal(trial, grammar='root ::= "a" |')
     assert "grammar" in str(bad)
     await trial.check(wanted(json=json.dumps({"type": "string"})))
+
+
+async def test_a_process_that_died_between_two_grammars_is_replaced(trial: GrammarTrial) -> None:
+    await trial.check(wanted(regex="c"))
+    process = trial._process
+    assert process is not None
+    process.kill()
+    await process.wait()
+    await trial.check(wanted(regex="d"))
+    assert trial._process is not process
