@@ -51,7 +51,8 @@ def test_an_answer_of_nan_is_counted_and_touches_nobody_else(
 ) -> None:
     """Of an adapter whose numbers are finite, and whose products are not."""
     before = server.answer("base", QUESTION), server.answer("first", QUESTION)
-    folder = write_lora(tmp_path / "huge", artifact.linear_shapes(w4a16), strength=1e38)
+    shapes = {n: size for n, size in artifact.linear_shapes(w4a16).items() if n.endswith("_proj")}
+    folder = write_lora(tmp_path / "huge", shapes, strength=1e36)
     counted = corrupted(api)
     answer = api.put("/admin/adapters/huge", json={"path": str(folder)})
     assert answer.status_code == 200, answer.text
