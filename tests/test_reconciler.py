@@ -361,7 +361,8 @@ async def test_a_change_here_is_looked_at_without_waiting_for_the_next_look(
         while "legal" not in cache.read_text():  # noqa: ASYNC110 - the watch has no event for it
             await asyncio.sleep(0.01)
     watching.cancel()
-    assert not watching.done()
+    await asyncio.wait({watching})
+    assert watching.cancelled()
 
 
 class TestSilence:

@@ -14,7 +14,7 @@ from serve.adapters import schema
 from serve.adapters.database import Database
 from serve.adapters.registry import Registry
 from serve.adapters.rows import Alias, Event, Record, State
-from serve.errors import Conflict, SettingsError
+from serve.errors import Conflict, RegistryDown, SettingsError
 
 A, B, C, D, E = (letter * 64 for letter in "abcde")
 
@@ -217,6 +217,17 @@ async def test_a_newer_database_is_refused(
     monkeypatch.setattr(schema, "STEPS", ())
     with pytest.raises(SettingsError, match="newer quantserve"):
         await registry.prepare()
+
+
+async def test_a_newer_database_is_no_answer_to_who_asks_it(
+    database_url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a rolled back upgrade: what was last seen can be served, and nothing is changed."""
+    monkeypatch.setattr(schema, "STEPS", ())
+    again = Registry(database_url, "again", keep=3)
+    with pytest.raises(RegistryDown, match="newer quantserve"):
+        await again.snapshot()
+    again.close()
 
 
 async def test_history_is_bounded(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,7 @@ async def test_a_state_dir_that_lost_its_registry_serves_what_was_last_seen_and_
     await first.catalog.put("legal", str(folders[0]), BY)
     await first.reconciler.turn()
     await first.stop()
+    first.registry._database._thread.shutdown()  # a look under way ends first
     (tmp_path / "state" / "registry.sqlite").write_bytes(b"no database")
     given = {"legal": str(folders[1]), "more": str(folders[2])}
     again = await started(tmp_path, adapters=given)

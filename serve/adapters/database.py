@@ -48,6 +48,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         parsed = checked(url)
+        self._closed = False
         self.was_there = False  # then SQLite must not make a new one
         self.file = _file(parsed)
         self.name = str(self.file or parsed.render_as_string(hide_password=True))
@@ -89,14 +90,18 @@ class Database:
         connection.execute("PRAGMA synchronous=FULL")
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self._engine.dispose()
+        """Begin nothing more; what runs ends first, and gives its connection back to be closed."""
+        if self._closed:
+            return
+        self._closed = True
+        self._thread.submit(self._engine.dispose)
+        self._thread.shutdown(wait=False)
 
     async def _run(self, work: Callable[[Connection], T], *, writes: bool) -> T:
         end = time.monotonic() + ANSWER_TIMEOUT_S
 
         def transaction() -> T:
-            if time.monotonic() > end:  # it waited behind a hang, and its caller has gone
+            if self._closed or time.monotonic() > end:  # it waited, and its caller has gone
                 raise TimeoutError
             self._look()
             connecting = self._engine.connect().execution_options(writes=writes)
@@ -119,11 +124,12 @@ class Database:
 def _down(fault: Exception, name: str) -> RegistryDown:
     """Whatever a driver or the disk says, under the one name, with what to do about damage."""
     cause = fault.orig if isinstance(fault, DBAPIError) else fault
+    told = " ".join(str(cause).split())
     if getattr(cause, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
-        return RegistryDown(f"the adapter registry {name} is damaged ({cause}): {REMEDY}")
+        return RegistryDown(f"the adapter registry {name} is damaged ({told}): {REMEDY}")
     if isinstance(fault, DBAPIError) and fault.connection_invalidated:
-        return RegistryDown(f"the adapter registry went away: {cause}")
-    return RegistryDown(f"the adapter registry does not answer: {cause}")
+        return RegistryDown(f"the adapter registry went away: {told}")
+    return RegistryDown(f"the adapter registry does not answer: {told}")
 
 
 def checked(url: str) -> URL:

@@ -28,7 +28,7 @@ from serve.adapters.pool import AdapterPool, Route, Version
 from serve.adapters.registry import Registry
 from serve.adapters.rows import Alias, Snapshot, State
 from serve.adapters.store import Stored
-from serve.errors import NotFound, RegistryDown, ServeError, SettingsError
+from serve.errors import NotFound, RegistryDown, ServeError
 from serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class Reconciler:
             elif self._is_due():
                 await self._converge(self.seen, wait_s)
             await self._report()
-        except (RegistryDown, SettingsError) as fault:
+        except RegistryDown as fault:
             if self._silence != str(fault):
                 logger.error("%s; what is loaded goes on serving", fault)  # noqa: TRY400
             self._silence = str(fault)

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from serve.adapters import queries, schema
 from serve.adapters.database import Database
 from serve.adapters.rows import Alias, Event, Record, Snapshot, State
+from serve.errors import RegistryDown, SettingsError
 
 T = TypeVar("T")
 # Gets the row as it is and returns the row to write, None to delete it. What it raises (Conflict,
@@ -124,7 +125,10 @@ class Registry:
     async def _confirmed(self, work: Callable[[Connection], T]) -> Callable[[Connection], T]:
         """The work, after a look at whether this is still the same registry."""
         if self.identity is None:
-            await self.prepare()
+            try:
+                await self.prepare()
+            except SettingsError as fault:  # of a newer release; ours can serve what it has
+                raise RegistryDown(str(fault)) from fault
         known = self.identity or ""
 
         def confirmed(connection: Connection) -> T:

@@ -177,4 +177,5 @@ def check_pages(connection: Connection) -> None:
         return
     found = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
     if found != "ok":
-        raise RegistryDown(f"the adapter registry is damaged ({found}): {REMEDY}")
+        told = " ".join(found.split())
+        raise RegistryDown(f"the adapter registry is damaged ({told}): {REMEDY}")
