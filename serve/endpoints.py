@@ -247,6 +247,7 @@ def enclose(app: FastAPI) -> None:
         return Gate(stock())
 
     app.build_middleware_stack = build_middleware_stack  # type: ignore[method-assign]
+    app.middleware_stack = None  # one that was built already is built anew
 
 
 def is_clients(fault: BaseException) -> bool:
