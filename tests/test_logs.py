@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextvars import Context
 
 import pytest
 
@@ -22,25 +23,28 @@ API = "vllm.entrypoints.anthropic.api_router"
 
 
 def written(
-    message: str, *args: object, fault: BaseException | None = None, name: str = API
+    message: str,
+    *args: object,
+    fault: BaseException | None = None,
+    name: str = API,
+    turn: Turn | None = None,
 ) -> str:
+    """The line, as it is written within `turn`."""
     exc_info = (type(fault), fault, None) if fault else None
     record = logging.LogRecord(name, logging.ERROR, "f.py", 1, message, args, exc_info)
-    assert RequestLines(is_clients).filter(record)
-    assert RequestLines(is_clients).filter(record)  # a second handler adds nothing
+    context = Context()
+    context.run(current.set, turn)
+    assert context.run(RequestLines(is_clients).filter, record)
+    assert context.run(RequestLines(is_clients).filter, record)  # a second handler adds nothing
     return logging.Formatter().format(record)
 
 
 def test_a_line_names_the_request_it_belongs_to_once() -> None:
+    mine = Turn(id="mine")
     assert written("loaded %d", 3) == "loaded 3"
-    token = current.set(Turn(id="mine"))
-    try:
-        assert written("no such %s", "model") == "no such model (request mine)"
-        assert (
-            written("Aborted request(s) chatcmpl-mine-1.") == "Aborted request(s) chatcmpl-mine-1."
-        )
-    finally:
-        current.reset(token)
+    assert written("no such %s", "model", turn=mine) == "no such model (request mine)"
+    named = "Aborted request(s) chatcmpl-mine-1."
+    assert written(named, turn=mine) == named
 
 
 @pytest.mark.parametrize("size", [LINE_LIMIT + 1, 2_000_000])
