@@ -193,8 +193,14 @@ def _without_pydantic(text: str) -> str:
     found = _PYDANTIC.search(text)
     if not found:
         return text
-    faults = _PYDANTIC_FAULT.findall(text, found.end())
-    return "; ".join(f"{field}: {fault}" for field, fault in faults[:3])
+    faults = _PYDANTIC_FAULT.findall(text, found.end())[:3]
+    return "; ".join(f"{_fields_of(path)}: {fault}" for path, fault in faults)
+
+
+def _fields_of(path: str) -> str:
+    """pydantic's path without the Python types that it tried."""
+    fields = [part for part in path.split(".") if not part[:1].isupper() and "[" not in part]
+    return ".".join(fields) or "the value"
 
 
 def _type(status: int) -> str:

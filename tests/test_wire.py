@@ -105,6 +105,17 @@ def test_what_python_says_to_itself_is_not_told(said: str, status: int) -> None:
     assert len(message) > 20
 
 
+def test_of_pydantics_path_the_fields_are_left() -> None:
+    said = (
+        "2 validation errors for ValidatorIterator\n0.ContentPartTextParam.text\n  Field required "
+        "[type=missing, input_value={}, input_type=dict]\n    For further information visit https://x"
+        "\n0.list[int]\n  Input should be a valid list [type=list_type, input_type=dict]"
+    )
+    assert openai_error(400, vllms(said, 400))["message"] == (
+        "0.text: Field required; 0: Input should be a valid list"
+    )
+
+
 def test_a_plain_refusal_keeps_its_words() -> None:
     assert openai_error(400, vllms("no stop (parameter=stop, value=[1, 2])", 400))["message"] == (
         "no stop"
