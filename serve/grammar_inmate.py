@@ -32,10 +32,12 @@ def fault_of(compiler: xgrammar.GrammarCompiler, kind: str, text: str, vocabular
     except (RuntimeError, ValueError, TypeError) as fault:
         return {"compiles": False, "message": last_line(fault)}
     try:
-        matcher = xgrammar.GrammarMatcher(grammar)
-        matcher.fill_next_token_bitmask(xgrammar.allocate_token_bitmask(1, vocabulary))
+        allowed = xgrammar.allocate_token_bitmask(1, vocabulary)
+        xgrammar.GrammarMatcher(grammar).fill_next_token_bitmask(allowed)
     except (RuntimeError, ValueError, TypeError) as fault:
         return {"compiles": True, "message": last_line(fault)}
+    if not allowed.any():  # the engine would end the request at its first token, as its own fault
+        return {"compiles": True, "message": "nothing fits it; does it refer to itself?"}
     return None
 
 

@@ -68,6 +68,11 @@ async def test_what_never_ends_is_stopped_and_the_next_is_tried_again(trial: Gra
         await trial.check(wanted(regex="[a-z]+"))
 
 
+async def test_what_nothing_fits_is_refused(trial: GrammarTrial) -> None:
+    for schema in ({"$ref": "#"}, {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}):
+        assert "nothing fits it" in str(await refusal(trial, json=schema))
+
+
 async def test_a_verdict_is_remembered(trial: GrammarTrial) -> None:
     first = await refusal(trial, grammar='root ::= "a"\nroot ::= "b"')
     began = trial.tried

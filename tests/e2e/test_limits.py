@@ -161,7 +161,7 @@ TOO_MUCH: list[tuple[str, dict[str, Any], str | None]] = [
     ("/tokenize", {"messages": [HI] * 5000}, "messages"),
     ("/v1/completions", {"prompt": "a", "n": 16384}, "n"),
     ("/v1/chat/completions", {"messages": [HI], "n": 129}, "n"),
-    ("/v1/completions", {"prompt": "a", "top_k": 1e20}, "top_k"),
+    ("/v1/completions", {"prompt": "a", "top_k": 10**20}, "top_k"),
     ("/v1/completions", {"prompt": "a", "stop": "\ud800"}, None),
     ("/v1/completions", {"prompt": "a", "stop": "x" * 5000}, "stop"),
     ("/v1/completions", {"prompt": "a", "logprobs": 10**6}, "logprobs"),
@@ -170,7 +170,7 @@ TOO_MUCH: list[tuple[str, dict[str, Any], str | None]] = [
     ("/v1/messages/count_tokens", {"messages": [HI], "model": "m" * 2_200_000}, "model"),
 ]  # fmt: skip
 GRAMMARS: list[dict[str, Any]] = [
-    {"choice": [f"{i:07}" for i in range(200_000)]},
+    {"choice": [f"{i:040}" for i in range(60_000)]},
     {"regex": "a?" * 2048},
     {"regex": "\\w+ " * 1024},
     {"grammar": 'root ::= "a"\nroot ::= "b"'},
@@ -200,15 +200,15 @@ def test_grammars_that_never_end_or_are_none_are_a_400(app: httpx.Client, *, str
         body = {"model": "first", "messages": [HI], "stream": stream, "max_tokens": 4}
         answer = app.post("/v1/chat/completions", json={**body, "structured_outputs": wanted})
         assert answer.status_code == 400, (str(wanted)[:80], answer.text[:300])
-        assert fault_of(answer)["param"] in wanted or "json" in wanted
+        assert fault_of(answer)["param"] in (*wanted, "json_schema")
 
 
-def test_a_schema_that_refers_to_itself_is_no_500(app: httpx.Client) -> None:
+def test_a_schema_that_only_refers_to_itself_is_a_400(app: httpx.Client) -> None:
     for schema in ({"$ref": "#"}, {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}):
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         body = {"model": "first", "messages": [HI], "max_tokens": 4, "response_format": form}
         answer = app.post("/v1/chat/completions", json=body)
-        assert answer.status_code in (200, 400), answer.text
+        assert answer.status_code == 400 and "nothing fits it" in fault_of(answer)["message"]
 
 
 def test_what_people_send_still_works(app: httpx.Client, server: Server) -> None:
