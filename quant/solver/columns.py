@@ -31,7 +31,8 @@ _Loop = TypeVar("_Loop", bound=Callable[..., object])
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _MOST_LANES = 128  # what they hold of a group of 128 columns fits a core's second-level cache
 # All of LLVM's fast mathematics but fusing a product with a sum: code out of numba's cache fuses
-# others than code that was just compiled, and the next run would not make the same files.
+# others than code that was just compiled, and sums in another order (see `_in_order`), and the next
+# run would not make the same files.
 _FAST = {"nnan", "ninf", "nsz", "arcp", "afn", "reassoc"}
 _WORST = np.finfo(np.float32).max  # fastmath promises the compiler that no infinity is met
 
@@ -115,6 +116,12 @@ def _compiled(loop: _Loop) -> _Loop:
     return built
 
 
+def _in_order(loop: _Loop) -> _Loop:
+    """For sums that decide what is stored: summed in any order they differ from run to run."""
+    built: _Loop = njit(cache=True, error_model="numpy")(loop)
+    return built
+
+
 def _parallel(loop: _Loop) -> _Loop:
     built: _Loop = njit(parallel=True, fastmath=_FAST, cache=True, error_model="numpy")(loop)
     return built
@@ -190,6 +197,15 @@ def _feed_back(
     return loss
 
 
+@_in_order
+def _product(one: Floats, other: Floats) -> np.float32:
+    """The sum of one * other."""
+    total = _ZERO
+    for k in range(one.size):
+        total += one[k] * other[k]
+    return total
+
+
 @_parallel
 def _best_rounding_rows(weights: Floats, cost: Floats, scales: Floats, limits: Limits) -> Floats:
     rows = weights.shape[0]
@@ -248,12 +264,9 @@ def _descend_rows(
                 step[k] = best
                 for other in range(size):
                     left[other] -= moved * hessian[k, other]
-        total, norm = _ZERO, _ZERO
+        along = np.zeros_like(step)
         for k in range(size):
-            total += step[k] * left[k]
-            inner = _ZERO
             for other in range(size):
-                inner += hessian[k, other] * step[other]
-            norm += step[k] * inner
-        matched[row], energy[row] = total, norm
+                along[other] += step[k] * hessian[k, other]
+        matched[row], energy[row] = _product(step, left), _product(step, along)
     return steps, matched, energy
