@@ -24,7 +24,8 @@ from tests.lora import write_lora
 
 ROOT = Path(__file__).parents[2]
 CALIBRATION = ("--samples", "12", "--length", "128")
-# Nats, on held-out rows; measured were ...
+# Nats, on held-out rows. Calibrated on so few, W4A16 was measured at 0.17; on the default's rows
+# plain rounding has 0.69 and W8A8 0.005.
 MOST_KL = {"w4a16": 0.4, "w8a16": 0.01, "w8a8": 0.1}
 
 

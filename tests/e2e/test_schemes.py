@@ -16,7 +16,8 @@ from tests.e2e.server import Server, serving
 pytestmark = pytest.mark.e2e
 
 # Nats a token on the mean. Rounded inputs tip: a hair in one layer is a step of int8 in the next.
-LIMITS = {"w8a16": 0.01, "w8a8": 0.06}
+LIMITS = {"w8a16": 0.01, "w8a8": 0.1}
+ADAPTED = 0.3  # at least, by an adapter that changes every answer
 COARSE = 0.1  # of a processor's own arithmetic, be it bfloat16
 
 
@@ -38,7 +39,7 @@ def test_eight_bit_schemes_are_the_dequantized_model_and_carry_adapters(
         server.until_ready()
         base = server.answer("base")
         assert distance(server, expected) < LIMITS[scheme]
-        assert distance(server, expected, "first") > 4 * LIMITS[scheme]
+        assert distance(server, expected, "first") > ADAPTED
         assert server.answer("base").is_as(base)
 
 
