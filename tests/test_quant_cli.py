@@ -91,6 +91,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.usefixtures("cold")  # the solver's loops are compiled and kept: no file may grow here
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(mistake: str, home: Path, tmp_path: Path) -> None:
     more, expected = MISTAKES[mistake]
