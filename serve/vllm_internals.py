@@ -188,8 +188,42 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
         ),
     ),
     "serve.vllm_tools": (
+        # hold_arguments: what is set decides each tool's grammar
         Place(f"{_TOOLS}:_tool_is_strict", takes="tool"),
+        Place(
+            f"{_TOOLS}:resolve_tool_strictness",
+            uses="_tool_is_strict",
+        ),
         Place(f"{_TOOLS}:_dump_tool_for_xgrammar", takes="tool"),
+        Place(
+            f"{_TOOLS}:get_model_structural_tag",
+            takes="model tools tool_choice reasoning ...",
+            uses="resolve_tool_strictness _dump_tool_for_xgrammar",
+        ),
+        Place(
+            "vllm.v1.structured_output.backend_xgrammar:validate_xgrammar_grammar",
+            takes="sampling_params",
+        ),
+        # judge_requests, over watch_requests; reads_calls
+        Place(f"{_ENTRY}.serve.engine.serving:BaseServing._check_model", takes="self request"),
+        Place(
+            f"{_ENTRY}.serve.engine.serving:BaseServing._is_model_supported",
+            takes="self model_name",
+        ),
+        Place(
+            f"{_ENTRY}.serve.engine.serving:BaseServing.create_error_response",
+            takes="message err_type status_code param",
+        ),
+        Place(
+            f"{_ENTRY}.pooling.base.serving:PoolingBaseServing._check_model", takes="self request"
+        ),
+        Place(
+            "vllm.renderers.online_renderer:OnlineRenderer", has="parser use_harmony model_config"
+        ),
+        Place(
+            "vllm.tool_parsers.abstract_tool_parser:ToolParser",
+            has="supports_required_and_named structural_tag_model",
+        ),
     ),
     "serve.voices": (
         Place(

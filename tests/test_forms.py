@@ -12,9 +12,8 @@ from vllm.tool_parsers import ToolParserManager
 from serve import parsers
 from serve.forms import REASONING, TOOLS, Form
 from serve.parsers import Model
-from tests.test_architecture import ROOT
+from tests.test_vllm_releases import fetched
 
-NEXT = ROOT / ".cache" / "vllm-0.33.0" / "vllm"  # unpacked by tests/test_vllm_releases.py
 REGISTRIES = {"tool_parsers": TOOLS, "reasoning": REASONING}
 
 
@@ -70,7 +69,7 @@ def test_a_parser_starts_with_the_tokens_that_its_form_names(form: Form) -> None
 def test_both_releases_of_vllm_know_every_name(release: str, package: str) -> None:
     spec = find_spec("vllm")
     assert spec is not None and spec.origin is not None
-    top = Path(spec.origin).parent if release == "installed" else NEXT
+    top = Path(spec.origin).parent if release == "installed" else fetched() / "vllm"
     names = parsers.registered((top / package / "__init__.py").read_text("utf-8"))
     strangers = {form.parser for form in REGISTRIES[package]} - set(names)
     assert len(names) > 30 and not strangers

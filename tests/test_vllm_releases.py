@@ -21,6 +21,7 @@ import pytest
 
 from serve import engine_args
 from serve.engine_args import Facts
+from serve.parsers import Parsers, Pick
 from serve.settings import Settings, inherited
 from serve.static_names import Packages, mentioned
 from serve.vllm_internals import PLACES
@@ -123,7 +124,8 @@ def test_every_flag_and_variable_we_give_is_known(
         f"vllm.entrypoints.{home}.cli_args:FrontendArgs",
     )
     for on_cpu in (True, False):
-        facts = Facts(on_cpu, frozenset({"avx2"}), "gptq")
+        picked = Parsers(Pick("hermes", ""), Pick("qwen3", ""))
+        facts = Facts(on_cpu, frozenset({"avx2"}), "gptq", parsers=picked)
         chosen = Settings(artifact=tmp_path, prompt_tuning=True, max_cpu_isa="avx2")
         flags = [word for word in engine_args.flags(chosen, facts) if word.startswith("--")]
         names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
