@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Callable
 
 import serve.isa  # noqa: F401 - acts on import, before anything asks torch
 from serve import engine_args, forkserver, lifeline, settings, vllm_flags, vllm_release
@@ -40,9 +41,14 @@ def main() -> None:
     uvloop.run(vllm_compat.run_server_worker(address, listener, args, http=http))
 
 
-if __name__ == "__main__":
+def run(work: Callable[[], None]) -> None:
+    """An operator's mistake, or a vLLM that is not as we know it, ends in one line."""
     try:
-        main()
+        work()
     except SettingsError as fault:
         sys.stderr.write(f"SettingsError: {fault}\n")
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -272,10 +273,12 @@ async def test_a_body_that_does_not_fit_names_its_field(
 async def test_an_engine_that_has_ended_asks_for_the_request_again_and_is_a_failure_of_ours(
     client: httpx.AsyncClient, serving: Serving
 ) -> None:
-    serving.engine_dead = lambda: True
+    looks = itertools.count()
+    serving.engine_dead = lambda: next(looks) > 0  # it dies under the request
     plain = await client.post(CHAT, json={"model": "base", "how": "500"})
     assert plain.status_code == 503 and int(plain.headers["retry-after"]) > 0
     assert plain.json()["error"]["code"] == "engine_died"
+    looks = itertools.count()
     stream = await client.post(CHAT, json={"model": "base", "stream": True, "how": "error"})
     assert fault_of(CHAT, stream.text)["code"] == "engine_died"
     assert books(serving) == {("none", "server_error"): 1, ("base", "stream_error"): 1}

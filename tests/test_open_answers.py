@@ -21,7 +21,7 @@ from tests.fakes import OPS
 async def answering(request: Request) -> Response:
     """Streams a token, or nothing yet; then hangs as an engine does."""
     forever = asyncio.Event()
-    if request.path_params["how"] == "plain":
+    if request.query_params["how"] == "plain":
         await forever.wait()
 
     async def tokens() -> AsyncIterator[str]:
@@ -34,20 +34,23 @@ async def answering(request: Request) -> Response:
 async def asked(serving: Serving, how: str) -> tuple[asyncio.Task[None], list[dict[str, object]]]:
     """A request to the real gate around `answering`, and what was sent of its answer by now."""
     app = Starlette(
-        routes=[Route("/v1/{how}", answering, methods=["POST"])], middleware=[Middleware(Gate)]
+        routes=[Route("/v1/completions", answering, methods=["POST"])],
+        middleware=[Middleware(Gate)],
     )
     app.state.quantserve = serving
     headers = [(name.encode(), value.encode()) for name, value in OPS.items()]
-    scope = {"type": "http", "method": "POST", "path": f"/v1/{how}", "query_string": b"",
-             "headers": headers, "app": app}  # fmt: skip
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions",
+             "query_string": f"how={how}".encode(), "headers": headers, "app": app}  # fmt: skip
     sent: list[dict[str, object]] = []
+    body = [{"type": "http.request", "body": b"{}"}]
 
     async def send(message: dict[str, object]) -> None:
         sent.append(dict(message))
 
     async def receive() -> dict[str, object]:
-        await asyncio.Event().wait()
-        return {}
+        if not body:
+            await asyncio.Event().wait()
+        return dict(body.pop())
 
     task = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
     async with asyncio.timeout(60):
@@ -69,8 +72,9 @@ async def ended(serving: Serving, why: str, task: asyncio.Task[None]) -> None:
 async def test_a_stream_gets_an_error_event_and_its_end(serving: Serving, why: str) -> None:
     task, sent = await asked(serving, "stream")
     await ended(serving, why, task)
-    last = sent[-1]
-    assert isinstance(last["body"], bytes) and not last.get("more_body")
+    last, end = sent[-2:]
+    assert not end["body"] and not end.get("more_body")
+    assert isinstance(last["body"], bytes)
     event = json.loads(last["body"].removeprefix(b"data: "))
     assert event["error"]["code"] == why and event["error"]["message"]
 

@@ -32,11 +32,12 @@ INFERENCE = {
         "messages/count_tokens",
     )),
     ("POST", "/v1/responses/x/cancel"), ("POST", "/tokenize"), ("POST", "/detokenize"),
-    ("GET", "/v1/models"), ("GET", "/v1/models/x"), ("GET", "/v1/responses/x"),
+    ("GET", "/v1/models"), ("GET", "/v1/models/x"), ("HEAD", "/v1/models"),
+    ("HEAD", "/v1/models/x"), ("GET", "/v1/responses/x"),
     ("GET", "/v1/responses/render"),  # a response of that name
     ("GET", "/version"), ("GET", "/load"), ("GET", "/ping"), ("POST", "/ping"),
 }  # fmt: skip
-PROBES = {("GET", path) for path in ("/livez", "/readyz", "/health")}
+PROBES = {(method, path) for method in ("GET", "HEAD") for path in ("/livez", "/readyz", "/health")}
 # Shut for an admin, too.
 SHUT = {
     "/invocations", "/v1/systemone", "/generative_scoring", "/scale_elastic_ep",
