@@ -1,4 +1,4 @@
-"""vLLM's own C++ RMSNorm for x86 CPUs, which its eager path leaves to PyTorch.
+"""vLLM's own C++ RMSNorm for x86 CPUs, which its eager path leaves to PyTorch; clean KV blocks.
 
 The CPU extension ships `rms_norm` and `fused_add_rms_norm`, but vLLM 0.32 calls them only on GPUs:
 an eager CPU layer runs six small PyTorch operators instead. With one token in flight such
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
 class CpuRMSNorm(RMSNorm):  # type: ignore[misc]
@@ -35,7 +36,17 @@ class CpuRMSNorm(RMSNorm):  # type: ignore[misc]
         return x, residual
 
 
+def zero_new_blocks() -> None:
+    """Have the KV blocks of a request zeroed before it gets them, as vLLM does for Mamba.
+
+    Attention on a CPU reads a block to its end and multiplies what lies behind the last token by
+    zero: a NaN that another request left there would be in this one's answer.
+    """
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda _: True)
+
+
 def register() -> None:
-    """Put it in vLLM's out-of-tree registry. Idempotent; call on the CPU platform only."""
+    """Put the norm in vLLM's out-of-tree registry, and keep blocks clean. Idempotent; CPUs only."""
+    zero_new_blocks()
     if RMSNorm.__name__ not in op_registry_oot:
         CustomOp.register_oot(CpuRMSNorm, name=RMSNorm.__name__)

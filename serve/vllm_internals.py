@@ -369,6 +369,16 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
         Place("vllm.model_executor.custom_op:CustomOp.__new__", uses="op_registry_oot"),
         Place("vllm._custom_ops:rms_norm", takes="out input weight epsilon"),
         Place("vllm._custom_ops:fused_add_rms_norm", takes="input residual weight epsilon"),
+        # zero_new_blocks
+        Place("vllm.v1.kv_cache_interface:KVCacheConfig", has="needs_kv_cache_zeroing"),
+        Place(
+            "vllm.v1.core.sched.scheduler:Scheduler._get_new_block_ids_to_zero",
+            uses="needs_kv_cache_zeroing",
+        ),
+        Place(
+            "vllm.v1.worker.cpu_model_runner:CPUModelRunner._zero_block_ids",
+            takes="self block_ids",
+        ),
     ),
     "serve.lora_cpu": (
         Place("vllm.platforms.cpu:CpuPlatform.get_punica_wrapper", takes="cls"),

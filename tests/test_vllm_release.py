@@ -107,7 +107,8 @@ def test_another_release_is_refused_before_anything_of_it_is_imported(
 
 def test_a_changed_place_ends_the_worker_with_one_line(tmp_path: Path) -> None:
     """The very check that the worker makes, on a vLLM that has nothing in it."""
-    done = in_a_process(tmp_path, "from serve import vllm_release, worker; worker.run(vllm_release.check)", "0.33.0")
+    check = "from serve import vllm_release, worker; worker.run(vllm_release.check)"
+    done = in_a_process(tmp_path, check, "0.33.0")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("SettingsError: vLLM 0.33.0 is not the 0.33 that quantserve knows: ")
