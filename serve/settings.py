@@ -22,6 +22,7 @@ from serve.errors import SettingsError
 PREFIX = "QUANTSERVE_"
 LONGEST_ALIAS = 200
 RESERVED = ("canary", "history", "promote", "rollback")  # what follows an alias in /admin
+NOBODY = ("none", "gone")  # under which the metrics count what no alias answered
 # A Service `quantserve` or `quantserve-...`, as every pod of its namespace is told of it.
 SERVICE_LINK = re.compile(
     r"QUANTSERVE_(?:[A-Z0-9_]+?_)??"
@@ -133,6 +134,8 @@ def check_alias(alias: str) -> str:
         raise ValueError(f"adapter alias {alias!r}: between slashes stand names, no '.' or '..'")
     if alias.rpartition("/")[2] in RESERVED:
         raise ValueError(f"adapter alias {alias!r}: {', '.join(RESERVED)} end admin routes")
+    if alias in NOBODY:
+        raise ValueError(f"adapter alias {alias!r}: metrics count under it what no alias answered")
     return alias
 
 

@@ -16,7 +16,7 @@ DIGEST = "0123456789ab" + "c" * 52
 @pytest.mark.parametrize(
     "alias",
     ["", ".", "..", "a/..", "../a", "a/../b", "a/./b", "/a", "a/", "a//b", "a@b", "a b", "a/canary",
-     "x" * 201, "ä", "base"],
+     "x" * 201, "ä", "base", "none", "gone"],
 )  # fmt: skip
 def test_what_no_alias_can_be_is_named(alias: str) -> None:
     assert names.fault(alias, ["base"])
