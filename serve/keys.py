@@ -82,11 +82,15 @@ class Keys:
             return f"the keys stay as they were: {fault}"
         return f"{self._path} was read again: {len(self._callers)} keys"
 
+    def changed(self) -> bool:
+        """Whether the file is another one than was read last."""
+        return _stamp(self._path) != self._stamp
+
     async def follow(self, every_s: float = LOOK_EVERY_S) -> None:
         """Read the file again whenever it has changed; until cancelled."""
         while self._path is not None:
             await asyncio.sleep(every_s)
-            if _stamp(self._path) != self._stamp:
+            if self.changed():
                 logger.warning(self.reload())
 
 

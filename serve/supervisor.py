@@ -271,7 +271,9 @@ class Supervisor:
             self._deaf = False
 
     def _metrics(self, authorization: str | None) -> bytes:
-        """Our own, for who may see them."""
+        """Our own, for who may see them by the key file as it is now."""
+        if self._keys.changed():
+            self._say(self._keys.reload())
         caller = self._keys.caller(authorization)
         if not caller.may("metrics"):
             raise Forbidden(f"key {caller.name!r} lacks the scope 'metrics'")

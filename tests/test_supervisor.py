@@ -299,6 +299,8 @@ def test_sighup_rereads_the_keys_here_and_has_the_worker_do_so(tmp_path: Path) -
 
         assert status("sk-new-0123456789") == 200 and status("sk-old-0123456789") == 401
         assert status("sk-app-0123456789") == 403 and parent.ask("/metrics").status_code == 401
+        keys.write_text("a:metrics:sk-third-0123456789\n")  # and no signal: revoked is revoked
+        assert status("sk-new-0123456789") == 401 and status("sk-third-0123456789") == 200
 
 
 def test_the_address_is_the_one_that_was_bound(tmp_path: Path) -> None:
