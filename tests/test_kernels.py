@@ -292,23 +292,30 @@ def test_int4_without_any_kernel_is_refused_at_load_not_at_the_first_request() -
 def test_what_is_left_to_vllms_int4_kernel_keeps_activations_at_16_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Groups of 16 are too narrow for ours. vLLM's exists from AVX-512 up, and would round to 8."""
+    """Groups of 16 are too narrow for ours. vLLM's exists from AVX-512 up; AMX would round to 8.
+
+    Its own sums in bfloat16 are coarser where the processor has none.
+    """
     facts = engine_args.Facts(on_cpu=True, cpu_flags=frozenset(), quantization="gptq")
-    worker = engine_args.environment(Settings(), facts)
-    monkeypatch.setenv(engine_args.ROUNDS, worker[engine_args.ROUNDS])
     config, dtype = config_of("w4a16", 16), torch.bfloat16
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         with pytest.raises(ValueError, match="groups of 16"):
             qkv(config, dtype)
         return
-    layer = qkv(config, dtype)
     parts = {shard: solved(width, "w4a16", 16, dtype) for shard, width in WIDTHS.items()}
-    for shard, part in parts.items():
-        load(layer, checkpoint.encode(formats.of_scheme("w4a16", 16), part, dtype), shard)
-    finish(layer)
-    assert kernel_of(layer) == "vLLM's CPUWNA16LinearKernel"
     weight, x = torch.cat([part.weight() for part in parts.values()]), rows_of(9, dtype)
-    assert distance(layer(x)[0], x.float() @ weight.t()) <= LOSS[dtype]
+
+    def error(rounds: str) -> float:
+        monkeypatch.setenv(engine_args.ROUNDS, rounds)
+        layer = qkv(config, dtype)
+        for shard, part in parts.items():
+            load(layer, checkpoint.encode(formats.of_scheme("w4a16", 16), part, dtype), shard)
+        finish(layer)
+        assert kernel_of(layer) == "vLLM's CPUWNA16LinearKernel"
+        return distance(layer(x)[0], x.float() @ weight.t())
+
+    served = error(engine_args.environment(Settings(), facts)[engine_args.ROUNDS])
+    assert served <= min(2 * LOSS[dtype], 1.1 * error("1"))
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8"])

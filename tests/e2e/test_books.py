@@ -203,8 +203,10 @@ def test_one_id_is_the_clients_the_logs_and_vllms(server: Server, api: httpx.Cli
     answer = api.post(CHAT, json=ASK | {"model": "base"}, headers=headers)
     assert answer.headers["x-request-id"] == "books-4711"
     assert answer.json()["id"] == "chatcmpl-books-4711"
-    lost = api.post(CHAT, json=ASK | {"model": "m" * 100_000}, headers=headers)
+    lost = api.post(CHAT, json=ASK | {"model": "m" * 200}, headers=headers)
     assert lost.headers["x-request-id"] == "books-4711" and len(lost.text) < 2_000
+    long = api.post(CHAT, json=ASK | {"model": "m" * 100_000}, headers=headers)
+    assert long.json()["error"]["param"] == "model" and len(long.text) < 2_000
     bad = api.post("/v1/messages", json={"model": "base", "max_tokens": 1, "messages": []},
                    headers=headers)  # fmt: skip
     assert bad.status_code == 400 and bad.json()["request_id"] == "books-4711"
