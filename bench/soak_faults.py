@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 LOCKED_S, FULL_S, GARBAGE_S, FLOOD_S = 8.0, 10.0, 10.0, 20.0
+UNNOTICED_S = 10.0  # that a server may go on saying it is ready after a kill
 STOPPED_S = 60.0  # a stopped process that nobody has found by then is let go on
 CHUNK = 1 << 20
 
@@ -53,13 +54,25 @@ class Fault:
     kills_api: bool = False
 
 
+def _is_ready(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return b" 200 " in connection.recv(4096).split(b"\r\n")[0]
+    return False
+
+
 def _kill(named: str) -> Callable[[Target], Awaitable[str]]:
     async def strike(target: Target) -> str:
         victim = target.child(named)
         if victim is None:
             return "it was not running"
+        began = time.monotonic()
         victim.kill()
-        return ""
+        while await asyncio.to_thread(_is_ready, target.port):
+            if time.monotonic() - began > UNNOTICED_S:
+                return f"not noticed in {UNNOTICED_S:g} s"
+            await asyncio.sleep(0.02)
+        return f"noticed after {time.monotonic() - began:.2f} s"
 
     return strike
 
