@@ -91,7 +91,7 @@ class Keys:
         while self._path is not None:
             await asyncio.sleep(every_s)
             if self.changed():
-                logger.warning(self.reload())
+                logger.error(self.reload())  # what is less is not shown to operators
 
 
 def load(path: Path | None) -> Keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from serve.settings import Settings
 from tests.fakes import KEYS, SHAPES, MemoryEngine, write_model
 from tests.lora import write_lora
 from tests.postgres import Postgres, running
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_logged() -> Iterator[None]:
+    """Whoever builds vLLM's app has the root logger turned down to errors."""
+    logging.root.setLevel(logging.WARNING)
+    yield
+    logging.root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

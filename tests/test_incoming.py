@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,10 +47,11 @@ def trial() -> Trial:
 
 
 @pytest.fixture
-def turn() -> Turn:
+def turn() -> Iterator[Turn]:
     made = Turn()
     current.set(made)
-    return made
+    yield made
+    current.set(None)
 
 
 @pytest.mark.parametrize(
