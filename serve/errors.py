@@ -112,6 +112,27 @@ class EngineDied(ServeError):
     refuses = False
 
 
+class LineTooLong(ServeError):
+    status, type, code = 414, "invalid_request_error", "uri_too_long"
+
+
+class HeadersTooLarge(ServeError):
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
+
+
+class BodyTooLarge(ServeError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class TooSlow(ServeError):
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class TooManyConnections(ServeError):
+    status, type, code = 503, "server_error", "server_overloaded"
+    retry_after_s = 2
+
+
 class Conflict(ServeError):
     """The alias is not what the caller took it for."""
 

@@ -21,7 +21,15 @@ from uuid import uuid4
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from serve.errors import BadRequest, ServeError
+from serve.errors import (
+    BadRequest,
+    BodyTooLarge,
+    HeadersTooLarge,
+    LineTooLong,
+    ServeError,
+    TooManyConnections,
+    TooSlow,
+)
 from serve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -30,27 +38,6 @@ LOOK_EVERY_S = 1.0
 SAY_EVERY_S = 10.0  # one line of the log for however many connections were refused meanwhile
 SPARE_DESCRIPTORS = 64  # for what is not a connection: files, sockets to the engine
 LINGERING = 32  # refused connections that may wait for their client to read why
-
-
-class LineTooLong(ServeError):
-    status, type, code = 414, "invalid_request_error", "uri_too_long"
-
-
-class HeadersTooLarge(ServeError):
-    status, type, code = 431, "invalid_request_error", "headers_too_large"
-
-
-class BodyTooLarge(ServeError):
-    status, type, code = 413, "invalid_request_error", "request_too_large"
-
-
-class TooSlow(ServeError):
-    status, type, code = 408, "invalid_request_error", "request_timeout"
-
-
-class TooManyConnections(ServeError):
-    status, type, code = 503, "server_error", "server_overloaded"
-    retry_after_s = 2
 
 
 @dataclass(frozen=True, slots=True)
