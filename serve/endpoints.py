@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -37,6 +36,7 @@ from serve import (
 from serve.access import Gate
 from serve.adapters import names
 from serve.adapters.pool import AdapterPool, Version
+from serve.connections import Connections
 from serve.errors import (
     AdapterRefused,
     BadRequest,
@@ -49,8 +49,6 @@ from serve.tryout import Tryout
 from serve.turn import current
 from serve.unknown_model import unknown_model
 from serve.validation import explain
-
-SPARE_DESCRIPTORS = 100  # for the engine's sockets, files and libraries
 
 
 class EngineLoadFailed(ServeError):
@@ -184,7 +182,7 @@ class Endpoints:
         serving.line_fd = vars(args).get("quantserve_line_fd")
         serving.engine_dead = lambda: bool(engine_client.errored)
         serving.ask_engine = engine_client.is_paused
-        serving.accepts = lambda: _accepts(state.server)
+        serving.connections = Connections(state.server)
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
         _give_voice(state, serving)
@@ -203,19 +201,6 @@ class Endpoints:
         # past vLLM's own prefix of every line that this process writes
         os.write(sys.stderr.fileno(), f"kernels: {kernel_report.line(serving.layers)}\n".encode())
         await serving.start()
-
-
-def _accepts(server: Any) -> bool:
-    """Whether vLLM's uvicorn takes connections: it closes its socket long before it ends, and can
-    take none where no descriptor is left.
-    """
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
-    return (
-        server.started
-        and not server.should_exit
-        and len(server.server_state.connections) < most
-        and all(listening.is_serving() for listening in server.servers)
-    )
 
 
 def _stopping(stock: Any, serving: Callable[[], Serving]) -> Any:

@@ -1,8 +1,9 @@
 """What a connection may cost before anybody knows whose it is: uvicorn's HTTP protocol, bounded.
 
 uvicorn on httptools takes a request line and headers of any length, waits for them for ever, and
-for a client that never reads. Here each has a limit; what is over it is answered in OpenAI's shape
-where HTTP still allows an answer, and closed. Time is looked at once a second for all connections.
+for a client that never reads. Here each has a limit; what is over it is answered as the API of its
+path does, where HTTP still allows an answer, and closed. Time is looked at once a second for all
+connections.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from serve.errors import (
     TooSlow,
 )
 from serve.settings import Settings
+from serve.wire import dialect_of, told_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class HttpLimits:
     slowest_rate: int = 4 << 10  # bytes per second
     linger_s: float = 2.0
     connections: int = 4096
+    root_path: str = ""
 
 
 def limits_of(settings: Settings) -> HttpLimits:
@@ -61,6 +64,7 @@ def limits_of(settings: Settings) -> HttpLimits:
         body=settings.max_body_bytes,
         write_s=settings.write_timeout,
         connections=settings.max_connections,
+        root_path=settings.root_path.rstrip("/"),
     )
 
 
@@ -96,6 +100,16 @@ class Watch:
 
     def may_linger(self) -> bool:
         return len(self.open) <= self._room + LINGERING
+
+    def busy(self) -> int:
+        """Connections whose request, or its answer, is not whole."""
+        return sum(connection.busy for connection in self.open)
+
+    def close_idle(self) -> None:
+        """Hang up on those that wait for their client's next request."""
+        for connection in list(self.open):
+            if not connection.busy:
+                connection.transport.close()
 
     def refused(self) -> None:
         """Say it, at most once in a while."""
@@ -139,6 +153,7 @@ class Bounded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.url = b""  # of no request yet
         self._head_began: float | None = self.loop.time()
         self._body_began: float | None = None
         self._stuck_since: float | None = None
@@ -213,6 +228,13 @@ class Bounded(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(self._fault or BadRequest(f"{msg} Send HTTP/1.1"))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is coming in or may be on its way, or an answer is not out yet."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        asking = self._head_began is not None or self._body_began is not None
+        return answering or asking or self.transport.get_write_buffer_size() > 0
 
     def look(self, now: float) -> None:
         """End what has been waited for too long."""
@@ -297,21 +319,23 @@ class Bounded(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
         self._refused_at = self.loop.time()
-        self.transport.write(answer(fault))
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        self.transport.write(answer(fault, path.removeprefix(self.limits.root_path)))
         if self.watch.may_linger() and self.transport.can_write_eof():
             self.transport.write_eof()
         else:
             self.transport.close()
 
 
-def answer(fault: ServeError) -> bytes:
+def answer(fault: ServeError, path: str) -> bytes:
     """The whole HTTP answer of an error, after which the connection is closed."""
-    body = json.dumps(fault.body()).encode()
+    request_id = uuid4().hex
+    body = json.dumps(dialect_of(path).body(told_of(fault), request_id)).encode()
     headers: dict[str, Any] = {
         "content-type": "application/json",
         "content-length": len(body),
         "connection": "close",
-        "x-request-id": uuid4().hex,
+        "x-request-id": request_id,
     }
     if fault.retry_after_s is not None:
         headers["retry-after"] = fault.retry_after_s

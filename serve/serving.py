@@ -25,6 +25,7 @@ from serve.adapters.rows import Alias
 from serve.adapters.slots import Slots
 from serve.adapters.sources import Sources
 from serve.adapters.store import Store, Stored, base_of
+from serve.connections import Connections
 from serve.errors import (
     Conflict,
     Draining,
@@ -71,7 +72,7 @@ class Serving:
         self.item: json_limits.Item | None = None
         self.layers: list[dict[str, int]] = []  # of every rank: layers by the kernel they have
         self.line_fd: int | None = None  # to the parent, where there is one
-        self.accepts: Callable[[], bool] = lambda: True
+        self.connections: Connections | None = None  # where it has a socket
         self.engine_dead: Callable[[], bool] = lambda: False
         self.ask_engine: Callable[[], Awaitable[object]] = _nothing
         self.answers = OpenAnswers()
@@ -181,6 +182,8 @@ class Serving:
         """Tell every client that its answer ends here, by the code of the reason."""
         if self._ending is None:
             self._ending = BY_CODE[why]
+            if self.connections is not None:
+                self.connections.stop()
             self._tasks.append(asyncio.create_task(self.answers.end_all(_refusal(self._ending))))
 
     def beat(self) -> Beat:
@@ -188,7 +191,12 @@ class Serving:
         dead = self.engine_dead()
         if dead:
             self.end(EngineDied.code)
-        return Beat(self.accepts(), dead, self.draining, len(self.answers), engine_steps.count)
+        accepts, waiting = True, len(self.answers)
+        if self.connections is not None:
+            accepts = self.connections.accepts()
+            if self._ending is not None:  # until then an idle client is no reason to wait
+                waiting = max(waiting, self.connections.waiting())
+        return Beat(accepts, dead, self.draining, waiting, engine_steps.count)
 
     async def _give(self, alias: str, source: str) -> None:
         """An alias given at start, whether the registry can be told of it or not."""

@@ -16,12 +16,17 @@ from pathlib import Path
 from serve.errors import SettingsError
 from serve.settings import Settings
 
+SHORT = {"-asc": "api-server-count"}
 TAKEN_OVER = {
     "ssl-certfile": "ssl_certfile",
     "ssl-keyfile": "ssl_keyfile",
     "root-path": "root_path",
 }
 PROXY = "put a proxy that ends TLS in front, or use --ssl-certfile and --ssl-keyfile alone"
+ONE_PROCESS = (
+    "one server has one API process beside its engine: give each replica a server, "
+    "and a registry that they share by --registry"
+)
 REFUSED = {
     "host": "give --host before the --",
     "port": "give --port before the --",
@@ -30,6 +35,9 @@ REFUSED = {
     "ssl-ca-certs": PROXY,
     "ssl-cert-reqs": PROXY,
     "ssl-ciphers": PROXY,
+    "headless": ONE_PROCESS,
+    "api-server-count": ONE_PROCESS,
+    "grpc": "this server speaks HTTP: clients give /v1 of --host and --port",
 }
 
 
@@ -87,7 +95,8 @@ def _options(flags: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _name(word: str) -> str:
-    return word.partition("=")[0].removeprefix("--").replace("_", "-")
+    name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+    return SHORT.get(name, name)
 
 
 def _value(name: str, words: list[str]) -> str:

@@ -14,9 +14,11 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from uuid import uuid4
 
 from serve.errors import BadRequest, NotReady, ServeError
 from serve.listening import BACKLOG
+from serve.wire import dialect_of, told_of
 
 HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 5.0
@@ -114,7 +116,7 @@ class WaitingRoom:
         """The whole HTTP answer to a request that begins so."""
         asked = parse(head, self._root_path)
         if asked is None:
-            return http(BadRequest("this is no HTTP/1 request"))
+            return http(BadRequest("this is no HTTP/1 request"), "/")
         answer = self._answer_to(asked)
         return answer[: answer.index(b"\r\n\r\n") + 4] if asked.method == "HEAD" else answer
 
@@ -125,8 +127,8 @@ class WaitingRoom:
             try:
                 return page("200 OK", self._metrics(asked.authorization), EXPOSITION)
             except ServeError as fault:
-                return http(fault)
-        return http(self.fault)
+                return http(fault, asked.path)
+        return http(self.fault, asked.path)
 
 
 def parse(head: bytes, root_path: str = "") -> Asked | None:
@@ -145,12 +147,16 @@ def parse(head: bytes, root_path: str = "") -> Asked | None:
     return Asked(method.upper(), path, next(keys, None))
 
 
-def http(fault: ServeError) -> bytes:
-    """An error in OpenAI's shape."""
+def http(fault: ServeError, path: str) -> bytes:
+    """An error, in the shape of the API that `path` belongs to."""
     statuses = {400: "Bad Request", 401: "Unauthorized", 403: "Forbidden"}
     status = f"{fault.status} {statuses.get(fault.status, 'Service Unavailable')}"
-    retry = f"Retry-After: {fault.retry_after_s}\r\n" if fault.retry_after_s is not None else ""
-    return page(status, json.dumps(fault.body()).encode(), headers=retry)
+    request_id = uuid4().hex
+    headers = f"X-Request-Id: {request_id}\r\n"
+    if fault.retry_after_s is not None:
+        headers += f"Retry-After: {fault.retry_after_s}\r\n"
+    body = dialect_of(path).body(told_of(fault), request_id)
+    return page(status, json.dumps(body).encode(), headers=headers)
 
 
 def page(status: str, body: bytes, kind: str = "application/json", headers: str = "") -> bytes:

@@ -173,6 +173,14 @@ def test_what_is_too_large_is_told_so_and_closed(
     assert refusal(asked(served, *pieces)) == (status, code)
 
 
+def test_anthropics_clients_are_told_in_their_own_shape(served: App) -> None:
+    told = asked(served, b"POST /v1/messages?x HTTP/1.1\r\ncontent-length: 50001\r\n\r\n")
+    head, _, body = told.partition(b"\r\n\r\n")
+    fault = json.loads(body)
+    assert (fault["type"], fault["error"]["type"]) == ("error", "request_too_large")
+    assert f"x-request-id: {fault['request_id']}".encode() in head
+
+
 def test_a_line_without_end_is_refused_and_holds_up_nobody(served: App) -> None:
     """16 MB of it, once quadratic in uvicorn, end with the answer in hand."""
     with connect(served) as client:

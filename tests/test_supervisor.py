@@ -261,9 +261,9 @@ def test_a_spawn_that_fails_is_tried_again(tmp_path: Path) -> None:
 
 def test_pauses_grow_for_workers_that_die_soon_however_long_they_loaded(tmp_path: Path) -> None:
     (tmp_path / "stand-in").mkdir()
-    (tmp_path / "stand-in" / "load").write_text("0.5")
-    pauses = [0.01, 0.02, 0.03, 0.04]
-    with supervised(tmp_path, pauses_s=pauses, steady_s=0.4, tick_s=0.01) as parent:
+    (tmp_path / "stand-in" / "load").write_text("5")  # longer than steady, which a kill is not
+    pauses = [0.01, 0.02, 0.03]
+    with supervised(tmp_path, pauses_s=pauses, steady_s=4, tick_s=0.01) as parent:
         for wait in pauses[1:]:
             os.kill(parent.worker()["pid"], signal.SIGKILL)
             parent.until_said(f"starting another in {wait:g} s")

@@ -31,6 +31,11 @@ def test_what_cannot_be_is_refused_by_name_with_the_way_out(name: str, spelling:
         adopted("--max-num-seqs", "8", *words)
 
 
+def test_a_short_name_is_the_same_flag() -> None:
+    with pytest.raises(SettingsError, match="--api-server-count after the --"):
+        adopted("-asc", "2")
+
+
 @pytest.mark.parametrize(
     "flags",
     [("--ssl-certfile", "/c.pem", "--ssl-keyfile", "/k.pem"),

@@ -154,6 +154,13 @@ async def test_it_opens_again_and_twice_is_once(
 
 
 def test_bodies_are_json() -> None:
-    head, _, body = waiting_room.http(Draining("away")).partition(b"\r\n\r\n")
+    head, _, body = waiting_room.http(Draining("away"), "/v1/models").partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}".encode() in head
     assert json.loads(body)["error"]["code"] == "server_draining"
+
+
+async def test_anthropics_clients_are_told_in_their_own_shape(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/messages", json={})
+    told = answer.json()
+    assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
+    assert told["request_id"] == answer.headers["x-request-id"]
