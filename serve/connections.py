@@ -8,6 +8,7 @@ connection with an unread request resets it.
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from typing import Any
 
 from serve.http_limits import Watch
@@ -16,9 +17,12 @@ SPARE_DESCRIPTORS = 100  # for the engine's sockets, files and libraries
 
 
 class Connections:
-    """Of `server`, a uvicorn.Server whose protocol is `http_limits.protocol`'s."""
+    """Of a uvicorn.Server whose protocol is `http_limits.protocol`'s.
 
-    def __init__(self, server: Any) -> None:
+    `server` returns it, once it is there.
+    """
+
+    def __init__(self, server: Callable[[], Any]) -> None:
         self._server = server
 
     def accepts(self) -> bool:
@@ -26,16 +30,17 @@ class Connections:
         none where no descriptor is left.
         """
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
+        server = self._server()
         return (
-            self._server.started
-            and not self._server.should_exit
-            and len(self._server.server_state.connections) < most
-            and all(listening.is_serving() for listening in self._server.servers)
+            server.started
+            and not server.should_exit
+            and len(server.server_state.connections) < most
+            and all(listening.is_serving() for listening in server.servers)
         )
 
     def stop(self) -> None:
         """Take no more, and close those that wait for nothing."""
-        for listening in self._server.servers:
+        for listening in self._server().servers:
             listening.close()
         self._watch.close_idle()
 
@@ -45,5 +50,5 @@ class Connections:
 
     @property
     def _watch(self) -> Watch:
-        watch: Watch = self._server.config.http.watch
+        watch: Watch = self._server().config.http.watch
         return watch

@@ -182,7 +182,7 @@ class Endpoints:
         serving.line_fd = vars(args).get("quantserve_line_fd")
         serving.engine_dead = lambda: bool(engine_client.errored)
         serving.ask_engine = engine_client.is_paused
-        serving.connections = Connections(state.server)
+        serving.connections = Connections(lambda: state.server)
         state.quantserve = serving
         _publish(state.openai_serving_models, serving)
         _give_voice(state, serving)

@@ -27,7 +27,7 @@ class Server:
         self.uvicorn = uvicorn.Server(
             uvicorn.Config(self, http=http, lifespan="off", log_level="error")
         )
-        self.connections = Connections(self.uvicorn)
+        self.connections = Connections(lambda: self.uvicorn)
         self.let_go = asyncio.Event()
         self.port = 0
 
