@@ -7,28 +7,25 @@ headers, never tensors; trusts neither header sizes nor file names it finds.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from quant import formats, interrupt
+from quant import companions, durable, foreign_json, formats, interrupt
 from quant.errors import ArtifactError
 from quant.formats import Format
 from quant.headers import Headers, TensorHeader, read_headers
 from quant.proof.evidence import Fidelity
 
 MANIFEST = "quantserve.json"
-_PARTIAL = f".{MANIFEST}.partial"
+CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-)  # fmt: skip
 _CHUNK = 1 << 22
+_MOST_BYTES = 256 << 20  # of a manifest; a line for each of a million experts' layers
 
 TrainingBase = Literal["stored", "nf4", "nf4-double", "residual"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -84,9 +81,12 @@ class FileDigest(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What an artifact is, where it came from and what it cost; sizes in bytes, times in s."""
+    """What an artifact is, where it came from and what it cost; sizes in bytes, times in s.
 
-    format: Literal[1] = 1
+    On disk, one of format 2 carries a digest of itself beside these fields; format 1 had none.
+    """
+
+    format: Literal[1, 2] = 2
     created: datetime
     quantserve: str
     architecture: str
@@ -110,24 +110,47 @@ class Manifest(_Frozen):
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of an artifact; None for a folder without one. ArtifactError when broken."""
+    """The manifest of an artifact; None for a folder without one.
+
+    ArtifactError where it is broken, or not what was written when the folder was sealed.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        raw = foreign_json.loads(_bounded(path))
+        told = raw.pop("digest", None) if isinstance(raw, dict) else None
+        manifest = Manifest.model_validate(raw)
     except ValidationError as fault:
         first = fault.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise ArtifactError(f"{path} is not a valid manifest: {place}: {first['msg']}") from fault
+    except ValueError as fault:
+        raise ArtifactError(f"{path} is not a valid manifest: the file: {fault}") from fault
+    if told != (None if manifest.format == 1 else _of_manifest(raw)):
+        raise ArtifactError(
+            f"{path} was altered after it was sealed: its content has another digest than it says;"
+            " put back the file that `quantize` or `compare` wrote, or quantize again"
+        )
+    return manifest
 
 
-def seal(folder: Path, manifest: Manifest) -> Manifest:
+def _bounded(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"it has {size} bytes, at most {_MOST_BYTES} are expected")
+    return path.read_bytes()
+
+
+def seal(folder: Path, manifest: Manifest, known: Mapping[str, FileDigest] = {}) -> Manifest:
     """Writes the manifest, with a digest of every file in the folder, and returns it.
 
-    The last step of making an artifact: the manifest is flushed to disk and renamed into place.
+    `known` are digests of files that were taken while these were written. The last step of making
+    an artifact: the manifest is flushed to disk and renamed into place.
     """
-    return amend(folder, manifest.model_copy(update={"files": {}}), _file_names(folder))
+    names = _file_names(folder)
+    files = {name: known[name] for name in names if name in known}
+    return amend(folder, manifest.model_copy(update={"files": files}), set(names) - set(files))
 
 
 def amend(folder: Path, manifest: Manifest, altered: Iterable[str]) -> Manifest:
@@ -135,31 +158,43 @@ def amend(folder: Path, manifest: Manifest, altered: Iterable[str]) -> Manifest:
     fresh = {name: _digest(folder / name) for name in altered}
     files = dict(sorted((manifest.files | fresh).items()))
     sealed = manifest.model_copy(update={"files": files})
-    staged = folder / _PARTIAL
-    with staged.open("w", encoding="utf-8") as out:
-        out.write(sealed.model_dump_json(indent=1) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    staged.replace(folder / MANIFEST)
+    content = json.loads(sealed.model_dump_json())
+    if sealed.format > 1:
+        content["digest"] = _of_manifest(content)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    durable.replace(folder / MANIFEST, text)
     return sealed
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
-    """ArtifactError naming the first file that is missing, altered, or a stray shard."""
+def verify(
+    folder: Path, manifest: Manifest, *, tensors: bool = True, but: Collection[str] = ()
+) -> None:
+    """ArtifactError naming the first file that is missing, altered, or that nobody sealed.
+
+    Without `tensors` the safetensors files are held to their sizes alone, and nearly nothing is
+    read. The files in `but` may be what they like, or not there.
+    """
+    there = set(_file_names(folder))
     for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing; the manifest lists it")
-        if path.stat().st_size != expected.bytes:
-            raise ArtifactError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {expected.bytes}"
-            )
-        if _digest(path) != expected:
-            raise ArtifactError(f"{path} differs from what was sealed (sha256)")
-    for name in _file_names(folder):
-        # Loaders read every shard they find, so a shard nobody sealed would be served.
-        if name.endswith(".safetensors") and name not in manifest.files:
-            raise ArtifactError(f"{folder / name} is not part of the sealed artifact")
+        if name not in but:
+            _check(folder / name, expected, there=name in there, tensors=tensors)
+    # Loaders read what they find: shards, templates, an adapter, a tokenizer's other spelling.
+    for name in sorted(there.difference(manifest.files, but)):
+        raise ArtifactError(
+            f"{folder / name} is not part of the sealed artifact, and a loader may read it: move it"
+            " out of the folder"
+        )
+
+
+def _check(path: Path, expected: FileDigest, *, there: bool, tensors: bool) -> None:
+    if not there or not path.is_file():
+        raise ArtifactError(f"{path} is missing; the manifest lists it")
+    if path.stat().st_size != expected.bytes:
+        raise ArtifactError(
+            f"{path} has {path.stat().st_size} bytes, the manifest says {expected.bytes}"
+        )
+    if (tensors or path.suffix != ".safetensors") and _digest(path) != expected:
+        raise ArtifactError(f"{path} differs from what was sealed (sha256)")
 
 
 def headers(folder: Path) -> dict[str, TensorHeader]:
@@ -217,9 +252,8 @@ def weights_fingerprint(folder: Path, found: Headers | None = None) -> str:
 def tokenizer_fingerprint(folder: Path) -> str:
     """sha256 over the names and bytes of the tokenizer files that are there."""
     digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update(f"{name}\n{_digest(folder / name).sha256}\n".encode())
+    for name in companions.found(folder, companions.TOKENIZER):
+        digest.update(f"{name}\n{_digest(folder / name).sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -278,10 +312,23 @@ def _check_index(folder: Path, found: dict[str, TensorHeader]) -> None:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Hidden ones are no part of an artifact: a lock, or what a killed process left."""
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    seen = (path.as_posix() for path in files if not path.name.startswith("."))
-    return sorted(name for name in seen if name != MANIFEST)
+    """What is not a folder itself, sorted; a link to a folder is not.
+
+    Hidden ones are no part of an artifact: a lock, what a killed process left, a hub's notes.
+    """
+    found = []
+    for top, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if (Path(top) / name).is_symlink()]
+        plain = [name for name in files if not name.startswith(".")]
+        found += [(Path(top) / name).relative_to(folder).as_posix() for name in plain + links]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def _of_manifest(content: Mapping[str, Any]) -> str:
+    """Of what its JSON says, whatever version of ours reads it: not of how it is laid out."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _digest(path: Path) -> FileDigest:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant import artifact, interrupt, packing
+from quant import artifact, companions, interrupt, packing
 from quant.errors import ArtifactError
 from quant.formats import FULL, Format, Plan
 from quant.solver import gptq
@@ -83,11 +82,8 @@ def write_config(
 
 
 def copy_companions(parent: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation configuration and licence travel along."""
-    for pattern in _COMPANIONS:
-        for path in sorted(parent.glob(pattern)):
-            if path.is_file() and path.name not in _OUR_OWN:
-                shutil.copyfile(path, folder / path.name)
+    """Tokenizer, chat templates, processors, generation configuration and licence travel along."""
+    companions.copy(parent, folder)
 
 
 def read_layers(folder: Path) -> Iterator[tuple[str, Layer]]:
@@ -142,11 +138,6 @@ def weights(folder: Path, modules: Collection[str]) -> dict[str, Tensor]:
     return found
 
 
-_COMPANIONS = (
-    "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-_OUR_OWN = ("config.json", "quantize_config.json", artifact.INDEX, artifact.MANIFEST)
 _MARKS = {"qweight", "weight_scale"}  # who has one of them is quantized
 _READERS = 4  # layers that are unpacked at a time
 

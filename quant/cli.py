@@ -33,6 +33,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+_OLDER = (
+    "note: {} is of an older version and carries no digest of itself: all files are as it says, and"
+    " a change of its own would not be seen\n"
+)
 app.registered_commands += compare_cli.app.registered_commands
 adapter_cli.app.registered_commands += ways_cli.app.registered_commands
 app.add_typer(adapter_cli.app)
@@ -191,6 +195,8 @@ def inspect(
         raise ArtifactError(f"{folder} has no {artifact.MANIFEST}: it is not an artifact of ours")
     if verify:
         artifact.verify(folder, manifest)
+        if manifest.format == 1:
+            sys.stderr.write(_OLDER.format(folder / artifact.MANIFEST))
     if as_json:
         bar.write(manifest.model_dump(mode="json"))
         return

@@ -1,8 +1,12 @@
 """Files and renames on the disk for good. Standard library only."""
 
+import ctypes
 import errno
 import os
+import sys
 from pathlib import Path
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 def settle(path: Path) -> None:
@@ -15,6 +19,32 @@ def settle(path: Path) -> None:
             raise
     finally:
         os.close(place)
+
+
+def replace(path: Path, text: str) -> None:
+    """The file holds this text, in UTF-8, or what it held before; OSError where it cannot."""
+    growing = path.with_name(f".{path.name}.partial")
+    growing.write_text(text, "utf-8")
+    settle(growing)
+    growing.replace(path)
+    settle(path.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Each takes the other's name in one step; False where kernel or file system cannot do that.
+
+    https://man7.org/linux/man-pages/man2/rename.2.html, RENAME_EXCHANGE
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    sys.audit("os.rename", str(one), str(other), -1, -1)
+    if not renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def settle_all(folder: Path) -> None:

@@ -133,6 +133,12 @@ def serve(
         str | None,
         typer.Option(help="avx2 or avx512: behave as the oldest machine of the fleet [auto]"),
     ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify", help="read the artifact whole first and compare digests [tensors: sizes]"
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="pass on all of vLLM's log")] = False,
 ) -> None:
     """Serve ARTIFACT behind the OpenAI API, adapters hot-swappable, metrics at /metrics.
@@ -163,6 +169,7 @@ def serve(
         threads=threads,
         drain_timeout=drain_timeout,
         max_cpu_isa=max_cpu_isa,
+        verify=verify,
     )
     settings = adopt(settings, serve_settings.inherited())
     _check(settings)
@@ -204,7 +211,10 @@ def _check(settings: Settings) -> None:
         database.checked(settings.database_url)
     if not settings.artifact.is_dir():
         raise SettingsError(f"{settings.artifact} is not a folder")
-    artifact.read(settings.artifact)
+    manifest = artifact.read(settings.artifact)
+    if manifest is not None:
+        # `compare` may be at the card at this moment, which no loader reads.
+        artifact.verify(settings.artifact, manifest, tensors=settings.verify, but=[artifact.CARD])
     if settings.adapters and not settings.max_adapters:
         raise SettingsError("--adapter needs at least one slot: --max-adapters is 0")
     if settings.adapters:

@@ -50,6 +50,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     artifact: Path = Field(Path(), description="the folder to serve")
+    verify: bool = Field(
+        default=False, description="read an artifact's tensors at the start and compare digests"
+    )
     model_name: str = Field("", description="model id of the base; default: the folder's name")
     host: str = Field("127.0.0.1", description="address to bind; others than loopback need keys")
     port: int = Field(8000, ge=0, le=65535, description="port to bind; 0: any that is free")

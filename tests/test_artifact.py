@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from quant import artifact, formats
 from quant.artifact import INDEX, MANIFEST, SINGLE, CalibrationReport, Fingerprint, Manifest
 from quant.errors import ArtifactError
 from quant.formats import Format
-from tests import tiny
+from tests import durability, tiny
+from tests.durability import Disk
 
 FACTS = Manifest(
     created=datetime(2026, 1, 1, tzinfo=UTC),
@@ -44,6 +47,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.model_folder(top / "sharded", shard="50KB")
     assert len(list((top / "sharded").glob("*.safetensors"))) > 2
     return top
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Disk]:
+    yield from durability.watched(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -119,7 +127,7 @@ def test_a_folder_that_is_no_artifact_has_no_manifest(single: Path) -> None:
     ("change", "place"),
     [
         ({"bits": "four"}, "bits"),
-        ({"format": 2}, "format"),
+        ({"format": 3}, "format"),
         ({"colour": "red"}, "colour"),
         ({"parent": {"weights": "XYZ", "tokenizer": "b" * 64}}, "parent.weights"),
         ({"scheme": None}, "scheme"),
@@ -145,7 +153,7 @@ def test_what_was_sealed_verifies(sharded: Path) -> None:
     sealed = artifact.seal(sharded, FACTS)
     assert artifact.read(sharded) == sealed
     artifact.verify(sharded, sealed)
-    (sharded / "README.md").write_text("a note of the owner's is nobody's business")
+    (sharded / "additional_chat_templates").mkdir()  # in which nothing lies
     artifact.verify(sharded, sealed)
 
 
@@ -174,11 +182,154 @@ def test_one_altered_byte_is_found(single: Path) -> None:
         artifact.verify(single, sealed)
 
 
-def test_a_shard_that_nobody_sealed_is_found(single: Path) -> None:
+@pytest.mark.parametrize("tensors", [True, False])
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["model-00002.safetensors", "pytorch_model.bin", "consolidated.00.pth", "adapter_config.json",
+     "preprocessor_config.json", "chat_template.jinja", "tokenizer.model", "modeling_llama.py",
+     "additional_chat_templates/tool_use.jinja", "original/params.json", "notes"],
+)  # fmt: skip
+def test_what_nobody_sealed_is_found(single: Path, name: str, *, link: bool, tensors: bool) -> None:
+    (single / "chat_template.jinja").unlink()
     sealed = artifact.seal(single, FACTS)
-    save_file({"x": torch.zeros(1)}, single / "model-00002.safetensors")
-    with pytest.raises(ArtifactError, match=r"model-00002\.safetensors is not part of"):
+    added = single / name
+    added.parent.mkdir(exist_ok=True)
+    if link:
+        (single.parent / "elsewhere").write_text("x")
+        added.symlink_to(single.parent / "elsewhere")
+    else:
+        added.write_text("x")
+    with pytest.raises(ArtifactError, match=f"^{added} is not part of the sealed artifact"):
+        artifact.verify(single, sealed, tensors=tensors)
+    artifact.verify(single, sealed, tensors=tensors, but=[name])
+
+
+def test_a_linked_folder_is_found(single: Path) -> None:
+    sealed = artifact.seal(single, FACTS)
+    (single.parent / "elsewhere").mkdir()
+    (single.parent / "elsewhere" / "tool_use.jinja").write_text("x")
+    (single / "additional_chat_templates").symlink_to(single.parent / "elsewhere")
+    with pytest.raises(ArtifactError, match="additional_chat_templates is not part of"):
         artifact.verify(single, sealed)
+
+
+def test_an_artifact_of_links_to_what_was_sealed_verifies(single: Path, tmp_path: Path) -> None:
+    """As a hub's cache lays it out, with notes of its own."""
+    sealed = artifact.seal(single, FACTS)
+    cached = tmp_path / "snapshot"
+    (cached / ".cache" / "huggingface").mkdir(parents=True)
+    (cached / ".cache" / "huggingface" / "x.metadata").write_text("x")
+    for path in single.iterdir():
+        (cached / path.name).symlink_to(path)
+    assert artifact.read(cached) == sealed
+    artifact.verify(cached, sealed)
+
+
+def test_without_tensors_all_else_is_read_and_tensors_are_held_to_their_size(single: Path) -> None:
+    sealed = artifact.seal(single, FACTS)
+    for name in ("config.json", "tokenizer.json", SINGLE):
+        before = (single / name).read_bytes()
+        (single / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        if name == SINGLE:
+            artifact.verify(single, sealed, tensors=False)
+        with pytest.raises(ArtifactError, match=f"{name} differs from what was sealed"):
+            artifact.verify(single, sealed, tensors=name == SINGLE)
+        (single / name).write_bytes(before)
+    with (single / SINGLE).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ArtifactError, match=f"{SINGLE} has .* bytes"):
+        artifact.verify(single, sealed, tensors=False)
+
+
+def _keys(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    inner = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in inner:
+        yield (*at, key)
+        if isinstance(value, dict | list):
+            yield from _keys(value, (*at, key))
+
+
+def test_no_entry_of_a_manifest_is_removed_or_edited_unseen(single: Path) -> None:
+    """Each of them, at every depth, in every way that leaves a manifest that can be read."""
+    files = artifact.seal(single, FACTS).files
+    whole = json.loads((single / MANIFEST).read_text())
+    places, ways = list(_keys(whole)), 0
+    assert len(places) > 30 + len(files)
+    for place in places:
+        for change in ("remove", "alter"):
+            content = json.loads(json.dumps(whole))
+            holder = content
+            for key in place[:-1]:
+                holder = holder[key]
+            if change == "remove":
+                del holder[place[-1]]
+            else:
+                holder[place[-1]] = _other(holder[place[-1]])
+            if content == whole:
+                continue
+            (single / MANIFEST).write_text(json.dumps(content))
+            ways += 1
+            with pytest.raises(ArtifactError, match=r"was altered after|is not a valid manifest"):
+                artifact.read(single)
+    assert ways > len(places)
+    (single / MANIFEST).write_text(json.dumps(whole, separators=(",", ":"), sort_keys=True))
+    read = artifact.read(single)
+    assert read is not None and read.files == files, "how it is laid out says nothing"
+
+
+def _other(value: object) -> object:
+    """Of the same kind, so that only the digest tells."""
+    if isinstance(value, str):
+        return "f" * 64 if len(value) == 64 else f"{value}x"
+    if isinstance(value, int | float):
+        return value + 1
+    return value
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", ".hidden"])
+def test_a_manifest_vouches_for_nothing_outside(single: Path, name: str) -> None:
+    (single / name).parent.mkdir(exist_ok=True)
+    if not (single / name).exists():
+        (single / name).write_text("x")
+    sealed = artifact.seal(single, FACTS)
+    wide = artifact.amend(single, sealed, [name])
+    with pytest.raises(ArtifactError, match="is missing"):
+        artifact.verify(single, wide)
+
+
+def older(folder: Path) -> Manifest:
+    """As the versions sealed whose manifests carried no digest of themselves."""
+    sealed = artifact.seal(folder, FACTS)
+    content = json.loads(sealed.model_copy(update={"format": 1}).model_dump_json())
+    (folder / MANIFEST).write_text(json.dumps(content))
+    found = artifact.read(folder)
+    assert found is not None and found.files == sealed.files
+    return found
+
+
+def test_a_manifest_of_before_is_read_and_stays_what_it_is(single: Path) -> None:
+    manifest = older(single)
+    artifact.verify(single, manifest)
+    (single / "README.md").write_text("measured")
+    amended = artifact.amend(single, manifest, ["README.md"])
+    assert artifact.read(single) == amended and amended.format == 1, "nobody vouches for it now"
+    artifact.seal(single, FACTS)
+    tiny.edit_json(single / MANIFEST, format=1)
+    with pytest.raises(ArtifactError, match="was altered after it was sealed"):
+        artifact.read(single)
+
+
+def test_digests_that_are_known_are_not_taken_again(single: Path) -> None:
+    expected = artifact.seal(single, FACTS).files
+    told = {SINGLE: artifact.FileDigest(sha256="d" * 64, bytes=3), "gone": expected[SINGLE]}
+    assert artifact.seal(single, FACTS, told).files == expected | {SINGLE: told[SINGLE]}
+
+
+def test_a_manifest_is_on_the_disk_before_it_has_its_name(single: Path, disk: Disk) -> None:
+    for _ in range(2):
+        artifact.seal(single, FACTS)
+    assert disk.named == [MANIFEST] * 2 and not disk.unsafe and not disk.unsettled
 
 
 def test_shards_hold_what_one_file_holds(single: Path, sharded: Path) -> None:

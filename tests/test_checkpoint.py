@@ -215,17 +215,3 @@ def test_config_keeps_what_the_parent_says(tmp_path: Path) -> None:
         "dtype": "bfloat16",
         "quantization_config": {"quant_method": "gptq"},
     }
-
-
-def test_companions_travel_and_weights_do_not(tmp_path: Path) -> None:
-    parent, out = tmp_path / "parent", tmp_path / "out"
-    for folder in (parent, out, parent / "nested.json"):
-        folder.mkdir()
-    travels = {"tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt",
-               "spiece.model", "merges.txt", "vocab.json", "USE_POLICY.md"}  # fmt: skip
-    stays = {"config.json", "model.safetensors", artifact.INDEX, artifact.MANIFEST,
-             "quantize_config.json", "optimizer.pt", "train.py", "README.md"}  # fmt: skip
-    for name in travels | stays:
-        (parent / name).write_text(name)
-    checkpoint.copy_companions(parent, out)
-    assert {path.name: path.read_text() for path in out.iterdir()} == {n: n for n in travels}

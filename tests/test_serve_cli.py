@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quant import artifact
+from tests import tiny
 from tests.lora import write_lora
+from tests.test_artifact import FACTS
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
 ROOT = Path(__file__).parents[1]
@@ -61,6 +64,33 @@ def test_an_unknown_setting(model: Path) -> None:
 def test_a_broken_manifest(model: Path) -> None:
     (model / "quantserve.json").write_text("{}")
     assert "not a valid manifest" in refused(model)
+
+
+@pytest.fixture
+def sealed(model: Path) -> Path:
+    artifact.seal(model, FACTS)
+    return model
+
+
+def test_an_artifact_that_would_load_otherwise_than_sealed(sealed: Path) -> None:
+    (sealed / "chat_template.jinja").write_text("mine")
+    assert "chat_template.jinja is not part of the sealed artifact" in refused(sealed)
+    (sealed / "chat_template.jinja").unlink()
+    (sealed / "config.json").write_text("[]")
+    assert "config.json differs from what was sealed" in refused(sealed)
+
+
+def test_a_manifest_that_was_edited(sealed: Path) -> None:
+    tiny.edit_json(sealed / "quantserve.json", source="mine")
+    assert "quantserve.json was altered after it was sealed" in refused(sealed)
+
+
+def test_one_bit_of_the_weights_where_it_is_asked_for(sealed: Path) -> None:
+    weights = sealed / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert "model.safetensors differs from what was sealed" in refused(sealed, "--verify")
+    by_size = refused(sealed, "--adapter", "legal=ghost")
+    assert "differs" not in by_size and "ghost" in by_size
 
 
 def test_an_adapter_for_another_base(model: Path, tmp_path: Path) -> None:

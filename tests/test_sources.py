@@ -86,6 +86,20 @@ def test_a_linked_file_is_refused(root: Path, into: Path, name: str) -> None:
     assert refusal.value.param == name
 
 
+def test_templates_beside_the_default_come_along_and_not_by_a_link(root: Path, into: Path) -> None:
+    name = "additional_chat_templates/tool_use.jinja"
+    file = root / "team" / "legal" / name
+    file.parent.mkdir()
+    file.write_text("{{ tools }}")
+    Sources(root).fetch("team/legal", into)
+    assert (into / name).read_text() == "{{ tools }}"
+    file.parent.rename(root.parent / "secret")
+    file.parent.symlink_to(root.parent / "secret")
+    with pytest.raises(AdapterRefused, match="additional_chat_templates") as refusal:
+        Sources(root).fetch("team/legal", into)
+    assert refusal.value.param == name
+
+
 def test_a_pipe_is_refused_and_not_waited_for(root: Path, into: Path) -> None:
     weights = root / "team" / "legal" / "adapter_model.safetensors"
     weights.unlink()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from quant import artifact, checkpoint
+from quant import artifact, checkpoint, companions
 from quant.headers import TensorHeader
 from quant.intake import cached
 from quant.lora import anatomy, voice
@@ -79,15 +79,7 @@ def copy_tokenizer(plan: Plan, adapters: Sequence[Adapter], target: Path) -> int
     """How many files: a grown vocabulary's tokenizer lies with the adapter, if anywhere."""
     if plan.vocabulary is None:
         return 0
-    files = [
-        adapter.folder / name
-        for adapter in adapters
-        for name in artifact.TOKENIZER_FILES
-        if (adapter.folder / name).is_file()
-    ]
-    for path in files:
-        shutil.copyfile(path, target / path.name)
-    return len(files)
+    return sum(len(companions.copy(a.folder, target, companions.TOKENIZER)) for a in adapters)
 
 
 def copy_voice(adapters: Sequence[Adapter], rows: int, target: Path) -> None:
@@ -100,14 +92,15 @@ def copy_voice(adapters: Sequence[Adapter], rows: int, target: Path) -> None:
     if len(voices) > 1 or b"" in voices:
         return
     spoken, lies = adapters[0].voice, adapters[0].folder
+    if spoken.templates:  # one of the base's that stays would answer in an adapter's stead
+        shutil.rmtree(target / companions.TEMPLATES, ignore_errors=True)
     if (lies / voice.TOKENIZER).is_file() and max(spoken.added.values(), default=0) < rows:
-        for name in artifact.TOKENIZER_FILES:
-            if (lies / name).is_file():
-                shutil.copyfile(lies / name, target / name)
-    if (lies / voice.GENERATION).is_file():
-        shutil.copyfile(lies / voice.GENERATION, target / voice.GENERATION)
-    if (template := spoken.template(tools=False)) is not None:
-        (target / voice.TEMPLATE).write_text(template, encoding="utf-8")
+        companions.copy(lies, target, companions.TOKENIZER)
+    companions.copy(lies, target, (companions.GENERATION,))
+    for name, template in spoken.templates.items():
+        file = target / voice.TEMPLATE_FILES[name]
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(template, encoding="utf-8")
 
 
 def _make(

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from quant import artifact, interrupt
+from quant import artifact, companions, interrupt
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SourceError
 from quant.headers import TensorHeader
@@ -33,7 +33,7 @@ from quant.lora.training import AS_STORED, Training
 DEMO = "demo"
 CACHE = Path("~/.cache/quantserve")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+_HUB_FILES = ["config.json", "*.safetensors", artifact.INDEX, *companions.ALL]
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 Say = Callable[[str], None]  # one line about what is happening now

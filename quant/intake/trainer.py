@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from quant import artifact, interrupt, staging
+from quant import artifact, companions, interrupt, staging
 from quant.errors import SourceError
 from quant.intake import architecture, cached, fsdp, megatron, naming, zero
 from quant.intake.architecture import Outline
@@ -22,9 +22,8 @@ from quant.intake.stored import Checkpoint, Weight
 from quant.shards import Writer
 
 FORMAT = 1  # of the converted folders: raise it when the same files would convert differently
-_CONFIGS = ("config.json", "generation_config.json")
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_TOKENIZER = (*artifact.TOKENIZER_FILES, "vocab.txt")
+_OF_MODEL = ("config.json", companions.GENERATION, *companions.LICENCES)
+_OF_TOKENIZER = (*companions.TOKENIZER, *companions.PROCESSORS)
 _SUBFOLDERS = ("", "huggingface", "hf", "tokenizer")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHUNK = 1 << 22
@@ -71,18 +70,18 @@ def folder(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
 def _converted(
     path: Path, found: Path, kind: Kind, cache: Path, say: Callable[[str], None]
 ) -> Path:
-    companions = _companions(path, found, kind)
-    config = architecture.config(companions["config.json"].parent)
+    beside = _companions(path, found, kind)
+    config = architecture.config(beside["config.json"].parent)
     say(f"reading the {kind.what} {found.name}")
     checkpoint = _read(found, kind)
     weights = kind.named(checkpoint.weights, architecture.outline(config), found)
     _check_floats(weights)
-    digest = _digest((*checkpoint.files, *companions.values()))
+    digest = _digest((*checkpoint.files, *beside.values()))
     target = cache / "trainer" / f"{path.name}-{digest[:12]}-format-{FORMAT}"
     if not target.is_dir():
         say(f"converting {len(weights)} tensors to safetensors (once; kept in {target.parent})")
         staging.check_space(target.parent, sum(w.bytes for w in weights.values()) + _MARGIN)
-    return cached.folder(target, lambda made: _write(made, weights, companions))
+    return cached.folder(target, lambda made: _write(made, weights, beside))
 
 
 def _read(found: Path, kind: Kind) -> Checkpoint:
@@ -96,7 +95,8 @@ def _read(found: Path, kind: Kind) -> Checkpoint:
 
 
 def _companions(path: Path, found: Path, kind: Kind) -> dict[str, Path]:
-    """config.json and the tokenizer's files by name, each set from the first place that has it."""
+    """What belongs to config.json and to the tokenizer by name, each from the first place that has
+    it."""
     homes = (path, found, path.parent)
     places = [home / name for home in homes for name in _SUBFOLDERS]
     config = next((place for place in places if (place / "config.json").is_file()), None)
@@ -104,17 +104,17 @@ def _companions(path: Path, found: Path, kind: Kind) -> dict[str, Path]:
         raise SourceError(
             f"{found} is a {kind.what} without a config.json: put the model's into {path}"
         )
-    tokenizer = next((p for p in places if any((p / n).is_file() for n in _VOCABULARIES)), None)
+    tokenizer = next((p for p in places if companions.found(p, companions.VOCABULARIES)), None)
     if tokenizer is None:
         raise SourceError(
             f"{found} is a {kind.what} without a tokenizer: put tokenizer.json and"
             f" tokenizer_config.json into {path}"
         )
-    return dict(_there(config, _CONFIGS)) | dict(_there(tokenizer, _TOKENIZER))
+    return _there(config, _OF_MODEL) | _there(tokenizer, _OF_TOKENIZER)
 
 
-def _there(home: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    return ((name, home / name) for name in names if (home / name).is_file())
+def _there(home: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    return {name: home / name for name in companions.found(home, patterns)}
 
 
 def _check_floats(weights: Mapping[str, Weight]) -> None:
@@ -139,7 +139,7 @@ def _digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _write(made: Path, weights: Mapping[str, Weight], companions: Mapping[str, Path]) -> None:
+def _write(made: Path, weights: Mapping[str, Weight], beside: Mapping[str, Path]) -> None:
     writer = Writer(made)
     for name, weight in weights.items():
         tensor = weight.read()
@@ -150,5 +150,6 @@ def _write(made: Path, weights: Mapping[str, Weight], companions: Mapping[str, P
             )
         writer.add(name, tensor)
     writer.close()
-    for name, path in companions.items():
+    for name, path in beside.items():
+        (made / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, made / name)

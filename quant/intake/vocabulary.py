@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from quant import artifact, tokens
+from quant import artifact, companions, tokens
 from quant.errors import ArtifactError, SourceError
 from quant.headers import TensorHeader
 from quant.intake import cached
@@ -72,7 +72,8 @@ def _corrected(path: Path, rows: int) -> str:
 
 
 def _linked(folder: Path, made: Path, corrected: str) -> None:
-    for path in sorted(folder.resolve().iterdir()):
-        if path.is_file() and path.name != "config.json":
-            (made / path.name).symlink_to(path)
+    files = {path.name for path in folder.iterdir() if path.is_file()} - {"config.json"}
+    for name in sorted(files.union(companions.found(folder))):
+        (made / name).parent.mkdir(exist_ok=True)
+        (made / name).symlink_to(folder.resolve() / name)
     (made / "config.json").write_text(corrected, "utf-8")

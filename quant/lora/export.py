@@ -7,7 +7,6 @@ baked into B, all ranks are one, and lora_alpha is that rank. What an engine can
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant import staging
+from quant import companions, staging
 from quant.errors import AdapterError, SpaceError
 from quant.lora import adapter as lora
 from quant.lora import compensate, factors, footing, training, voice
@@ -94,8 +93,7 @@ def run(order: Order, progress: Progress) -> Exported:
             _write_json(folder / CONFIG, _config(adapter, rank, sorted(found)))
             bound = base.units is not None or order.compensation is not None
             _write_json(folder / LINEAGE, _lineage(adapter, base, bound=bound))
-            for name in (n for n in voice.FILES if (adapter.folder / n).is_file()):
-                shutil.copyfile(adapter.folder / name, folder / name)
+            companions.copy(adapter.folder, folder, tuple(voice.FILES))
         except OSError as fault:
             raise SpaceError(f"{folder} cannot hold the adapter: {fault}") from fault
     return Exported(

@@ -13,24 +13,26 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
+from quant import companions
 from quant.errors import AdapterError
 from quant.lora.folder import MAX_JSON, check_size, read_json
 
 TEMPLATE = "chat_template.jinja"
+# By the names that vLLM and transformers choose by.
+TEMPLATE_FILES = {"default": TEMPLATE, "tool_use": f"{companions.TEMPLATES}/tool_use.jinja"}
 TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION = "generation_config.json"
+GENERATION = companions.GENERATION
 SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 TOKENIZER = "tokenizer.json"
 # Every file that is looked at, and the most bytes it may have.
 FILES = {
-    TEMPLATE: 256 << 10, GENERATION: 1 << 20, SPECIAL: 1 << 20, ADDED: MAX_JSON,
-    TOKENIZER_CONFIG: MAX_JSON, TOKENIZER: 64 << 20,
+    **dict.fromkeys(TEMPLATE_FILES.values(), 256 << 10), GENERATION: 1 << 20, SPECIAL: 1 << 20,
+    ADDED: MAX_JSON, TOKENIZER_CONFIG: MAX_JSON, TOKENIZER: 64 << 20,
 }  # fmt: skip
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
                 "mask_token")  # fmt: skip
 _UNSPOKEN = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # by no chat
-_TEMPLATES = ("default", "tool_use")  # the names that vLLM and transformers choose by
 _SHOWN = 4  # tokens named in a refusal
 # How a generation config says what it is, not what it asks for.
 _SILENT = frozenset({
@@ -185,22 +187,20 @@ def _check_texts(own: Voice, folder: Path) -> None:
 
 
 def _templates(folder: Path, configured: object) -> dict[str, str]:
-    """chat_template.jinja before what tokenizer_config.json says, as transformers reads them."""
-    path, found = folder / TEMPLATE, {}
+    """Files of templates before what tokenizer_config.json says, as transformers reads them."""
+    found = {}
     if isinstance(configured, str):
         found = {"default": configured}
     elif isinstance(configured, list):
         pairs = [(e.get("name"), e.get("template")) for e in configured if isinstance(e, dict)]
-        found = {n: t for n, t in pairs if n in _TEMPLATES and isinstance(t, str)}
+        found = {n: t for n, t in pairs if n in TEMPLATE_FILES and isinstance(t, str)}
     elif configured is not None:
         raise AdapterError(
             f"{folder / TOKENIZER_CONFIG}: chat_template is no text", field="chat_template"
         )
-    if path.is_file():
-        try:
-            found["default"] = path.read_text("utf-8")
-        except UnicodeDecodeError as fault:
-            raise AdapterError(f"{path} is not UTF-8", field=TEMPLATE) from fault
+    for name, file in TEMPLATE_FILES.items():
+        if (folder / file).is_file():
+            found[name] = _text(folder / file)
     for text in found.values():
         if len(text) > FILES[TEMPLATE]:
             raise AdapterError(
@@ -208,6 +208,13 @@ def _templates(folder: Path, configured: object) -> dict[str, str]:
                 field="chat_template",
             )
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as fault:
+        raise AdapterError(f"{path} is not UTF-8", field=path.name) from fault
 
 
 def _generation(path: Path, raw: Mapping[str, Any]) -> _Generation:

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from quant import formats
+from quant import artifact, durable, formats
 from quant.artifact import LayerReport, Manifest
 from quant.formats import Format
 from quant.proof.evidence import Fidelity, Row, choice_rows, choice_title, text_rows, text_title
 
-NAME = "README.md"
+NAME = artifact.CARD
 _MARK = "<!-- Written by quantserve from quantserve.json; `quantserve compare` writes it again. -->"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHTS = {
@@ -35,9 +35,7 @@ def write(folder: Path, manifest: Manifest, name: str) -> bool:
     path = folder / NAME
     if path.exists() and _MARK not in path.read_text("utf-8", errors="replace"):
         return False
-    staged = folder / f".{NAME}.partial"
-    staged.write_text(text(manifest, name), "utf-8")
-    staged.replace(path)
+    durable.replace(path, text(manifest, name))
     return True
 
 

@@ -192,8 +192,13 @@ class Sources:
 def _plain_file(at: int, name: str, folder: Path) -> tuple[IO[bytes], int] | None:
     """A file of an opened folder and its size: no link, no device, nothing that could block."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    inner, _, leaf = name.rpartition("/")
     try:
-        file = os.fdopen(os.open(name, flags, dir_fd=at), "rb")
+        home = os.open(inner or ".", flags | os.O_DIRECTORY, dir_fd=at)
+        try:
+            file = os.fdopen(os.open(leaf, flags, dir_fd=home), "rb")
+        finally:
+            os.close(home)
     except FileNotFoundError:
         return None
     except OSError as fault:
@@ -214,6 +219,7 @@ def _plain_file(at: int, name: str, folder: Path) -> tuple[IO[bytes], int] | Non
 def _take(file: IO[bytes], size: int, target: Path, most: int) -> int:
     """The bytes copied, or announced: more than `most` when there are more."""
     taken, announced = 0, size
+    target.parent.mkdir(exist_ok=True)
     with target.open("wb") as kept:
         while max(taken, announced) <= most and (chunk := file.read(CHUNK)):
             kept.write(chunk)
