@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -20,16 +20,18 @@ from quant.solver import devices
 
 Facts = Mapping[str, str]
 
-_LIBRARIES = ("numba", "numpy", "safetensors", "torch", "transformers")
+_LIBRARIES = ("accelerate", "llvmlite", "numba", "numpy", "safetensors", "tokenizers", "torch",
+              "transformers", "triton")  # fmt: skip
 
 
 def facts(recipe: Recipe, opened: Source, texts: Path | None, *, gated: bool) -> dict[str, str]:
     """By the names a reader is told them under; `gated` when some of the texts are held out.
 
-    Threads and instruction set are among them: matrix products differ in their last bits, and where
-    one processor computes in 16 bits, another does not.
+    Threads, instruction set and the kind of each GPU are among them: matrix products differ in
+    their last bits, and where one processor computes in 16 bits, another does not.
     """
-    device = devices.first(recipe.device)
+    on = devices.named(recipe.device)
+    device = on[0]
     found = {
         "weights": opened.fingerprint.weights,
         "tokenizer": opened.fingerprint.tokenizer,
@@ -44,8 +46,9 @@ def facts(recipe: Recipe, opened: Source, texts: Path | None, *, gated: bool) ->
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "blocks in": str(devices.forward_dtype(device, exact=recipe.exact)).removeprefix("torch."),
         "machine": platform.machine(),
+        "GPUs": " ".join(map(_kind, on)) if device.type == "cuda" else "none",
     }
-    found |= {name: version(name) for name in _LIBRARIES}
+    found |= {name: _version(name) for name in _LIBRARIES}
     return found | {name: str(value) for name, value in recipe.model_dump(mode="json").items()}
 
 
@@ -61,6 +64,19 @@ def _told(before: Facts, now: Facts) -> Iterator[str]:
             continue
         long = max(len(was), len(is_now)) > 24  # digests, which say nothing to a reader
         yield f"{name} changed" if long else f"{name} was {was}, is {is_now}"
+
+
+def _kind(device: torch.device) -> str:
+    """What a GPU is, and how much of one: another has other kernels, and other sums."""
+    about = torch.cuda.get_device_properties(device)
+    return f"{about.name}/{about.major}.{about.minor}/{about.multi_processor_count}"
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def _code() -> str:

@@ -8,14 +8,18 @@ target that exists, unless told to replace an artifact.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant import artifact, interrupt
+from quant import artifact, durable, interrupt
+from quant.durable import settle, settle_all
 from quant.errors import QuantError, SourceError, SpaceError, TargetExists
+
+_COMING = "coming"  # holds the number of the folder that is about to be the target
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -81,11 +85,15 @@ def resumable(target: Path) -> Iterator[Stage]:
     interrupt.check()
     home = target.with_name(f".{target.name}.partial")
     with _locked(home, target):
+        _clear_published(home, target)
         stage = Stage(home / "artifact", home / "state")
         found = stage.state.exists()
         try:
             yield stage
-            _publish(stage.folder, target)
+            try:
+                _publish(stage.folder, target)
+            except OSError as fault:
+                raise SpaceError(f"{target} cannot be put in place: {fault}") from fault
         except BaseException as fault:
             if stage.promise is not None and _may_go_on_after(fault):
                 fault.add_note(stage.promise)
@@ -128,13 +136,32 @@ def _may_go_on_after(fault: BaseException) -> bool:
 
 
 def _publish(folder: Path, target: Path) -> None:
+    """One rename of what is on the disk for good; what stood at `target` is then in its place."""
+    settle_all(folder)
     replaced = target.with_name(f".{target.name}.replaced")
     _remove(replaced)
-    if target.exists():
-        target.rename(replaced)
-    folder.rename(target)
+    if not os.path.lexists(target):
+        folder.rename(target)
+    else:
+        durable.replace(folder.with_name(_COMING), str(folder.stat().st_ino))
+        if not durable.exchange(folder, target):
+            target.rename(replaced)  # there is no target until the next line
+            folder.rename(target)
+    settle(folder.parent)
+    settle(target.parent)
     with suppress(OSError):  # the new artifact stands; the next run clears what is left of the old
         _remove(replaced)
+
+
+def _clear_published(home: Path, target: Path) -> None:
+    """What a run left that was killed behind its exchange is the artifact of before, and a state
+    that would take it for its own."""
+    coming = home / _COMING
+    if not coming.is_file() or not os.path.lexists(target):
+        return
+    if coming.read_text("utf-8") == str(target.lstat().st_ino):
+        for place in (home / "state", home / "artifact", coming):
+            _remove(place)
 
 
 def _discard(folder: Path) -> None:

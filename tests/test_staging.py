@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from quant import staging
+from quant import durable, staging
 from quant.artifact import MANIFEST
 from quant.errors import SourceError, SpaceError, TargetExists
+from tests import durability, dying
+from tests.durability import Disk
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Disk]:
+    yield from durability.watched(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -120,6 +129,81 @@ def test_the_old_artifact_gives_way_to_the_new(target: Path) -> None:
         assert (target / MANIFEST).read_text() == "old"
     assert (target / MANIFEST).read_text() == "new"
     assert left(target) == ["model"] and os.listdir(target) == [MANIFEST]
+
+
+def test_what_is_published_lies_on_the_disk(target: Path, disk: Disk) -> None:
+    """Its files, its folders, and the name itself; also where it takes an older one's place."""
+    for text in ("first", "second"):
+        with staging.staged(target) as folder:
+            (folder / "deep").mkdir()
+            for name in (MANIFEST, "config.json", "deep/template.jinja"):
+                (folder / name).write_text(text)
+    assert disk.named == ["model", "coming", "model"] and not disk.unsafe and not disk.unsettled
+
+
+def test_there_is_an_artifact_at_every_moment_of_its_replacement(target: Path) -> None:
+    before = (write_artifact(target) / MANIFEST).stat().st_ino
+    seen: list[int] = []
+    dying.watched(target.parent, lambda *_: seen.append((target / MANIFEST).stat().st_ino))
+    publish(target)
+    after = (target / MANIFEST).stat().st_ino
+    assert _held(target) == "new" and left(target) == ["model"]
+    assert set(seen) == {before, after} and seen == sorted(seen, key=[before, after].index)
+
+
+def _held(target: Path) -> str:
+    return (target / MANIFEST).read_text() if (target / MANIFEST).exists() else "nothing"
+
+
+def test_a_file_system_that_exchanges_nothing_renames_twice(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_artifact(target)
+    monkeypatch.setattr(durable, "exchange", lambda *_: False)
+    publish(target)
+    assert (target / MANIFEST).read_text() == "new" and left(target) == ["model"]
+
+
+def _dies_behind_the_exchange(target: Path) -> None:
+    with staging.resumable(target) as stage:
+        stage.take(anew=True)
+        (stage.folder / MANIFEST).write_text("new")
+        (stage.state / "journal").write_text("its own")
+        dying.die_at(target.parent, ("open", "/out"))  # to sync the new name
+
+
+def test_a_run_killed_behind_the_exchange_leaves_nothing_to_go_on_from(target: Path) -> None:
+    """The folder beside its state is the old artifact then, which the state is not of."""
+    write_artifact(target)
+    run = multiprocessing.get_context("fork").Process(
+        target=_dies_behind_the_exchange, args=(target,)
+    )
+    run.start()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL and (target / MANIFEST).read_text() == "new"
+    assert (target.parent / ".model.partial" / "artifact" / "weights").read_text() == "old"
+    for text in ("half", "whole"):  # the second goes on with what the first did
+        with suppress(KeyboardInterrupt), staging.resumable(target) as stage:
+            assert stage.state.exists() == (text == "whole") == stage.folder.exists()
+            stage.take(anew=False)
+            (stage.folder / MANIFEST).write_text(text)
+            stage.promise = "goes on"
+            if text == "half":
+                raise KeyboardInterrupt
+    assert _held(target) == "whole" and left(target) == ["model"]
+
+
+def test_a_disk_that_fails_at_the_end_is_one_line(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_artifact(target)
+    monkeypatch.setattr(staging, "settle_all", full)
+    with pytest.raises(SpaceError, match=rf"^{target} cannot be put in place: .*No space left"):
+        publish(target)
+    assert _held(target) == "old" and left(target) == ["model"]
 
 
 def test_an_empty_folder_gives_way(target: Path) -> None:

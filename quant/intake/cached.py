@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from quant.durable import settle, settle_all
 from quant.errors import SourceError, SpaceError
 
 
@@ -32,8 +33,10 @@ def folder(target: Path, make: Callable[[Path], None]) -> Path:
     try:
         make(growing)
         growing.chmod(0o755)
+        settle_all(growing)
         if not target.is_dir():  # else another process was faster, and its folder is as good
             growing.rename(target)
+            settle(home)
     except OSError as fault:
         if not target.is_dir():
             raise SpaceError(f"{home} cannot hold the model: {fault}") from fault
