@@ -166,9 +166,9 @@ def _sensitivity(run: Run, depth: int) -> int:
 
 
 def _disk(run: Run) -> int:
-    """The checkpoint; and beside it what waits and states of two blocks, later parts until they
-    are joined."""
-    joined = min(run.bytes_after, shards.SHARD_BYTES)
+    """The checkpoint; and beside it what waits and states of two blocks, later the parts of a small
+    one until they are joined."""
+    joined = run.bytes_after if run.bytes_after <= shards.JOINED_BYTES else 0
     waiting = preflight.on_disk(run.units(), run.given)
     return run.bytes_after + _MARGIN + max(4 * run.given.states + waiting, joined)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant import command, shards
-from quant.artifact import CalibrationReport, LayerReport
+from quant import artifact, command, shards
+from quant.artifact import CalibrationReport, FileDigest, LayerReport
 from quant.calibration import Batches
 from quant.command import Facts
 from quant.formats import Format, Plan
+from quant.shards import Part
 from quant.solver import aside
 from quant.solver.aside import Shelf
 from quant.solver.blocks import Stream
@@ -30,6 +32,7 @@ from quant.solver.preflight import Places
 from quant.staging import Stage
 
 _JOURNAL, _ROWS = "journal.json", "rows.safetensors"
+_TOGETHER = 1 << 27  # bytes of tensors outside the blocks in one file, unless one has more
 _AT_ONCE = 1.0  # seconds: activations that take longer to write are not kept behind every block,
 _WORTH = 10  # but once as many times that was spent on blocks since they were last kept
 
@@ -37,19 +40,35 @@ Say = Callable[[str], None]
 
 
 class Entry(BaseModel):
-    """`parts` are files of the state with the bytes of their tensors: what is outside the blocks,
-    then the `done` blocks."""
+    """`parts` are files by name: what is outside the blocks, then the `done` blocks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     facts: dict[str, str]
     calibration: CalibrationReport
     plan: dict[str, Format] = {}
-    parts: dict[str, int] = {}
+    parts: dict[str, Part] = {}
     done: int = 0
     reports: tuple[LayerReport, ...] = ()
     digests: dict[str, str] = {}
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A tensor that belongs to no block: its bytes in the checkpoint, and how to come by it."""
+
+    name: str
+    bytes: int
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A checkpoint: bytes of its tensors, and its files' digests as far as they are known."""
+
+    bytes: int
+    digests: Mapping[str, FileDigest]
 
 
 class Journal:
@@ -61,6 +80,8 @@ class Journal:
         self._began = self._kept_at = time.monotonic()
         self._keeping = 0.0  # seconds that it took the last time
         self._done, self._parts = entry.done, dict(entry.parts)  # kept or not
+        self._outside = 0  # parts that are no block's
+        self._home = stage.state  # where parts lie
         self._promise()
 
     @property
@@ -79,13 +100,20 @@ class Journal:
             self._write(plan=dict(measured()))
         return self.entry.plan
 
-    def outside(self, tensors: Sequence[tuple[str, Callable[[], Tensor]]]) -> None:
-        """Keeps what belongs to no block, read one tensor at a time, unless a run before did."""
+    def outside(self, tensors: Sequence[Unread], total: int) -> None:
+        """Keeps what belongs to no block, little of it read at a time, unless a run before did.
+
+        The checkpoint's tensors have about `total` bytes: many stay in the files they are kept in.
+        """
+        if total > shards.JOINED_BYTES:
+            self._home = self._stage.folder
+        groups = shards.grouped({each.name: each.bytes for each in tensors}, _TOGETHER)
+        self._outside = len(groups)
         if self.entry.parts:
             return
-        for place, (name, read) in enumerate(tensors):
-            part = f"outside-{place:05}.safetensors"
-            self._parts[part] = shards.write(self._stage.state / part, {name: read()})
+        read = {each.name: each.read for each in tensors}
+        for group in groups:
+            self._keep_part({name: read[name]() for name in group})
         self._write(parts=dict(self._parts))
 
     def resume(self, layers: Layers, streams: Sequence[Stream]) -> None:
@@ -108,8 +136,7 @@ class Journal:
         the last one are done again by a run that goes on.
         """
         self._done, state = self._done + 1, self._stage.state
-        part = f"block-{self._done:05}.safetensors"
-        self._parts[part] = shards.write(state / part, tensors)
+        self._keep_part(tensors)
         shards.write(state / _units(self._done), layers.units)
         layers.units.clear()
         began = time.monotonic()
@@ -144,10 +171,20 @@ class Journal:
         with aside.shelf(self._stage.state) as disk, hosted as host:
             yield [None] * places.device + [host] * places.host + [disk] * places.disk
 
-    def assemble(self) -> int:
-        """The checkpoint of all parts, in the folder that becomes the target; its bytes."""
-        parts = {self._stage.state / name: size for name, size in self.entry.parts.items()}
-        return shards.assemble(parts, self._stage.folder)
+    def assemble(self) -> Assembled:
+        """The checkpoint of all parts, in the folder that becomes the target."""
+        folder, parts = self._stage.folder, self.entry.parts
+        total = sum(part.tensors for part in parts.values())
+        if self._home == folder:
+            shards.index(folder, parts, total)
+            return Assembled(total, {name: part.file for name, part in parts.items()})
+        digest = shards.join([self._home / name for name in parts], folder / artifact.SINGLE)
+        return Assembled(total, {artifact.SINGLE: digest} if digest else {})
+
+    def _keep_part(self, tensors: Mapping[str, Tensor]) -> None:
+        count = self._outside + self._blocks
+        name = shards.name(len(self._parts) + 1, count)
+        self._parts[name] = shards.part(self._home / name, tensors)
 
     def _write(self, **news: object) -> None:
         self.entry = self.entry.model_copy(update={**news, "seconds": self.seconds})

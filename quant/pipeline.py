@@ -5,6 +5,7 @@ Streams: a block's weights are read, solved, written and dropped before the next
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from quant.errors import SpaceError
 from quant.formats import FULL, Plan
 from quant.intake import architecture, source
 from quant.intake.source import Source
-from quant.journal import Journal
+from quant.journal import Journal, Unread
 from quant.lora import starts
 from quant.lora.adapter import UNITS
 from quant.lora.training import AS_STORED, Training
@@ -101,13 +102,14 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         _solve(layers, asked, kept, rows)
         if recipe.scheme == "w8a8":
             shards.write(stage.folder / UNITS, kept.units())
-        size = kept.assemble()
+        made = kept.assemble()
         progress.say("reading back every layer")
         facts = _facts(recipe, order, opened, rows)
         found = {
             **_formats(recipe, layers.plan, decoder),
             "layers": tuple(layers.reports),
-            "bytes_after": size,
+            "bytes_after": made.bytes,
+            "files": made.digests,
             "seconds": round(kept.seconds, 1),
         }
         facts = facts.model_copy(update=found)
@@ -181,7 +183,7 @@ def _solve(layers: Layers, asked: estimate.Run, kept: Journal, rows: Batches) ->
     tied = decoder.stored_as("lm_head.weight") if architecture.is_tied(opened.config) else None
     # Loaders make a tied head out of the embedding again.
     outside = [name for name in names if name not in within and name != tied]
-    kept.outside([(name, partial(layers.kept, opened, name)) for name in outside])
+    kept.outside([_unread(layers, opened, name) for name in outside], layers.bytes_after(opened))
     samples, length = rows.input_ids.shape
     given = replace(asked.given, samples=samples, length=length)
     batches = zip(
@@ -197,6 +199,11 @@ def _solve(layers: Layers, asked: estimate.Run, kept: Journal, rows: Batches) ->
             kept.finished(tensors, layers, streams[0])
 
 
+def _unread(layers: Layers, opened: Source, name: str) -> Unread:
+    size = math.prod(opened.tensors.shape(name)) * layers.dtype.itemsize
+    return Unread(name, size, partial(layers.kept, opened, name))
+
+
 def _finished(
     folder: Path, name: str, layers: Layers, asked: estimate.Run, manifest: Manifest
 ) -> Manifest:
@@ -208,7 +215,7 @@ def _finished(
         checkpoint.copy_companions(parent, folder)
         checkpoint.verify(folder, layers.digests, layers.plan)
         card.write(folder, manifest, name)
-        return artifact.seal(folder, manifest)
+        return artifact.seal(folder, manifest, manifest.files)
     except OSError as fault:
         raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault
 

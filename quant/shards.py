@@ -1,4 +1,4 @@
-"""Safetensors files written whole or not at all, and joined without being read into memory.
+"""Safetensors files written whole or not at all, digested on the way, joined where they are small.
 
 A tensor's bytes go into the file from where they lie; safetensors' own writer copies them first,
 and cannot join files. Owns the names of a checkpoint's shards and its index. Refuses, with
@@ -9,9 +9,11 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ import torch
 from torch import Tensor
 
 from quant import artifact, interrupt
+from quant.artifact import FileDigest
 from quant.durable import settle
 from quant.errors import SpaceError
 from quant.headers import TensorHeader, read_headers
 
-SHARD_BYTES = 4 << 30  # of tensors in one file of an artifact
+# Of tensors: an artifact of no more is one file, written a second time at the end. Of a larger one
+# each part is a file as it was written, once.
+JOINED_BYTES = 1 << 29
 HELD_BYTES = 1 << 29  # that a writer collects before it writes a file
 _CHUNK = 1 << 22
 _NAMES = {
@@ -34,24 +39,48 @@ _NAMES = {
 }  # fmt: skip
 _WIDTHS = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 
+Seen = Callable[[memoryview], object]
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """One file of these tensors, on disk for good before it has its name; bytes of the tensors."""
+
+def _nobody(_piece: memoryview) -> None:
+    """Nobody digests what is no part of an artifact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A file of a checkpoint, and the bytes of the tensors in it."""
+
+    file: FileDigest
+    tensors: int
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], seen: Seen = _nobody) -> int:
+    """One file of these tensors, on disk for good before it has its name; bytes of the tensors.
+
+    `seen` is called with each of the file's bytes once, in order.
+    """
     table = {n: (_NAMES[t.dtype], tuple(t.shape), t.nbytes) for n, t in tensors.items()}
     order = sorted(table, key=lambda name: (-_WIDTHS[table[name][0]], name))
     header = _header([(name, *table[name]) for name in order])
-    whole(path, _chain(header, (_raw(tensors[name]) for name in order)))
+    whole(path, _chain(header, (_raw(tensors[name]) for name in order)), seen)
     return sum(size for *_, size in table.values())
 
 
-def whole(path: Path, pieces: Iterable[Any]) -> None:
-    """One file of these bytes, on disk for good before it has its name."""
+def part(path: Path, tensors: Mapping[str, Tensor]) -> Part:
+    """As `write`, with the file's digest, for which nothing is read again."""
+    digest = hashlib.sha256()
+    size = write(path, tensors, digest.update)
+    return Part(FileDigest(sha256=digest.hexdigest(), bytes=path.stat().st_size), size)
+
+
+def whole(path: Path, pieces: Iterable[Any], seen: Seen = _nobody) -> None:
+    """One file of these bytes, on disk for good before it has its name; `seen` as in `write`."""
     growing = path.with_name(f".{path.name}.growing")
     try:
         with growing.open("wb", buffering=0) as out:
             for piece in pieces:
                 interrupt.check()
-                _put(out, memoryview(piece))
+                _put(out, memoryview(piece), seen)
             os.fsync(out.fileno())
         growing.replace(path)
         settle(path.parent)
@@ -60,26 +89,49 @@ def whole(path: Path, pieces: Iterable[Any]) -> None:
         raise SpaceError(f"{path.parent} cannot hold {path.name}: {fault.strerror}") from fault
 
 
-def assemble(parts: Mapping[Path, int], folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
-    """Joins parts, in their order, into a checkpoint in `folder`; bytes of all its tensors.
+def join(parts: Sequence[Path], path: Path) -> FileDigest | None:
+    """One file of all tensors of the parts, which are gone afterwards; its digest.
 
-    `parts` tells the bytes of each one's tensors. They are gone afterwards. May be called again
-    after it was cut short: a shard that stands is not made again, and its parts may be missing.
+    May be called again after it was cut short: where the file stands, its digest is not known any
+    more and some parts may be missing.
     """
-    groups = _grouped(parts, shard_bytes)
-    index: dict[str, str] = {}
-    for place, group in enumerate(groups, 1):
-        name = _name(place, len(groups))
-        if not (folder / name).exists():
-            _join(group, folder / name)
-        for part in group:
-            part.unlink(missing_ok=True)
-        index |= dict.fromkeys(read_headers(folder / name), name)
-    total = sum(parts.values())
-    if len(groups) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        whole(folder / artifact.INDEX, [(json.dumps(content, indent=1) + "\n").encode()])
-    return total
+    digest = None
+    if not path.exists():
+        found = {name: (part, h) for part in parts for name, h in read_headers(part).items()}
+        order = sorted(found, key=lambda name: (-_WIDTHS[found[name][1].dtype], name))
+        table = [(n, h.dtype, h.shape, h.end - h.begin) for n in order for h in [found[n][1]]]
+        pieces = (piece for name in order for piece in _copied(*found[name]))
+        taken = hashlib.sha256()
+        whole(path, _chain(_header(table), pieces), taken.update)
+        digest = FileDigest(sha256=taken.hexdigest(), bytes=path.stat().st_size)
+    for part in parts:
+        part.unlink(missing_ok=True)
+    return digest
+
+
+def index(folder: Path, names: Iterable[str], total: int) -> None:
+    """Says which of these files of a folder holds what; `total` is the bytes of all tensors."""
+    found = {tensor: name for name in names for tensor in read_headers(folder / name)}
+    content = {"metadata": {"total_size": total}, "weight_map": found}
+    whole(folder / artifact.INDEX, [(json.dumps(content, indent=1) + "\n").encode()])
+
+
+def name(place: int, count: int) -> str:
+    """Of the file at a place, from 1 on, of so many."""
+    return artifact.SINGLE if count == 1 else f"model-{place:05}-of-{count:05}.safetensors"
+
+
+def grouped(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Neighbours together while their bytes fit into `limit`."""
+    groups: list[list[str]] = []
+    room = 0
+    for each, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(each)
+        room -= size
+    return groups
 
 
 class Writer:
@@ -99,40 +151,19 @@ class Writer:
     def close(self) -> int:
         """Bytes of all tensors."""
         self._flush()
-        return assemble(self._parts, self._folder, shard_bytes=0)
+        count = len(self._parts)
+        names = [name(place, count) for place in range(1, count + 1)]
+        for part, shard in zip(self._parts, names, strict=True):
+            part.replace(self._folder / shard)
+        total = sum(self._parts.values())
+        if count > 1:
+            index(self._folder, names, total)
+        return total
 
     def _flush(self) -> None:
         part = self._folder / f"part-{len(self._parts):05}.safetensors"
         self._parts[part] = write(part, self._held)
         self._held = {}
-
-
-def _name(place: int, count: int) -> str:
-    return artifact.SINGLE if count == 1 else f"model-{place:05}-of-{count:05}.safetensors"
-
-
-def _grouped(parts: Mapping[Path, int], limit: int) -> list[list[Path]]:
-    """Neighbours together while they fit."""
-    groups: list[list[Path]] = []
-    room = 0
-    for part, size in parts.items():
-        if not groups or size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(part)
-        room -= size
-    return groups
-
-
-def _join(parts: Sequence[Path], path: Path) -> None:
-    if len(parts) == 1:
-        parts[0].replace(path)
-        settle(path.parent)
-        return
-    found = {name: (part, h) for part in parts for name, h in read_headers(part).items()}
-    order = sorted(found, key=lambda name: (-_WIDTHS[found[name][1].dtype], name))
-    table = [(n, h.dtype, h.shape, h.end - h.begin) for n in order for h in [found[n][1]]]
-    whole(path, _chain(_header(table), (c for name in order for c in _copied(*found[name]))))
 
 
 def _copied(part: Path, header: TensorHeader) -> Iterator[bytes]:
@@ -167,7 +198,9 @@ def _raw(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _put(out: FileIO, piece: memoryview) -> None:
+def _put(out: FileIO, piece: memoryview, seen: Seen) -> None:
     while piece.nbytes:
-        piece = piece[out.write(piece[:_CHUNK]) :]
+        written = out.write(piece[:_CHUNK])
+        seen(piece[:written])
+        piece = piece[written:]
         interrupt.check()

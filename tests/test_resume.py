@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from quant import artifact, journal
+from quant import artifact, checkpoint, journal, shards
 from quant.artifact import Manifest
 from quant.proof import card
 from tests import tiny, warm
@@ -29,22 +30,47 @@ from tests.test_quant_cli import Ran
 BLOCKS = 3
 SCHEME = ("--scheme", "w8a8")  # it folds scales into norms: more state than the others
 
+
+def part(place: int, count: int = BLOCKS + 1) -> str:
+    """What is outside the blocks is the first, then come the blocks."""
+    return f"model-{place:05}-of-{count:05}.safetensors"
+
+
 # Where a run dies: the first file system step with this event whose path ends like that.
 MOMENTS = {
     "before its rows are kept": ("os.rename", ".rows.safetensors.growing"),
     "before its journal begins": ("os.rename", ".journal.json.growing"),
-    "while it reads the outside": ("os.rename", ".outside-00001.safetensors.growing"),
-    "as the first block is written": ("open", ".block-00001.safetensors.growing"),
-    "before the block has its name": ("os.rename", ".block-00002.safetensors.growing"),
+    "while it reads the outside": ("os.rename", f".{part(1)}.growing"),
+    "as the first block is written": ("open", f".{part(2)}.growing"),
+    "before the block has its name": ("os.rename", f".{part(3)}.growing"),
     "between block and activations": ("open", ".activations-00002.safetensors.growing"),
     "between activations and journal": ("os.remove", "activations-00001.safetensors"),
-    "at the end of the last block": ("os.rename", ".block-00003.safetensors.growing"),
+    "at the end of the last block": ("os.rename", f".{part(4)}.growing"),
     "before parts are joined": ("open", "artifact/.model.safetensors.growing"),
-    "when parts are joined": ("os.remove", "outside-00000.safetensors"),
+    "when parts are joined": ("os.remove", part(1)),
     "before config.json": ("open", "artifact/config.json"),
     "before the seal": ("os.rename", "artifact/.quantserve.json.partial"),
     "before the target appears": ("os.rename", "artifact"),
 }
+# Where every part stays the file that it was written as; what is outside the blocks are three.
+SPLIT = {
+    "while it reads the outside": ("os.rename", f".{part(2, 6)}.growing"),
+    "before the block has its name": ("os.rename", f".{part(5, 6)}.growing"),
+    "between activations and journal": ("os.remove", "activations-00001.safetensors"),
+    "before the index": ("os.rename", ".model.safetensors.index.json.growing"),
+    "before the target appears": ("os.rename", "artifact"),
+}
+
+
+def both(*steps: Callable[[], None] | None) -> None:
+    for step in steps:
+        if step is not None:
+            step()
+
+
+def split() -> None:
+    """As if the model were large."""
+    shards.JOINED_BYTES, journal._TOGETHER = 0, 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +78,7 @@ class Bench:
     """What all runs read, and the target of each by its name."""
 
     home: Path
+    before: Callable[[], None] | None = None  # in every run's process
 
     def words(self, name: str, *more: str) -> tuple[str, ...]:
         sizes = ("--samples", "8", "--length", "32", "--cache", str(self.home / "cache"))
@@ -64,7 +91,9 @@ class Bench:
 
     def ran(self, name: str, *more: str, first: Callable[[], None] | None = None) -> Ran:
         said = self.home / name / f"said-{len(list((self.home / name).glob('said-*')))}"
-        run = warm.begin(*self.words(name, *more), said=said, first=first)
+        run = warm.begin(
+            *self.words(name, *more), said=said, first=partial(both, self.before, first)
+        )
         return Ran(run.status(), run.stdout, run.stderr)
 
     def kept(self, name: str) -> Path:
@@ -145,6 +174,41 @@ def test_a_run_killed_is_gone_on_with(moment: str, bench: Bench, whole: Path) ->
     assert solved + after.stdout.count('"event": "layer"') <= 7 * (BLOCKS + 1)
 
 
+@pytest.fixture(scope="module")
+def apart(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    home = tmp_path_factory.mktemp("split")
+    for name in ("parent", "texts.jsonl"):
+        (home / name).symlink_to(bench.home / name)
+    return Bench(home, split)
+
+
+@pytest.fixture(scope="module")
+def in_parts(apart: Bench) -> Path:
+    (apart.home / "whole").mkdir()
+    assert apart.ran("whole").status == 0
+    return apart.target("whole")
+
+
+def test_parts_hold_what_one_file_holds(in_parts: Path, whole: Path) -> None:
+    names = {part(place, 6) for place in range(1, 7)} | {artifact.INDEX}
+    one = {path.name for path in whole.iterdir()} - {artifact.SINGLE}
+    assert {path.name for path in in_parts.iterdir()} == one | names
+    assert artifact.weights_fingerprint(in_parts) == artifact.weights_fingerprint(whole)
+    layers = dict(checkpoint.dequantized(in_parts))
+    loaded = AutoModelForCausalLM.from_pretrained(in_parts.parents[1] / "parent")
+    assert set(loaded.state_dict()) == set(layers)
+    assert facts(in_parts).bytes_after == facts(whole).bytes_after
+
+
+@pytest.mark.parametrize("moment", SPLIT)
+def test_a_run_that_writes_parts_is_gone_on_with(moment: str, apart: Bench, in_parts: Path) -> None:
+    run = cut_short(apart, moment, partial(die_at, apart.kept(moment), SPLIT[moment]))
+    assert run.status == -signal.SIGKILL, run.stderr
+    expected = {"while it reads the outside": 0, "before the block has its name": 1,
+                "between activations and journal": 2}  # fmt: skip
+    assert done(gone_on(apart, in_parts, moment)) == expected.get(moment, 3)
+
+
 @pytest.mark.parametrize("number", sorted(random.Random(7).sample(range(1, 80), 5)))
 def test_a_run_killed_at_any_step_is_gone_on_with(number: int, bench: Bench, whole: Path) -> None:
     steps = (whole.parent / "steps").read_text().splitlines()
@@ -169,7 +233,8 @@ def test_a_run_killed_over_and_over_comes_to_its_end(bench: Bench, whole: Path) 
 
 
 @pytest.mark.parametrize(
-    "file", ["block-00002.safetensors", "activations-00001.safetensors", "model.safetensors"]
+    "file",
+    ["model-00003-of-00004.safetensors", "activations-00001.safetensors", "model.safetensors"],
 )
 def test_a_run_killed_in_the_middle_of_a_write_is_gone_on_with(
     file: str, bench: Bench, whole: Path
@@ -185,7 +250,7 @@ def test_a_run_killed_in_the_middle_of_a_write_is_gone_on_with(
 @pytest.mark.parametrize(
     ("file", "promise"),
     [
-        ("block-00003.safetensors", "continues at block 3 of 3 when run again"),
+        ("model-00004-of-00004.safetensors", "continues at block 3 of 3 when run again"),
         ("model.safetensors", "continues behind the last block when run again"),
     ],
 )
@@ -198,7 +263,7 @@ def test_a_full_disk_midway_is_one_line_and_resumable(
     assert run.status == 2 and run.stderr.count("\n") == 1
     assert f"cannot hold {file}: File too large; {promise}" in run.stderr
     assert not list(bench.kept(name).rglob("*.growing"))
-    assert done(gone_on(bench, whole, name)) == (2 if "block" in file else 3)
+    assert done(gone_on(bench, whole, name)) == (2 if "of" in file else 3)
 
 
 def keep_seldom(folder: Path) -> None:
@@ -212,7 +277,7 @@ def test_blocks_faster_than_their_states_are_written_are_not_kept_one_by_one(
 ) -> None:
     run = cut_short(bench, "seldom", partial(keep_seldom, bench.kept("seldom")))
     assert run.status == -signal.SIGKILL
-    assert (bench.kept("seldom") / "state" / "block-00002.safetensors").exists()
+    assert (bench.kept("seldom") / "state" / part(3)).exists()
     assert done(gone_on(bench, whole, "seldom")) == 1  # what came after it is done again
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant import artifact, shards
+from quant.artifact import FileDigest
 from quant.errors import SpaceError
-from quant.headers import read_headers
 from quant.shards import Writer
 from tests.test_checkpoint import no_file_larger_than
 
@@ -39,10 +40,17 @@ def theirs(path: Path, tensors: dict[str, Tensor]) -> bytes:
     return path.read_bytes()
 
 
-def parts(folder: Path, count: int = 3) -> dict[Path, int]:
+def parts(folder: Path, count: int = 3) -> list[Path]:
     folder.mkdir(exist_ok=True)
     paths = [folder / f"part-{place}" for place in range(count)]
-    return {path: shards.write(path, some(place)) for place, path in enumerate(paths)}
+    for place, path in enumerate(paths):
+        shards.write(path, some(place))
+    return paths
+
+
+def digest(path: Path) -> FileDigest:
+    raw = path.read_bytes()
+    return FileDigest(sha256=hashlib.sha256(raw).hexdigest(), bytes=len(raw))
 
 
 def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
@@ -58,49 +66,53 @@ def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     assert (tmp_path / "same").read_bytes() == theirs(tmp_path / "theirs", same)
 
 
+def test_a_part_knows_its_file_without_reading_it(tmp_path: Path) -> None:
+    """In pieces of whatever size: one tensor is larger than what is written at a time."""
+    held = some() | {"large": torch.arange(3 << 20, dtype=torch.int16)}
+    made = shards.part(tmp_path / "part", held)
+    assert made.file == digest(tmp_path / "part")
+    assert made.tensors == sum(tensor.nbytes for tensor in held.values())
+
+
 def test_joined_parts_are_the_file_that_holds_all(tmp_path: Path) -> None:
-    total = shards.assemble(parts(tmp_path / "state"), tmp_path)
-    everything = some(0) | some(1) | some(2)
-    assert total == shards.write(tmp_path / "whole", everything)
-    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"state", "model.safetensors", "whole"}
+    given, file = parts(tmp_path / "state"), tmp_path / "model.safetensors"
+    found = shards.join(given, file)
+    shards.write(tmp_path / "whole", some(0) | some(1) | some(2))
+    assert file.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert found == digest(file)
     assert not list((tmp_path / "state").iterdir()), "parts that are joined take room"
 
 
-def test_parts_are_grouped_into_indexed_shards(tmp_path: Path) -> None:
-    given = parts(tmp_path / "state", count=5)
-    limit = 2 * max(given.values())
-    total = shards.assemble(given, tmp_path, limit)
-    names = [f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)]
-    assert sorted(path.name for path in tmp_path.glob("model-*")) == names
-    index = json.loads((tmp_path / artifact.INDEX).read_text())
-    assert index["metadata"]["total_size"] == total
-    for name in names:
-        held = read_headers(tmp_path / name)
-        assert {index["weight_map"][tensor] for tensor in held} == {name}
-        assert sum(header.end - header.begin for header in held.values()) <= limit
-    assert artifact.headers(tmp_path).keys() == {n for seed in range(5) for n in some(seed)}
+@pytest.mark.parametrize("gone", range(4))
+def test_a_join_that_was_cut_short_is_gone_on_with(gone: int, tmp_path: Path) -> None:
+    """The file stands, and some parts are gone."""
+    given, file = parts(tmp_path / "state"), tmp_path / "model.safetensors"
+    file.write_bytes(b"whole")
+    for part in given[:gone]:
+        part.unlink()
+    assert shards.join(given, file) is None, "what it holds has to be read"
+    assert file.read_bytes() == b"whole" and not list((tmp_path / "state").iterdir())
+
+
+def test_an_index_says_where_what_is(tmp_path: Path) -> None:
+    names = [shards.name(place, 3) for place in (1, 2, 3)]
+    assert names[1] == "model-00002-of-00003.safetensors"
+    total = sum(shards.write(tmp_path / name, some(place)) for place, name in enumerate(names))
+    shards.index(tmp_path, names, total)
+    content = json.loads((tmp_path / artifact.INDEX).read_text())
+    assert content["metadata"]["total_size"] == total
+    for place, name in enumerate(names):
+        assert {n for n, file in content["weight_map"].items() if file == name} == set(some(place))
     folded = tmp_path / "folded"
     folded.mkdir()
-    shards.write(folded / "model.safetensors", {n: t for k in range(5) for n, t in some(k).items()})
+    shards.write(folded / "model.safetensors", some(0) | some(1) | some(2))
     assert artifact.weights_fingerprint(folded) == artifact.weights_fingerprint(tmp_path)
 
 
-@pytest.mark.parametrize("cut", range(4))
-def test_an_assembly_that_was_cut_short_is_gone_on_with(cut: int, tmp_path: Path) -> None:
-    """Some shards stand, and the parts of the first are gone, or not all of them."""
-    expected = parts(tmp_path / "a", count=6)
-    shards.assemble(expected, tmp_path, limit := 2 * max(expected.values()))
-    whole = {path.name: path.read_bytes() for path in tmp_path.glob("model*")}
-    again = tmp_path / "again"
-    given = parts(again, count=6)
-    stand = sorted(name for name in whole if name.endswith("safetensors"))[:cut]
-    for name in stand:
-        (again / name).write_bytes(whole[name])
-    for path in list(given)[: max(0, 2 * cut - 1)]:
-        path.unlink()
-    assert shards.assemble(given, again, limit) == sum(expected.values())
-    assert {path.name: path.read_bytes() for path in again.glob("model*")} == whole
+def test_neighbours_share_a_file_while_they_fit() -> None:
+    sizes = {"a": 3, "b": 4, "c": 4, "d": 9, "e": 1, "f": 0}
+    assert shards.grouped(sizes, 8) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    assert shards.grouped({}, 8) == []
 
 
 def test_a_writer_makes_one_file_of_little_and_indexed_shards_of_much(tmp_path: Path) -> None:
