@@ -127,6 +127,8 @@ def read(folder: Path) -> Manifest | None:
         raise ArtifactError(f"{path} is not a valid manifest: {place}: {first['msg']}") from fault
     except ValueError as fault:
         raise ArtifactError(f"{path} is not a valid manifest: the file: {fault}") from fault
+    except OSError as fault:
+        raise ArtifactError(f"{path} cannot be read: {fault.strerror}") from fault
     if told != (None if manifest.format == 1 else _of_manifest(raw)):
         raise ArtifactError(
             f"{path} was altered after it was sealed: its content has another digest than it says;"
@@ -193,7 +195,11 @@ def _check(path: Path, expected: FileDigest, *, there: bool, tensors: bool) -> N
         raise ArtifactError(
             f"{path} has {path.stat().st_size} bytes, the manifest says {expected.bytes}"
         )
-    if (tensors or path.suffix != ".safetensors") and _digest(path) != expected:
+    try:
+        same = not (tensors or path.suffix != ".safetensors") or _digest(path) == expected
+    except OSError as fault:
+        raise ArtifactError(f"{path} cannot be read: {fault.strerror}") from fault
+    if not same:
         raise ArtifactError(f"{path} differs from what was sealed (sha256)")
 
 

@@ -31,25 +31,21 @@ def replace(path: Path, text: str) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Each takes the other's name in one step; False where kernel or file system cannot do that.
+    """Each takes the other's name in one step; False where that cannot be done, and nothing was.
 
-    https://man7.org/linux/man-pages/man2/rename.2.html, RENAME_EXCHANGE
+    https://man7.org/linux/man-pages/man2/rename.2.html, RENAME_EXCHANGE: some file systems refuse.
     """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
     sys.audit("os.rename", str(one), str(other), -1, -1)
-    if not renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), str(one), None, str(other))
+    done: int = renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    return done == 0
 
 
 def settle_all(folder: Path) -> None:
-    """Brings a new folder to disk, the files in it first."""
+    """Brings a new folder to disk, the files in it first; of a link its name, as of all others."""
     for inner in sorted(folder.rglob("*"), reverse=True):
-        if inner.is_file() or inner.is_dir():
+        if not inner.is_symlink() and (inner.is_file() or inner.is_dir()):
             settle(inner)
     settle(folder)

@@ -211,16 +211,26 @@ def _check(settings: Settings) -> None:
         database.checked(settings.database_url)
     if not settings.artifact.is_dir():
         raise SettingsError(f"{settings.artifact} is not a folder")
-    manifest = artifact.read(settings.artifact)
-    if manifest is not None:
-        # `compare` may be at the card at this moment, which no loader reads.
-        artifact.verify(settings.artifact, manifest, tensors=settings.verify, but=[artifact.CARD])
+    _check_artifact(settings.artifact, whole=settings.verify)
     if settings.adapters and not settings.max_adapters:
         raise SettingsError("--adapter needs at least one slot: --max-adapters is 0")
     if settings.adapters:
         # Needs torch, which would stay in this process for as long as it serves.
         with ProcessPoolExecutor(1, get_context("spawn")) as apart:
             apart.submit(_check_adapters, settings).result()
+
+
+def _check_artifact(folder: Path, *, whole: bool) -> None:
+    """ArtifactError where it would load otherwise than it was sealed; any other model may."""
+    manifest = artifact.read(folder)
+    if manifest is not None:
+        # `compare` may be at the card at this moment, which no loader reads.
+        artifact.verify(folder, manifest, tensors=whole, but=[artifact.CARD])
+    elif whole:
+        raise SettingsError(
+            f"--verify: {folder} has no {artifact.MANIFEST} that says what was sealed; leave it out"
+            " to serve a model that is no artifact"
+        )
 
 
 def _check_adapters(settings: Settings) -> None:

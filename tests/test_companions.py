@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.utils._paths import filter_repo_objects
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from quant import artifact, checkpoint, companions
-from quant.intake import source
-from quant.lora import adapter, voice
+from quant.intake import remodel, source
+from quant.lora import adapter
 from tests import tiny
 
 TOOLS = "{{ tools }}" + tiny.CHAT_TEMPLATE
@@ -133,13 +135,31 @@ def test_a_folder_made_over_for_its_vocabulary_has_them_all(tmp_path: Path) -> N
     assert opened.fingerprint.tokenizer == artifact.tokenizer_fingerprint(parent)
 
 
+def test_a_trainers_checkpoint_keeps_them_and_nothing_of_the_run(tmp_path: Path) -> None:
+    run = tiny.model_folder(tmp_path / "run")
+    several(run)
+    torch.save(load_file(run / "model.safetensors"), run / "pytorch_model.bin")
+    (run / "model.safetensors").unlink()
+    written(run, ("LICENSE", "preprocessor_config.json", "vocab.txt", "trainer_state.json"))
+    opened = source.open(str(run), cache=tmp_path / "cache")
+    assert companions.found(opened.folder) == companions.found(run)
+    assert {BESIDE, "LICENSE", "preprocessor_config.json"} <= set(companions.found(run))
+    assert {path.name for path in opened.folder.iterdir()}.isdisjoint(STAY[3:])
+
+
 def test_an_adapter_speaks_with_its_template_for_tools(tmp_path: Path) -> None:
-    lora = tiny.adapter_folder(tmp_path / "lora", tiny.model_folder(tmp_path / "base"))
-    tiny.tokenizer(lora)
-    plain = adapter.read(lora)
-    several(lora)
-    found = adapter.read(lora)
-    assert found.voice.template(tools=True) == TOOLS
-    assert found.voice.template(tools=False) == tiny.CHAT_TEMPLATE
-    assert found.digest != plain.digest
-    assert BESIDE in voice.FILES
+    """Beside its base, and in a model that it is merged into."""
+    base = tiny.model_folder(tmp_path / "base")
+    lora = tiny.adapter_folder(tmp_path / "lora", base)
+    digests = set()
+    for name, save, for_tools in (("one", tiny.tokenizer, tiny.CHAT_TEMPLATE),
+                                  ("two", several, TOOLS)):  # fmt: skip
+        tokenizer, merged = save(lora), tmp_path / name
+        found = adapter.read(lora)
+        assert found.voice.template(tools=True) == for_tools
+        assert found.voice.template(tools=False) == tiny.CHAT_TEMPLATE
+        digests.add(found.digest)
+        several(merged)  # the base's own
+        remodel.copy_voice([found], tiny.VOCAB, merged)
+        assert AutoTokenizer.from_pretrained(merged).chat_template == tokenizer.chat_template
+    assert len(digests) == 2

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from quant import artifact
+from quant import artifact, cli
 from quant.artifact import Manifest
 from tests import tiny, warm
 from tests.lora import write_lora
+from tests.test_artifact import older
 from tests.warm import QUANTSERVE
 
 SMALL = ("--samples", "8", "--length", "32")
@@ -223,3 +225,12 @@ def test_a_killed_run_leaves_no_target_and_the_next_one_succeeds(
     assert {path.name for path in tmp_path.iterdir()} == {"said", "next", "out"}
     manifest = artifact.read(tmp_path / "out")
     assert manifest is not None and len(manifest.layers) == 14
+
+
+def test_a_manifest_of_an_older_version_is_told_of_where_it_is_verified(tmp_path: Path) -> None:
+    """On stderr: a program reads what --json says."""
+    older(tiny.model_folder(tmp_path))
+    done = CliRunner().invoke(cli.app, ["inspect", str(tmp_path), "--verify", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["format"] == 1
+    assert "is of an older version and carries no digest of itself" in done.stderr
+    assert "older" not in CliRunner().invoke(cli.app, ["inspect", str(tmp_path)]).stderr

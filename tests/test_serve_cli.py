@@ -93,6 +93,10 @@ def test_one_bit_of_the_weights_where_it_is_asked_for(sealed: Path) -> None:
     assert "differs" not in by_size and "ghost" in by_size
 
 
+def test_a_model_without_a_manifest_where_it_is_to_be_verified(model: Path) -> None:
+    assert "has no quantserve.json that says what was sealed" in refused(model, "--verify")
+
+
 def test_an_adapter_for_another_base(model: Path, tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "lora", {MODULE: (8, 7)})
     said = refused(model, "--adapter", f"legal={lora}")
