@@ -8,7 +8,7 @@ only.
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 TEMPLATES = "additional_chat_templates"  # where transformers keeps every template but the default
 GENERATION = "generation_config.json"
@@ -43,6 +43,10 @@ def found(folder: Path, patterns: Sequence[str] = ALL) -> list[str]:
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     plain = (p for p in paths if p.suffix.lower() not in _LOADED and not p.name.startswith("."))
     return sorted(path.relative_to(folder).as_posix() for path in plain)
+
+
+def is_vocabulary(name: str) -> bool:
+    return any(PurePath(name).match(pattern) for pattern in VOCABULARIES)
 
 
 def copy(source: Path, target: Path, patterns: Sequence[str] = ALL) -> list[str]:

@@ -6,6 +6,7 @@ behind a vision tower.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,37 +26,50 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from quant import artifact, interrupt
-from quant.errors import ArtifactError, SourceError
-from quant.intake import spelling
+from quant import interrupt
+from quant.errors import SourceError
+from quant.intake import config_json, spelling
+from quant.intake.spelling import Shape, Spelling
+
+# What building a configuration or a model lets fly over values that no such model has.
+_UNBUILDABLE = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+    RecursionError, RuntimeError, ImportError, OSError, StrictDataclassError,
+)  # fmt: skip
+_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # once stored, now computed
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The tensors of a model by name, a tied head left out: its own names, and those that the hub
-    has for them. `vocabulary` names those whose rows are tokens."""
+    """The tensors that a model is made of, by its own names.
+
+    `shapes` leaves out what is `tied` to another tensor: its name -> the other's. The rows of those
+    in `vocabulary` are tokens. `optional` may be missing, and loaders pass over `ignored` names.
+    """
 
     config: PretrainedConfig
-    shapes: dict[str, tuple[int, ...]]
-    published: dict[str, tuple[int, ...]]
+    spelling: Spelling
+    shapes: dict[str, Shape]
+    tied: dict[str, str]
     embedding: str
+    head: str | None
     vocabulary: tuple[str, ...]
+    optional: frozenset[str]
+    ignored: re.Pattern[str]
 
 
 def config(folder: Path) -> PretrainedConfig:
-    """The configuration in `folder`. SourceError says why it cannot be quantized."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SourceError(f"{folder} is not a model folder: it has no config.json")
+    """The configuration in `folder`. SourceError says why no model can be built by it."""
+    path = folder / config_json.FILE
+    raw = config_json.read(folder)
     try:
-        if artifact.quantization_config(folder) is not None:
-            raise SourceError(f"{path} has a quantization_config: the model is quantized already")
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ArtifactError as fault:
-        raise SourceError(str(fault)) from fault
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as fault:
+        depth = found.get_text_config().num_hidden_layers
+    except _UNBUILDABLE as fault:
         raise SourceError(f"{path} is not of a known architecture: {_brief(fault)}") from fault
-    _check_decoder(path, found)
+    _check_decoder(path, found, raw.get("architectures"))
+    if not isinstance(depth, int) or depth < 1:
+        raise SourceError(f"{path}: num_hidden_layers is {depth}: expected at least 1")
     return found
 
 
@@ -71,47 +85,86 @@ def sees(config: PretrainedConfig) -> bool:
 
 def builder(config: PretrainedConfig) -> Any:
     """Whose `from_config` and `from_pretrained` make the model."""
-    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+    plain = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if plain else AutoModelForImageTextToText
 
 
 def hollow(config: PretrainedConfig) -> PreTrainedModel:
-    """The model as transformers builds it, without memory."""
-    with torch.device("meta"):
-        made: PreTrainedModel = builder(config).from_config(config)
+    """The model as transformers builds it, without memory. SourceError where it cannot."""
+    try:
+        with torch.device("meta"):
+            made: PreTrainedModel = builder(config).from_config(config)
+    except _UNBUILDABLE as fault:
+        raise SourceError(
+            f"config.json describes no {config.architectures[0]} that can be built: {_brief(fault)}"
+        ) from fault
     return made
 
 
 def outline(config: PretrainedConfig) -> Outline:
+    """SourceError where config.json's numbers make no model."""
     model = hollow(config)
     names = {id(module): name for name, module in model.named_modules()}
-    embedding = f"{names[id(model.get_input_embeddings())]}.weight"
-    head = model.get_output_embeddings()
-    heads = (f"{names[id(head)]}.weight",) if head is not None else ()
-    left_out = heads if is_tied(config) else ()
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: shape for name, shape in state.items() if name not in left_out}
-    published = shapes
-    if spelling.expert_leaves(model) is not None:
-        parts = spelling.published(model, shapes)
-        published = {name: part.shape for name, part in parts.items()}
-    return Outline(config, shapes, published, embedding, (embedding, *heads))
+    spelled = spelling.of(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [embedding, *([head] if head is not None else [])]
+    vocabulary = [f"{names[id(end)]}.{leaf}" for end in ends for leaf, _ in end.named_parameters()]
+    ties = model.all_tied_weights_keys
+    tied = {name: of for name, of in ties.items() if {name, of} <= spelled.own.keys()}
+    return Outline(
+        config=config,
+        spelling=spelled,
+        shapes={name: shape for name, shape in spelled.own.items() if name not in tied},
+        tied=tied,
+        embedding=f"{names[id(embedding)]}.weight",
+        head=f"{names[id(head)]}.weight" if head is not None else None,
+        vocabulary=tuple(vocabulary),
+        optional=_optional(model),
+        ignored=re.compile(
+            "|".join(f"(?:{p})" for p in (*_BUFFERS, *_patterns(model, "unexpected")))
+        ),
+    )
 
 
-def _check_decoder(path: Path, config: PretrainedConfig) -> None:
-    names = config.architectures or []
-    known = {
-        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-        *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
-    }
-    if config.is_encoder_decoder or not names or names[0] not in known:
+def classes(config: PretrainedConfig) -> list[str]:
+    """Names of the language models, seeing ones among them, that `config` makes."""
+    tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    found = [table[config.model_type] for table in tables if config.model_type in table]
+    flat = (name for each in found for name in ([each] if isinstance(each, str) else each))
+    return list(dict.fromkeys(flat))
+
+
+def _optional(model: PreTrainedModel) -> frozenset[str]:
+    """Tensors whose values the model's own code has; of buffers, a block asks for its own."""
+    missing = re.compile("|".join(_patterns(model, "missing")) or r"(?!)")
+    found = {name for name in model.state_dict() if missing.search(name)}
+    return frozenset(found | {name for name, _ in model.named_buffers()})
+
+
+def _patterns(model: PreTrainedModel, kind: str) -> list[str]:
+    return sorted(getattr(model, f"_keys_to_ignore_on_load_{kind}") or ())
+
+
+def _check_decoder(path: Path, config: PretrainedConfig, named: Any) -> None:
+    """Fills in the class where there is but one."""
+    known = [] if config.is_encoder_decoder else classes(config)
+    if named is None and len(known) == 1:
+        config.architectures = known
+        return
+    told = ", ".join(map(str, named)) if isinstance(named, list) and named else config.model_type
+    if not known:
         raise SourceError(
-            f"{path}: {', '.join(names) or config.model_type} is not a decoder-only language model"
-            " that transformers knows"
+            f"{path}: {told} is not a decoder-only language model that transformers knows"
+        )
+    if not isinstance(named, list) or not named or named[0] not in known:
+        raise SourceError(
+            f"{path}: {told} is not a decoder-only language model of type {config.model_type}:"
+            f" architectures is expected to name {' or '.join(known)}"
         )
 
 
 def _brief(fault: Exception) -> str:
-    return " ".join(str(fault).split())[:300]
+    return " ".join(str(fault).split())[:300] or type(fault).__name__
 
 
 def interruptible(model: PreTrainedModel) -> None:

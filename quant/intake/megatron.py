@@ -115,8 +115,7 @@ def named(weights: Mapping[str, Weight], outline: Outline, where: Path) -> dict[
             found |= _renamed(name, weight, config, where)
     for name in set(outline.vocabulary) & found.keys():
         found[name] = _cut(found[name], config.vocab_size)
-    naming.check(found, outline, where)
-    return {name: found[name] for name in outline.shapes}
+    return naming.admitted(found, outline, where)
 
 
 def _is_dist(folder: Path) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from httpx2 import HTTPError  # what huggingface_hub speaks with; a proxy's refusal escapes it
@@ -22,8 +23,23 @@ from transformers import PretrainedConfig
 from quant import artifact, companions, interrupt
 from quant.artifact import Fingerprint
 from quant.errors import AdapterError, ArtifactError, SourceError
-from quant.headers import TensorHeader
-from quant.intake import architecture, fused, gguf, remodel, trainer, vocabulary
+from quant.headers import Headers, TensorHeader
+from quant.intake import (
+    architecture,
+    around,
+    config_json,
+    corrected,
+    door,
+    fused,
+    gguf,
+    remodel,
+    stored,
+    trainer,
+    vocabulary,
+)
+from quant.intake.architecture import Outline
+from quant.intake.corrected import Correction
+from quant.intake.door import Admitted
 from quant.intake.stored import Stored
 from quant.lora import adapter as lora
 from quant.lora import anatomy, merge
@@ -133,11 +149,10 @@ def open(
     what is missing, damaged or does not fit.
     """
     cache = (cache or CACHE).expanduser().absolute()
-    given = _folder(spec, cache, say)
-    folder = vocabulary.fitted(given, architecture.config(given), cache, say)
+    folder, left_out = _plain(_folder(spec, cache, say), cache, say)
     config = architecture.config(folder)
     try:
-        headers = fused.headers(folder)
+        headers = _without(fused.headers(folder), left_out)
         fingerprint = Fingerprint(
             weights=artifact.weights_fingerprint(folder, headers),
             tokenizer=artifact.tokenizer_fingerprint(folder),
@@ -157,11 +172,55 @@ def open(
     if made_over != folder:
         say("the adapter changes the head or the vocabulary: reading a copy that has room for it")
         folder, config = made_over, architecture.config(made_over)
-        headers = fused.headers(folder)
+        headers = _without(fused.headers(folder), left_out)
     dtype = _served_dtype(folder, config, headers)
     rounded = anatomy.of(config).linears if training.rounds else {}
     tensors = Tensors(folder, headers, opened, training, rounded)
     return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache, training)
+
+
+def _plain(given: Path, cache: Path, say: Say) -> tuple[Path, set[str]]:
+    """A folder whose tensors, config.json and tokenizer belong together, and tensors that are no
+    weights."""
+    config, tokenizer = around.config_of(given, given), around.tokenizer_of(given, given)
+    if config_json.FILE not in config:
+        raise SourceError(f"{given} is not a model folder: it has no {config_json.FILE}")
+    try:
+        weights = stored.of_headers(given, artifact.headers(given))
+    except ArtifactError as fault:
+        raise SourceError(str(fault)) from fault
+    home = config[config_json.FILE].parent
+    outline = door.outline(home, weights)
+    found = door.admitted(weights, outline, given)
+    shapes = {key: weights[tensor.given].shape for key, tensor in found.tensors.items()}
+    voice = next(iter(tokenizer.values()), given).parent
+    changes = vocabulary.corrected(shapes, outline, voice, given, say) | _untied(
+        found, outline, say
+    )
+    if config_json.read(home).get("architectures") is None:
+        say(f"config.json names no architecture: {outline.config.architectures[0]} is taken")
+        changes["architectures"] = outline.config.architectures
+    files = {n: p for n, p in (config | tokenizer).items() if p.parent != given}
+    renamed = {t.name: weights[t.given] for t in found.tensors.values()} if found.renamed else None
+    correction = Correction(changes, files, renamed)
+    folder = corrected.folder(given, correction, cache, say)
+    if found.untied and architecture.is_tied(architecture.config(folder)):
+        raise SourceError(f"{given}: {outline.config.model_type} cannot have a head of its own")
+    return folder, weights.keys() - {tensor.given for tensor in found.tensors.values()}
+
+
+def _without(headers: Mapping[str, TensorHeader], names: Collection[str]) -> Headers:
+    return {name: header for name, header in headers.items() if name not in names}
+
+
+def _untied(found: Admitted, outline: Outline, say: Say) -> dict[str, Any]:
+    """What config.json has to say where the files hold a head of its own, as transformers does."""
+    for key in sorted(found.untied):
+        name, of = (found.tensors[each].name for each in (key, outline.tied[key]))
+        if key != outline.head:
+            raise SourceError(f"{name} differs from {of}, and the model has one tensor for both")
+        say(f"{name} differs from {of}, which config.json ties: both are kept, and not tied")
+    return {"tie_word_embeddings": False} if found.untied else {}
 
 
 def _folder(spec: str, cache: Path, say: Say) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
+    dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -41,6 +43,95 @@ class Part(NamedTuple):
     of: str
     first: int
     shape: Shape
+
+
+class Key(NamedTuple):
+    """`plain` where every loader finds it under that name, with nothing put in front."""
+
+    name: str
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """What a checkpoint may call the tensors of `model`, which has no weights.
+
+    A key is the model's own name of a tensor, or of a part of it that checkpoints keep as a tensor.
+    `shapes` has those that a key may have, `parts` the keys that make up each of the model's own
+    tensors, `hub` the name that `save_pretrained` writes for a key.
+    """
+
+    model: PreTrainedModel
+    own: Mapping[str, Shape]
+    shapes: Mapping[str, frozenset[Shape]]
+    parts: Mapping[str, frozenset[str]]
+    hub: Mapping[str, str]
+
+    def keys(self, names: Iterable[str]) -> dict[str, Key]:
+        """The key of each name that has one, found as transformers' own loader finds it."""
+        renamings, _ = _changes(self.model)
+        before = self.model.base_model_prefix or None
+        found = {}
+        for name in sorted(names, key=dot_natural_key):
+            renamed, _ = rename_source_key(name, renamings, [])
+            for plain in (renamed, name):
+                key, _ = rename_source_key(plain, [], [], before, self.shapes)
+                if key in self.shapes:
+                    found[name] = Key(key, plain=key == plain)
+                    break
+        return found
+
+
+def of(model: PreTrainedModel) -> Spelling:
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    renamings, converters = _changes(model)
+    shapes: dict[str, set[Shape]] = {name: {shape} for name, shape in own.items()}
+    parts: dict[str, set[str]] = {}
+    hub: dict[str, str] = {}
+    for name, shape in _written(model).items():
+        key, _ = rename_source_key(name, renamings, [])
+        for made in _makes(name, renamings, converters):
+            if made in own:
+                shapes.setdefault(key, set()).add(shape)
+                parts.setdefault(made, set()).add(key)
+                hub[key] = name
+    return Spelling(
+        model,
+        own,
+        {key: frozenset(each) for key, each in shapes.items()},
+        {name: frozenset(parts.get(name, {name})) for name in own},
+        hub,
+    )
+
+
+def _changes(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """Anew each time: some of them remember what they have seen."""
+    changes = get_model_conversion_mapping(model)
+    return (
+        [change for change in changes if isinstance(change, WeightRenaming)],
+        [change for change in changes if isinstance(change, WeightConverter)],
+    )
+
+
+def _written(model: PreTrainedModel) -> dict[str, Shape]:
+    """Name and shape of every tensor that `save_pretrained` would write of the whole state."""
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [c for c in changes if not isinstance(c, PrefixChange)]
+    state = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
+    written = revert_weight_conversion(model, state)
+    return {name: tuple(tensor.shape) for name, tensor in written.items()}
+
+
+def _makes(
+    name: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
+) -> list[str]:
+    """The model's own tensors that one of a checkpoint becomes, or becomes part of."""
+    made, pattern = rename_source_key(name, renamings, converters)
+    if pattern is None:
+        return [made]
+    change = [each for each in converters if pattern in each.source_patterns][-1]
+    first = change.target_patterns[0]
+    return [made.replace(first, target) for target in change.target_patterns]
 
 
 def own_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:

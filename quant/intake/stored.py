@@ -6,7 +6,7 @@ Every reader of a trainer's checkpoint hands these on, so that a model is never 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,18 @@ from torch import Tensor
 
 from quant import interrupt
 from quant.errors import SourceError
+from quant.headers import Headers
+
+_PIECE = 1 << 24  # elements
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F4": torch.float4_e2m1fn_x2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,14 @@ class Stored:
             raise SourceError(f"{self.path} is corrupt: no elements {first}:{last} of {self.shape}")
         return self._elements(self.offset + first, last - first)
 
+    def pieces(self) -> Iterator[Tensor]:
+        """What `read` gives, flat and in parts of at most `_PIECE` elements."""
+        if self != self.plain(self.path, self.begin, self.dtype, self.shape):
+            yield from torch.split(self.read().flatten(), _PIECE)
+            return
+        for first in range(0, self.numel, _PIECE):
+            yield self._elements(first, min(_PIECE, self.numel - first))
+
     def _elements(self, first: int, count: int) -> Tensor:
         made = torch.empty(count, dtype=self.dtype)
         if not count:
@@ -94,10 +114,18 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    whole: Stored | None = None  # where it lies in one piece
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[Tensor]:
+        """What `read` gives, flat and in parts; little memory where it lies in one piece."""
+        if self.whole is not None:
+            yield from self.whole.pieces()
+        else:
+            yield from torch.split(self.read().flatten(), _PIECE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +138,17 @@ class Checkpoint:
 
 def whole(stored: Stored) -> Weight:
     """A tensor that lies in one piece."""
-    return Weight(stored.path, stored.shape, stored.dtype, stored.read)
+    return Weight(stored.path, stored.shape, stored.dtype, stored.read, stored)
+
+
+def of_headers(folder: Path, headers: Headers) -> dict[str, Weight]:
+    """The tensors of safetensors files in `folder`."""
+    return {
+        name: whole(
+            Stored.plain(folder / header.file, header.begin, _DTYPES[header.dtype], header.shape)
+        )
+        for name, header in headers.items()
+    }
 
 
 def derived(weight: Weight, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> Weight:
