@@ -169,13 +169,20 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "many layers": ({"num_hidden_layers": 4000}, "num_hidden_layers is 4000, and there are 21 te"),
     "true layers": ({"num_hidden_layers": True}, "num_hidden_layers is True: expected a whole"),
     "wide as text": ({"hidden_size": "wide"}, "hidden_size is 'wide': expected a whole number"),
-    "no heads": ({"num_attention_heads": 0}, "config.json "),
+    "no heads": ({"num_attention_heads": 0}, "config.json is not "),
+    "heads that do not divide": ({"num_attention_heads": 3}, "config.json is not valid: "),
+    "no such function": ({"hidden_act": "none"}, "describes no Llama that can be built: there is"),
+    "no width": ({"hidden_size": 0}, "hidden_size is 0: expected a whole number from 1 to"),
     "no number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan: expected a finite number"),
     "endless": ({"rope_theta": float("inf")}, "rope_theta is inf: expected a finite number"),
-    "text for a number": ({"rms_norm_eps": "tiny"}, "config.json is not of a known architecture: "),
+    "text for a number": ({"rms_norm_eps": "tiny"}, "config.json is not valid: Valid"),
     "dtype auto": ({"dtype": "auto"}, "dtype is 'auto': expected one of \"bfloat16\", "),
     "dtype bf16": ({"dtype": "bf16"}, "dtype is 'bf16': expected one of"),
     "dtype of old": ({"dtype": None, "torch_dtype": "auto"}, "torch_dtype is 'auto': expected"),
+    "dtype by parts": ({"dtype": {"text_config": "auto"}}, "dtype is {'text_config': 'auto'}: exp"),
+    "dtype with torch": ({"dtype": "torch.bfloat16"}, "dtype is 'torch.bfloat16': expected one"),
+    "section as text": ({"quantization_config": "int4"}, "'int4': expected an object"),
+    "part as text": ({"text_config": [1]}, "text_config is [1]: expected an object"),
     "dtype a number": ({"dtype": 16}, "dtype is 16: expected one of"),
     "dtype int8": ({"dtype": "int8"}, "dtype is 'int8': expected one of"),
     "tied as text": ({"tie_word_embeddings": "false"}, "is 'false': expected true or false"),
@@ -419,3 +426,63 @@ def test_what_was_corrected_follows_the_folder(plain: Path, tmp_path: Path) -> N
     tiny.edit_json(folder / "config.json", architectures=None)
     second = opened(folder)
     assert second.folder != first.folder and second.fingerprint == first.fingerprint
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model_folder(tmp_path_factory.mktemp("mixture") / "model", "mixtral")
+
+
+LAST = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+DOWN = "model.layers.1.mlp.experts.down_proj"
+
+
+def fused(mixture: Path) -> State:
+    """As transformers 5 has it in memory."""
+    return dict(AutoModelForCausalLM.from_pretrained(mixture).state_dict())
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (without(LAST), f"lacks {LAST}, one of 1 that"),
+        (setting(LAST, lambda t: t[:3].clone()), f"{LAST} is [3, 128], config.json says [64, 128]"),
+        (adding(**{LAST.replace(".3.", ".4."): COLUMN}), "experts.4.w2.weight, one of 1 tensors"),
+        (adding(**{DOWN: torch.ones(4, 64, 128)}), f"has {LAST.replace('.3.', '.0.')} and {DOWN}"),
+    ],
+    ids=["lacking", "of another size", "one more", "in both ways"],
+)
+def test_every_expert_is_asked_for(
+    mixture: Path, tmp_path: Path, write: Writer, change: Callable[[State], State], told: str
+) -> None:
+    state = change(load_file(mixture / FILE))
+    assert told in refused(written(mixture, tmp_path / "model", write, state))
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("wrapper", ["", "module._orig_mod."])
+def test_experts_in_one_tensor_are_those_of_the_hub(
+    mixture: Path, tmp_path: Path, write: Writer, wrapper: str
+) -> None:
+    state = fused(mixture)
+    wrapped = {f"{wrapper}{name}": tensor for name, tensor in state.items()}
+    read = opened(written(mixture, tmp_path / "model", write, wrapped))
+    assert read.fingerprint == opened(mixture).fingerprint
+    del wrapped[f"{wrapper}{DOWN}"]
+    told = refused(written(mixture, tmp_path / "less", write, wrapped))
+    assert f"lacks {LAST.replace('.3.', '.0.')}, one of 4 that" in told
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_tower_is_asked_for_as_well(tmp_path: Path, write: Writer) -> None:
+    folder = tiny.model_folder(tmp_path / "model", "llava")
+    state = load_file(folder / FILE)
+    tower = next(name for name in state if name.endswith("0.mlp.fc1.weight"))
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    read = opened(written(folder, tmp_path / "wrapped", write, wrapped))
+    assert read.fingerprint == opened(folder).fingerprint
+    less = {name: tensor for name, tensor in state.items() if name != tower}
+    assert f"lacks {tower}, one of 1" in refused(written(folder, tmp_path / "less", write, less))
+    text = {name: t for name, t in state.items() if name.startswith("language_model.")}
+    assert "lacks multi_modal_projector" in refused(written(folder, tmp_path / "text", write, text))

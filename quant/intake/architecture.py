@@ -65,6 +65,8 @@ def config(folder: Path) -> PretrainedConfig:
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         depth = found.get_text_config().num_hidden_layers
+    except StrictDataclassError as fault:
+        raise SourceError(f"{path} is not valid: {_brief(fault)}") from fault
     except _UNBUILDABLE as fault:
         raise SourceError(f"{path} is not of a known architecture: {_brief(fault)}") from fault
     _check_decoder(path, found, raw.get("architectures"))
@@ -95,8 +97,10 @@ def hollow(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             made: PreTrainedModel = builder(config).from_config(config)
     except _UNBUILDABLE as fault:
+        path = Path(config.name_or_path) / config_json.FILE
+        name = type(config).__name__.removesuffix("Config")
         raise SourceError(
-            f"config.json describes no {config.architectures[0]} that can be built: {_brief(fault)}"
+            f"{path} describes no {name} that can be built: {_brief(fault)}"
         ) from fault
     return made
 
@@ -164,7 +168,8 @@ def _check_decoder(path: Path, config: PretrainedConfig, named: Any) -> None:
 
 
 def _brief(fault: Exception) -> str:
-    return " ".join(str(fault).split())[:300] or type(fault).__name__
+    text = " ".join(str(fault).split())[:300] or type(fault).__name__
+    return f"there is no {text}" if isinstance(fault, KeyError) else text
 
 
 def interruptible(model: PreTrainedModel) -> None:

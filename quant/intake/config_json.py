@@ -61,28 +61,42 @@ def _wrong(key: str, value: Any) -> str | None:
     """What was expected of `key`; None where `value` is that."""
     if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not _open(key))):
         return "a finite number"
-    if value is None or isinstance(value, dict | list):
+    if value is None:
         return None
     if key in ("dtype", "torch_dtype"):
-        known = isinstance(value, str) and value.removeprefix("torch.") in _DTYPES
-        return None if known else 'one of "bfloat16", "float16" and "float32"; or remove the key'
-    if key.startswith("tie_") and key.endswith("embeddings"):
-        return None if isinstance(value, bool) else "true or false"
+        fits, expected = (
+            isinstance(value, str) and value in _DTYPES,
+            'one of "bfloat16", "float16", "float32"; or no such key',
+        )
+    elif key in ("quantization_config", "text_config", "vision_config"):
+        fits, expected = isinstance(value, dict), "an object"
+    elif key.startswith("tie_") and key.endswith("embeddings"):
+        fits, expected = isinstance(value, bool), "true or false"
+    else:
+        return None if isinstance(value, dict | list) else _out_of(_range(key), value)
+    return None if fits else expected
+
+
+def _range(key: str) -> tuple[int, int] | None:
+    """The least and the most that a number may be; None where anything may stand."""
     if _COUNTS.search(key):
-        return _whole(value, _MOST_LAYERS)
+        return 0, _MOST_LAYERS
     if _SIZES.search(key):
-        return _whole(value, _MOST)
+        return int(key in ("hidden_size", "vocab_size", "d_model", "n_embd")), _MOST
     return None
+
+
+def _out_of(limits: tuple[int, int] | None, value: Any) -> str | None:
+    if limits is None:
+        return None
+    least, most = limits
+    fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    return None if fits else f"a whole number from {least} to {most}"
 
 
 def _open(key: str) -> bool:
     """Whether a number may be infinite, as the end of Mamba's `time_step_limit` is."""
     return key.isdigit() or "limit" in key
-
-
-def _whole(value: Any, most: int) -> str | None:
-    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-    return None if fits else f"a whole number from 0 to {most}"
 
 
 def _short(value: Any) -> str:

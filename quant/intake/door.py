@@ -208,7 +208,7 @@ def _held(
         _put(given, keys[name].name, name, where)
     for own, parts in spelled.parts.items():
         if own in given and parts != {own} and (both := sorted(parts & given.keys())):
-            raise SourceError(f"{where} has {both[0]} and {own}: leave one of them")
+            raise SourceError(f"{where} has {given[both[0]]} and {given[own]}: leave one of them")
     found = {
         key: Tensor(name if keys[name].plain else spelled.hub.get(key, key), bare[name])
         for key, name in given.items()

@@ -232,16 +232,19 @@ def _folder(spec: str, cache: Path, say: Say) -> Path:
     if path.is_dir():
         return trainer.folder(path.resolve(), cache, say)
     if path.exists():
-        raise SourceError(f"{path} is neither a model folder nor a .gguf file")
+        raise SourceError(
+            f"{path} is neither a model folder nor a .gguf file: give the folder that it lies in"
+        )
     if not _HUB_ID.match(spec):
         raise SourceError(f"{path} does not exist")
     say(f"looking for {spec} on the hub")
     try:
         with interrupt.at_once():  # it goes on with what it has by itself
-            return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
+            found = Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
     except (OSError, HTTPError, HFValidationError) as fault:
         reason = str(fault).partition("\n")[0]
         raise SourceError(f"{spec} is no folder here, and the hub said: {reason}") from fault
+    return trainer.folder(found, cache, say)
 
 
 def _served_dtype(
