@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant import artifact, companions, interrupt, packing
+from quant import artifact, companions, foreign_json, interrupt, packing
 from quant.errors import ArtifactError
 from quant.formats import FULL, Format, Plan
 from quant.solver import gptq
@@ -74,7 +74,7 @@ def write_config(
     parent: Path, folder: Path, section: Mapping[str, Any], dtype: torch.dtype
 ) -> None:
     """The parent's config.json with the quantization's section and the dtype to serve in."""
-    config = json.loads((parent / "config.json").read_bytes())
+    config = foreign_json.read(parent / "config.json")
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["quantization_config"] = dict(section)

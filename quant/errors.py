@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
+
+from quant.interrupt import Interrupted
 
 
 class QuantError(Exception):
@@ -72,3 +77,34 @@ class TooLossy(QuantError):
     """The artifact is further from its parent than was allowed."""
 
     exit_status = 3
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Notes on an exception that nobody foresaw what was being done, such as "solving ...".
+
+    A QuantError says it already, and who interrupts knows.
+    """
+    try:
+        yield
+    except (QuantError, Interrupted):
+        raise
+    except Exception as fault:
+        fault.add_note(f"while {what}")
+        raise
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxother = 2, 80
+
+    def repr_int(self, value: int, _level: int) -> str:
+        """Python spends the square of a number's digits on writing them."""
+        return repr(value) if abs(value) < 1 << 64 else f"an integer of {value.bit_length()} bits"
+
+
+def brief(value: object) -> str:
+    """The repr of what somebody else wrote, for a message: cut while it is made, not behind that,
+    since a few bytes of a pickle hold a value whose text would fill all memory."""
+    return _Brief().repr(value)

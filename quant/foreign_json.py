@@ -9,11 +9,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 MOST_DEPTH = 64
+MOST_BYTES = 100_000_000  # of a file; the index of a model of 90,000 tensors has 9 million
 _MOST_DIGITS = 100  # of an integer; transformers' `model_max_length` has 31
 _MOST_CHARACTERS = 400  # of any other number
+
+
+def read(path: Path, most: int = MOST_BYTES) -> Any:
+    """The value in a file. OSError; ValueError says what is wrong with it."""
+    with path.open("rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"it is longer than the {most} bytes that are read")
+    return loads(raw)
 
 
 def loads(raw: bytes) -> Any:

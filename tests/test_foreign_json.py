@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,20 @@ def test_what_only_costs_is_refused(raw: bytes, why: str) -> None:
 
 def test_nesting_up_to_the_limit_is_taken() -> None:
     assert foreign_json.loads(b"[" * 64 + b"]" * 64)
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b'{"a": 1}')
+    assert foreign_json.read(path) == {"a": 1}
+    with pytest.raises(ValueError, match="longer than the 7 bytes"):
+        foreign_json.read(path, most=7)
+
+
+def test_all_of_the_quantizers_json_comes_through_here() -> None:
+    """But lines of our own, and answers of processes and servers that we started."""
+    own = {"foreign_json.py", "scribe.py", "cell.py", "cell_inmate.py", "served.py"}
+    home = Path(foreign_json.__file__).parent
+    loads = re.compile(r"(?<!foreign_)json\.loads?\(")
+    files = {path.name for path in home.rglob("*.py") if loads.search(path.read_text("utf-8"))}
+    assert files <= own

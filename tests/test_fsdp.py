@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoConfig
 
@@ -194,11 +197,12 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any, to
         fsdp.read_whole(tmp_path)
 
 
-def test_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
     endless: dict[str, Any] = {"x": torch.ones(1)}
     endless["self"] = endless
     torch.save(endless, tmp_path / "pytorch_model.bin")
-    assert len(fsdp.read_whole(tmp_path).weights) < 20
+    with pytest.raises(SourceError, match="contains itself"):
+        fsdp.read_whole(tmp_path)
 
 
 @pytest.fixture
@@ -242,6 +246,26 @@ def first(table: Mapping[Any, Any]) -> Any:
     return next(iter(table.values()))
 
 
+def chunk(metadata: Any, place: int) -> Any:
+    return metadata.state_dict_metadata["a"].chunks[place]
+
+
+def moved(metadata: Any, place: int, offsets: tuple[Any, ...]) -> None:
+    """A chunk said to be elsewhere in its tensor, wherever that is named."""
+    before = tuple(chunk(metadata, place).offsets)
+    chunk(metadata, place).offsets = offsets
+    storage = {}
+    for index, info in metadata.storage_data.items():
+        at = offsets if tuple(index.offset) == before else index.offset
+        storage[MetadataIndex(index.fqn, at)] = info
+    metadata.storage_data = storage
+
+
+def same_bytes(metadata: Any) -> None:
+    one, other = metadata.storage_data.values()
+    other.relative_path, other.offset, other.length = one.relative_path, one.offset, one.length
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -251,6 +275,16 @@ def first(table: Mapping[Any, Any]) -> Any:
         (lambda m: m.storage_data.pop(next(iter(m.storage_data))), "does not say where a at"),
         (lambda m: m.state_dict_metadata["a"].chunks.pop(), "do not make up [4, 3]"),
         (lambda m: setattr(m, "storage_data", None), "storage_data is None"),
+        (lambda m: moved(m, 0, (2, 0)), "the parts of a do not make up [4, 3]"),
+        (lambda m: moved(m, 1, (1, 0)), "the parts of a do not make up [4, 3]"),
+        (lambda m: moved(m, 1, (3, 0)), "the parts of a do not make up [4, 3]"),
+        (lambda m: moved(m, 1, (-2, 0)), "offset of a tensor is (-2, 0)"),
+        (lambda m: setattr(chunk(m, 0), "offsets", (0.5, 0)), "offsets of a tensor is (0.5, 0)"),
+        (lambda m: moved(m, 1, (2,)), "the parts of a do not make up [4, 3]"),
+        (lambda m: moved(m, 1, (2, *[0] * 9)), "is corrupt: offset of a tensor is (2, 0, 0, "),
+        (lambda m: m.state_dict_metadata["a"].chunks.append(chunk(m, 0)), "do not make up [4, 3]"),
+        (lambda m: setattr(chunk(m, 0), "sizes", (2, -3)), "sizes of a tensor is (2, -3)"),
+        (lambda m: same_bytes(m), "two parts lie at byte 0 of __0_0.distcp"),
         (
             lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", torch.int64),
             "float32, .metadata says torch.int64",
@@ -262,6 +296,51 @@ def test_metadata_that_lies_is_refused(
 ) -> None:
     altered(sharded, change)
     assert told in shard_refused(sharded)
+
+
+@given(
+    shape=st.lists(st.integers(0, 3), max_size=3).map(tuple),
+    cuts=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 2)), max_size=4),
+    spoil=st.sampled_from(["nothing", "drop", "twice", "shift", "grow"]),
+)
+def test_boxes_cover_a_tensor_once_where_counting_says_so(
+    shape: tuple[int, ...], cuts: list[tuple[int, int]], spoil: str
+) -> None:
+    boxes = [((0,) * len(shape), shape)]
+    for dim, at in cuts:  # every box in two, where it is long enough
+        if dim < len(shape):
+            boxes = [part for box in boxes for part in _halves(box, dim, at)]
+    spoiled = {
+        "nothing": boxes,
+        "drop": boxes[1:],
+        "twice": [*boxes, boxes[0]],
+        "shift": [(tuple(n + 1 for n in boxes[0][0]), boxes[0][1]), *boxes[1:]],
+        "grow": [(boxes[0][0], tuple(n + 1 for n in boxes[0][1])), *boxes[1:]],
+    }[spoil]
+    counted = torch.zeros([size + 8 for size in shape])
+    for offsets, sizes in spoiled:
+        counted[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] += 1
+    wanted = torch.zeros_like(counted)
+    wanted[tuple(slice(0, size) for size in shape)] = 1
+    assert dcp.covers_once(shape, spoiled) == torch.equal(counted, wanted)
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _halves(box: Box, dim: int, at: int) -> list[Box]:
+    offsets, sizes = (list(part) for part in box)
+    if sizes[dim] <= at:
+        return [box]
+    low, high = [*sizes], [*sizes]
+    low[dim], high[dim] = at, sizes[dim] - at
+    behind = [*offsets]
+    behind[dim] += at
+    return [(box[0], tuple(low)), (tuple(behind), tuple(high))]
+
+
+def test_a_box_of_negative_size_makes_up_for_nothing() -> None:
+    assert not dcp.covers_once((4,), [((0,), (4,)), ((1,), (2,)), ((3,), (-2,))])
 
 
 def name_refused(state: Mapping[str, Tensor], outline: Outline, folder: Path) -> str:

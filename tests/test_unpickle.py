@@ -9,6 +9,7 @@ import signal
 import sys
 import zipfile
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ TENSORS = {
     "transposed": torch.randn(3, 5).T,
     "sliced": torch.arange(20.0).view(4, 5)[1:3, 2:],
 }
+
+
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
 
 
 class Hostile:
@@ -197,6 +205,89 @@ def test_nothing_a_file_sets_outlives_it(tmp_path: Path) -> None:
         with pytest.raises(SourceError):
             unpickle.load_bare(path)
     assert before == (dict(vars(Inert)), dict(vars(unpickle.Mapped)))
+
+
+def doubled(kind: Callable[[list[Any]], Any], levels: int) -> Any:
+    """A value that holds the one before it twice, level by level."""
+    value = kind([1])
+    for _ in range(levels):
+        value = kind([value, value])
+    return value
+
+
+def as_dict(parts: list[Any]) -> dict[int, Any]:
+    return dict(enumerate(parts))
+
+
+# Of a few hundred bytes each. Those that are hashed have as many levels as this test's own pickling
+# can afford: a reader that hashes them too ends, and does not refuse.
+COSTLY: dict[str, Any] = {
+    "a key": {doubled(tuple, 16): 1},
+    "a key of lists' pairs": OrderedDict({doubled(tuple, 16): 1}),
+    "a set's element": {doubled(tuple, 16)},
+    "a frozen set's element": frozenset({doubled(tuple, 16)}),
+    "a long key": {tuple(range(100)): 1},
+    "tuples": {"x": doubled(tuple, 60)},
+    "lists": [doubled(list, 60)],
+    "dictionaries": {"x": doubled(as_dict, 60)},
+    "behind a stand-in": argparse.Namespace(x=doubled(tuple, 60)),
+    "a deep list": [nested(200)],
+    "a long integer": 1 << 3000,
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_value_that_only_costs_is_refused(tmp_path: Path, kind: str, protocol: int) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(pickle.dumps(COSTLY[kind], protocol))
+    with pytest.raises(SourceError, match="cannot be read as a checkpoint|asks for") as caught:
+        unpickle.load_bare(path)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+    torch.save(COSTLY[kind], path, pickle_protocol=protocol)
+    assert len(refused(path)) < 500
+
+
+def test_a_container_that_is_copied_over_and_over_is_refused(tmp_path: Path) -> None:
+    """Ten bytes a copy of ten thousand numbers."""
+    path = tmp_path / "m"
+    numbers = pickle.dumps([0] * 10_000, 2)[2:-1]
+    for name in (b"torch\nSize", b"builtins\nset"):
+        path.write_bytes(
+            b"(" + numbers + b"q\x70" + (b"c" + name + b"\nh\x70\x85R") * 5_000 + b"t."
+        )
+        with pytest.raises(SourceError, match="copies containers over and over"):
+            unpickle.load_bare(path)
+
+
+def test_what_trainers_share_is_read(tmp_path: Path) -> None:
+    shape, shared = torch.Size([2, 3]), {"lr": 0.1}
+    content = {
+        "groups": [shared] * 1000,
+        "shapes": [shape] * 1000,
+        ("layer", 0): nested(20),
+        "seen": {1, "a", ("b", 2)},
+        None: (1 << 127, -1.5),
+    }
+    read = unpickle.load(saved(tmp_path / "t.pt", content))
+    assert read == content
+
+
+@pytest.mark.parametrize(
+    "shape", [(1,) * 100, (1 << 70,), ("1" * 100,)], ids=["long", "huge", "text"]
+)
+def test_a_tensor_of_impossible_sizes_is_refused(tmp_path: Path, shape: tuple[Any, ...]) -> None:
+    path = saved(tmp_path / "t.pt", torch.ones(1))
+    told = refused(rewritten(path, {"data.pkl": _of_shape(path, shape)}))
+    assert "cannot be read as a checkpoint" in told and len(told) < 500
+
+
+def _of_shape(path: Path, shape: tuple[Any, ...]) -> bytes:
+    """The pickle of a tensor of one number, with another shape put into it."""
+    with zipfile.ZipFile(path) as archive:
+        raw = archive.read("t/data.pkl")
+    assert raw.count(b"K\x01\x85") == 2  # the shape, then the stride
+    return raw.replace(b"K\x01\x85", pickle.dumps(shape, 2)[2:-1], 1)
 
 
 @pytest.mark.parametrize("cut", [1, 200, 0.5])

@@ -2,7 +2,8 @@
 
 The metadata is read by the restricted reader, so torch's own reader, which unpickles it, is not
 used. A tensor lies in chunks, each one torch.save archive inside a file; a layer of a stack is
-read without the others. Refuses chunks that are missing, compressed, or outside the folder.
+read without the others. Refuses chunks that are missing, compressed, outside the folder, or that do
+not cover their tensor once.
 
 Layout: torch/distributed/checkpoint/{metadata,filesystem}.py.
 """
@@ -10,21 +11,24 @@ Layout: torch/distributed/checkpoint/{metadata,filesystem}.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.errors import SourceError
+from quant.errors import SourceError, brief
 from quant.intake import unpickle
-from quant.intake.stored import Stored, Weight
+from quant.intake.stored import Stored, Weight, overlap
 from quant.intake.unpickle import Inert
 
 METADATA = ".metadata"
+_MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +99,54 @@ def read(folder: Path) -> dict[str, Sharded]:
     tensors = _field(path, metadata, "state_dict_metadata", dict)
     storage = _field(path, metadata, "storage_data", dict)
     places = {_key(path, index): info for index, info in storage.items()}
-    return {
+    if len(places) < len(storage):
+        raise SourceError(f"{path} is corrupt: it says twice where a part of a tensor lies")
+    found = {
         str(name): _sharded(folder, str(name), entry, places)
         for name, entry in tensors.items()
         if isinstance(entry, Inert) and entry.name.endswith(".TensorStorageMetadata")
     }
+    chunks = [chunk for tensor in found.values() for chunk in tensor.chunks]
+    shared = overlap((chunk.path, chunk.begin, chunk.begin + chunk.length) for chunk in chunks)
+    if shared is not None:
+        raise SourceError(
+            f"{path} is corrupt: two parts lie at byte {shared[1]} of {shared[0].name}"
+        )
+    return found
+
+
+def covers_once(
+    shape: tuple[int, ...], boxes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> bool:
+    """Whether boxes of these offsets and sizes fill a tensor of this shape, each number once.
+
+    Every corner of a box counts +1 or -1 by how many of its coordinates are ends. What boxes are in
+    sum, point by point, and what these corners are in sum determine each other, so that boxes fill
+    the whole once exactly if their corners sum up to those of the whole.
+    """
+    corners: Counter[tuple[int, ...]] = Counter()
+    for sign, offsets, sizes in [(-1, (0,) * len(shape), shape), *((1, *box) for box in boxes)]:
+        if min(sizes, default=0) < 0 or not len(offsets) == len(sizes) == len(shape):
+            return False
+        ends = [first + size for first, size in zip(offsets, sizes, strict=True)]
+        for at_end in product((False, True), repeat=len(shape)):
+            corner = tuple(
+                end if last else first
+                for first, end, last in zip(offsets, ends, at_end, strict=True)
+            )
+            corners[corner] += sign * (-1) ** sum(at_end)
+    return not any(corners.values())
 
 
 def _key(path: Path, index: Any) -> tuple[str, tuple[int, ...] | None]:
     offset = index.get("offset") if isinstance(index, Inert) else None
-    return _field(path, index, "fqn", str), None if offset is None else tuple(offset)
+    name: str = _field(path, index, "fqn", str)
+    return name, None if offset is None else _numbers(path, index, "offset")
 
 
 def _sharded(folder: Path, name: str, entry: Inert, places: Mapping[Any, Any]) -> Sharded:
     path = folder / METADATA
-    shape = tuple(_field(path, entry, "size", tuple))
+    shape = _numbers(path, entry, "size")
     state = _field(path, entry, "properties", Inert).state
     # TensorProperties pickles itself as a tuple that begins with the dtype.
     dtype = state[0] if isinstance(state, tuple) and state else None
@@ -117,21 +154,23 @@ def _sharded(folder: Path, name: str, entry: Inert, places: Mapping[Any, Any]) -
         raise SourceError(f"{path} names no dtype for {name}")
     chunks = []
     for chunk in _field(path, entry, "chunks", list):
-        offsets = tuple(_field(path, chunk, "offsets", tuple))
-        sizes = tuple(_field(path, chunk, "sizes", tuple))
-        ends = [first + size for first, size in zip(offsets, sizes, strict=False)]
-        if not len(offsets) == len(sizes) == len(shape) or any(map(_beyond, ends, shape)):
-            raise SourceError(f"{path} is corrupt: {name} {list(shape)} has a part at {offsets}")
+        offsets, sizes = (_numbers(path, chunk, field) for field in ("offsets", "sizes"))
         if (name, offsets) not in places:
             raise SourceError(f"{path} does not say where {name} at {offsets} lies")
         chunks.append(_chunk(folder, places[name, offsets], offsets, sizes))
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
-        raise SourceError(f"{path}: the parts of {name} do not make up {list(shape)}")
+    if not covers_once(shape, ((chunk.offsets, chunk.sizes) for chunk in chunks)):
+        raise SourceError(
+            f"{path} is corrupt: the parts of {name} do not make up {list(shape)}, each number once"
+        )
     return Sharded(folder, name, shape, dtype, tuple(chunks))
 
 
-def _beyond(end: int, size: int) -> bool:
-    return end > size
+def _numbers(path: Path, entry: Any, field: str) -> tuple[int, ...]:
+    """A field that is a tuple of places or sizes in a tensor."""
+    found: tuple[Any, ...] = _field(path, entry, field, tuple)
+    if len(found) > _MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 63 for n in found):
+        raise SourceError(f"{path} is corrupt: {field} of a tensor is {brief(found)}")
+    return found
 
 
 def _chunk(folder: Path, info: Any, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk:
@@ -162,5 +201,5 @@ def _window(whole: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tens
 def _field(path: Path, entry: Any, field: str, kind: type) -> Any:
     value = entry.get(field) if isinstance(entry, Inert) else None
     if not isinstance(value, kind):
-        raise SourceError(f"{path} is no checkpoint's metadata: {field} is {value!r:.60}")
+        raise SourceError(f"{path} is no checkpoint's metadata: {field} is {brief(value)}")
     return value

@@ -6,12 +6,12 @@ pickled file, or several beside an index. Owns where those lie; names are `quant
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from quant import foreign_json
 from quant.errors import SourceError
 from quant.intake import dcp, unpickle
 from quant.intake.stored import Checkpoint, Stored, Weight, whole
@@ -96,8 +96,8 @@ def _complete(folder: Path, found: list[Path]) -> list[Path]:
 def _indexed(folder: Path) -> list[Path]:
     path = folder / _INDEX
     try:
-        names = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
+        names = {str(name) for name in foreign_json.read(path)["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError) as fault:
         raise SourceError(f"{path} is not an index of parts: {fault}") from fault
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():

@@ -10,7 +10,6 @@ Names: megatron/core/models/gpt/gpt_layer_specs.py and transformer/{attention,ml
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -20,13 +19,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from quant.errors import SourceError
+from quant import foreign_json
+from quant.errors import SourceError, brief
 from quant.intake import dcp, megatron_ranks, naming, unpickle
 from quant.intake.architecture import Outline
 from quant.intake.dcp import Sharded
 from quant.intake.stored import Checkpoint, Weight, derived
 
 LATEST = "latest_checkpointed_iteration.txt"
+_MOST_LAYERS = 10_000
 _KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)")
@@ -122,12 +123,12 @@ def _is_dist(folder: Path) -> bool:
     if not (folder / "metadata.json").is_file():
         return dcp.is_one(folder) and (folder / "common.pt").is_file()
     try:
-        backend = json.loads((folder / "metadata.json").read_bytes())["sharded_backend"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        backend = foreign_json.read(folder / "metadata.json")["sharded_backend"]
+    except (ValueError, LookupError, TypeError):
         return False
     if backend != "torch_dist":
         raise SourceError(
-            f"{folder} is in Megatron's {backend!r:.40} format: save it with --ckpt-format"
+            f"{folder} is in Megatron's {brief(backend)} format: save it with --ckpt-format"
             " torch_dist"
         )
     if not dcp.is_one(folder):
@@ -160,6 +161,8 @@ def _layers(name: str, tensor: Sharded) -> Iterator[tuple[str, Weight]]:
     if not _STACKED.match(name):
         yield name, tensor.weight()
     elif not _NO_WEIGHTS.search(name):
+        if not tensor.shape or not 0 < tensor.shape[0] <= _MOST_LAYERS:
+            raise SourceError(f"{tensor.folder}: {name} {list(tensor.shape)} is no stack of layers")
         for place in range(tensor.shape[0]):
             yield _STACKED.sub(f"decoder.layers.{place}.", name), tensor.row(place)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.errors import SourceError
+from quant.errors import SourceError, brief
 from quant.intake import fsdp, unpickle
 from quant.intake.stored import Checkpoint, Stored, Weight, whole
 
@@ -70,6 +70,10 @@ def read(folder: Path) -> tuple[Checkpoint, Any]:
             merged = _merged(grid[0, stage], ranks)
             weights |= {_numbered(name, first): weight for name, weight in merged.items()}
             layers = {int(match[2]) for name in merged if (match := _LAYER.match(name))}
+            if layers != set(range(len(layers))):
+                raise SourceError(
+                    f"{grid[0, stage]} numbers its layers {brief(sorted(layers))}, not from 0 on"
+                )
             first += len(layers)
     return Checkpoint(tuple(grid.values()), weights), contents[0, 0].get("args")
 
@@ -108,7 +112,7 @@ def _check(grid: Grid, contents: Mapping[tuple[int, int], Any]) -> None:
             )
     version = first.get("checkpoint_version", 3)
     if not isinstance(version, int | float) or version < 2:
-        raise SourceError(f"{grid[0, 0]} is of checkpoint_version {version!r:.20}; 2 is needed")
+        raise SourceError(f"{grid[0, 0]} is of checkpoint_version {brief(version)}; 2 is needed")
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     for axis, name in enumerate(sizes):
         arguments = first.get("args")
@@ -123,7 +127,12 @@ def _check(grid: Grid, contents: Mapping[tuple[int, int], Any]) -> None:
 def _tensors(path: Path, content: Mapping[str, Any], chunk: str) -> Tensors:
     if not isinstance(content.get(chunk), dict):
         raise SourceError(f"{path} has no {chunk}, which its siblings have")
-    return {_core_name(name): tensor for name, tensor in fsdp.flat(content[chunk])}
+    found: Tensors = {}
+    for name, tensor in fsdp.flat(content[chunk]):
+        if (core := _core_name(name)) in found:
+            raise SourceError(f"{path} holds {core} twice, once as {name}")
+        found[core] = tensor
+    return found
 
 
 def _core_name(name: str) -> str:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from quant import artifact, checkpoint, companions
+from quant import artifact, checkpoint, companions, foreign_json
 from quant.headers import TensorHeader
 from quant.intake import cached
 from quant.lora import anatomy, voice
@@ -59,7 +59,7 @@ def names(parts: Anatomy, plan: Plan, stored: Sequence[str]) -> list[str]:
 
 def write_config(folder: Path, target: Path, plan: Plan, dtype: torch.dtype | None) -> None:
     """The base's config.json with what the plan changes, and `dtype` where one is asked for."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    config: dict[str, Any] = foreign_json.read(folder / "config.json")
     changes: dict[str, Any] = {}
     if plan.untie:
         changes["tie_word_embeddings"] = False

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from quant import artifact, companions, interrupt
 from quant.artifact import Fingerprint
-from quant.errors import AdapterError, ArtifactError, SourceError
+from quant.errors import AdapterError, ArtifactError, SourceError, during
 from quant.headers import Headers, TensorHeader
 from quant.intake import (
     architecture,
@@ -74,6 +74,10 @@ class Tensors:
     def get(self, name: str) -> Tensor:
         """In the stored dtype, or in float32 where it is not what is stored."""
         header = self._header(name)
+        with during(f"reading {name} of {self.folder / header.file}"):
+            return self._get(name, header)
+
+    def _get(self, name: str, header: TensorHeader) -> Tensor:
         kind = _dtype(self.folder, name, header)
         tensor = Stored.plain(self.folder / header.file, header.begin, kind, header.shape).read()
         if name in self.rounded:

@@ -6,7 +6,7 @@ Every reader of a trainer's checkpoint hands these on, so that a model is never 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,9 @@ _DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F4": torch.float4_e2m1fn_x2,
 }  # fmt: skip
+from quant.errors import brief
+
+Range = tuple[Path, int, int]  # bytes [begin, end) of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ class Stored:
     def __post_init__(self) -> None:
         odd = len(self.shape) != len(self.stride) or min(self.shape, default=0) < 0
         if odd or min(self.stride, default=0) < 0 or self.offset < 0:
-            raise SourceError(f"{self.path} is corrupt: a tensor of {self.shape}, {self.stride}")
+            layout = brief((self.shape, self.stride))
+            raise SourceError(f"{self.path} is corrupt: a tensor of {layout}")
         if self.offset + self.span > self.held:
             raise SourceError(
                 f"{self.path} is corrupt: a tensor ends at {self.offset + self.span} of a storage"
@@ -75,6 +79,13 @@ class Stored:
             raise SourceError(f"{self.path} repeats {self.held} numbers into {list(self.shape)}")
         raw = self._elements(self.offset, self.span)
         return raw.as_strided(self.shape, self.stride).contiguous()
+
+    @property
+    def where(self) -> Range:
+        """The bytes of its file from the first that it shows to the last."""
+        size = self.dtype.itemsize
+        begin = self.begin + self.offset * size
+        return self.path, begin, begin + self.span * size
 
     def part(self, first: int, last: int) -> Tensor:
         """Elements [first, last) of a tensor of one dimension."""
@@ -154,3 +165,13 @@ def of_headers(folder: Path, headers: Headers) -> dict[str, Weight]:
 def derived(weight: Weight, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> Weight:
     """What `change` makes of a tensor once it is read: one of `shape`, in the same dtype."""
     return Weight(weight.path, shape, weight.dtype, lambda: change(weight.read()))
+
+
+def overlap(ranges: Iterable[Range]) -> Range | None:
+    """One of these ranges that begins inside another; None where no two share a byte."""
+    before: Range = (Path(), 0, 0)
+    for file, begin, end in sorted(ranges):
+        if file == before[0] and begin < before[2]:
+            return file, begin, end
+        before = file, begin, end
+    return None

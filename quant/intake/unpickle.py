@@ -3,6 +3,11 @@
 A pickle may ask for any function of any module and have it called. This reader resolves names by
 the literal tables below and imports nothing: tensors become `Stored`, containers plain ones, known
 classes of trainers inert stand-ins that hold their fields. Any other name is a SourceError.
+
+What is read costs time and memory in proportion to the file, here and with whoever walks it later:
+a few bytes can name a value that holds itself twice over, level by level. Refuses keys that are no
+plain values, nesting that no trainer needs, and structures of far more parts than the file has
+bytes.
 """
 
 from __future__ import annotations
@@ -10,15 +15,22 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 
-from quant.errors import SourceError
+from quant.errors import SourceError, brief
 from quant.intake.archive import Archive, Storage, Window
 from quant.intake.stored import Stored
+
+MOST_DEPTH = 64  # containers in one another
+_SPARE, _SHARED = 1 << 20, 16  # parts: so many, and so many for each byte of the file
+_LONGEST_KEY = 64  # of plain values in a tuple
+_KEYS = (str, int, float, bytes, torch.dtype, type(None))
+_HOLDING = (dict, list, tuple, set, frozenset)
 
 # What the standard library lets fly over bytes that are no pickle, or one built to hurt.
 _UNREADABLE = (
@@ -91,6 +103,10 @@ class Inert:
     def extend(self, values: Any) -> None:
         """As above."""
 
+    def fields(self) -> list[Any]:
+        """What it was made with, and what was set on it."""
+        return [*self.arguments, self.state]
+
     def get(self, field: str, default: Any = None) -> Any:
         """A field of the object, whether it lay in its dictionary or in its slots."""
         parts = self.state if isinstance(self.state, tuple) else (self.state,)
@@ -101,10 +117,82 @@ class Inert:
 
 
 def _read(path: Path, file: BinaryIO, archive: Archive | None) -> Any:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    most = _SPARE + _SHARED * size
     try:
-        return _Reader(path, file, archive).load()
+        found = _Reader(path, file, archive, most).load()
+        _check_extent(found, most)
     except _UNREADABLE as fault:
-        raise SourceError(f"{path} cannot be read as a checkpoint: {fault!r:.200}") from fault
+        kind, words = type(fault).__name__, " ".join(map(str, fault.args))
+        raise SourceError(f"{path} cannot be read as a checkpoint: {kind}: {words:.200}") from fault
+    return found
+
+
+def _check_extent(found: Any, most: int) -> None:
+    """UnpicklingError where a walk over `found`, or over what a stand-in hides in it, would meet
+    more than `most` parts, each counted as often as it is met, or go too deep, or never end."""
+    extents: dict[int, tuple[int, int]] = {}  # of each container by id: parts, depth
+    opened: set[int] = set()
+    roots = [found]
+    while roots:
+        path = [roots.pop()]
+        while path:
+            value = path[-1]
+            parts = _parts(value) if id(value) not in extents else []
+            inner = [part for part in parts if isinstance(part, _HOLDING)]
+            todo = [part for part in inner if id(part) not in extents]
+            if todo:
+                opened.add(id(value))
+                if any(id(part) in opened for part in todo):
+                    raise pickle.UnpicklingError("it holds a container that contains itself")
+                path += todo
+                continue
+            path.pop()
+            if id(value) in extents:
+                continue
+            roots += [its for part in parts if isinstance(part, Inert) for its in part.fields()]
+            known = [extents[id(part)] for part in inner]
+            extent = len(parts) + sum(count for count, _ in known)
+            depth = 1 + max((deep for _, deep in known), default=0)
+            if extent > most or depth > MOST_DEPTH:
+                raise pickle.UnpicklingError(
+                    f"it holds containers {MOST_DEPTH} deep, or of more than {most} parts"
+                )
+            extents[id(value)] = extent, depth
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a container holds; what a stand-in does, which nobody walks through."""
+    if isinstance(value, Inert):
+        return value.fields()
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return list(value) if isinstance(value, _HOLDING) else []
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """UnpicklingError for keys whose hash could take for ever: that of a tuple that holds one
+    twice, which does the same, is not remembered."""
+    for key in keys:
+        flat = key if isinstance(key, tuple) and len(key) <= _LONGEST_KEY else (key,)
+        if not all(isinstance(part, (*_KEYS, Inert)) for part in flat):
+            raise pickle.UnpicklingError(f"a key is no plain value: {brief(key)}")
+
+
+class _Builder:
+    """What a file may call. It has no attributes that the file could set."""
+
+    __slots__ = ("_build",)
+
+    def __init__(self, build: Callable[..., Any]) -> None:
+        self._build = build
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._build(*arguments)
+
+    def __setstate__(self, _state: object) -> None:
+        raise TypeError("a function has no state")
 
 
 class _Reader(pickle._Unpickler):
@@ -114,39 +202,92 @@ class _Reader(pickle._Unpickler):
     file gives an object, so that five bytes ask for 64 GB and the process is killed.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, archive: Archive | None) -> None:
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, path: Path, file: BinaryIO, archive: Archive | None, most: int) -> None:
         super().__init__(file)
         self._path, self._archive = path, archive
-        self._built = {name: self._tensor(build) for name, build in _TENSORS.items()}
+        self._left = most  # parts that containers may still be made of out of others
+        self._known: dict[str, Any] = {
+            **_PLAIN,
+            **{name: _Builder(partial(build, path)) for name, build in _TENSORS.items()},
+            **{name: _Builder(partial(self._copy, kind)) for name, kind in _CONTAINERS.items()},
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{_RENAMED.get(module, module)}.{name}"
-        if full in self._built:
-            return self._built[full]
-        if full in _PLAIN:
-            return _PLAIN[full]
-        if full in _INERT or full.startswith(_INERT_PACKAGES):
-            return type("Inert", (Inert,), {"name": full})
-        raise SourceError(
-            f"{self._path} asks for {full}, which no checkpoint of weights needs; nothing of it was"
-            " run. If you trust the file, save its weights again as safetensors"
-        )
+        if full not in self._known:
+            if full not in _INERT and not full.startswith(_INERT_PACKAGES):
+                raise SourceError(
+                    f"{self._path} asks for {full:.200}, which no checkpoint of weights needs;"
+                    " nothing of it was run. If you trust the file, save its weights again as"
+                    " safetensors"
+                )
+            self._known[full] = type("Inert", (Inert,), {"name": full})
+        return self._known[full]
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _device, count = pid
-        if self._archive is None or kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"unknown reference {pid!r:.80}")
+        known = kind == "storage" and isinstance(dtype, torch.dtype)
+        if self._archive is None or not known or not isinstance(key, str | int):
+            raise pickle.UnpicklingError(f"unknown reference {brief(pid)}")
         return self._archive.storage(str(key), dtype, int(count))
 
-    def _tensor(self, build: Callable[..., Stored]) -> Callable[..., Stored]:
-        return lambda *arguments: build(self._path, *arguments)
+    def _copy(self, kind: Callable[..., Any], *arguments: Any) -> Any:
+        """A container of what is in another. One that is copied over and over is refused: each
+        part of it has its bytes in the file but once."""
+        for given in arguments:
+            if isinstance(given, _HOLDING):
+                self._left -= len(given)
+                pairs = kind is Mapped and isinstance(given, list)
+                _check_keys(pair[0] for pair in given if pair) if pairs else None
+                _check_keys(given) if kind is set else None
+        if self._left < 0:
+            raise pickle.UnpicklingError("it copies containers over and over")
+        return kind(*arguments)
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_additems(self) -> None:
+        _check_keys(self.stack)
+        super().load_additems()
+
+    def load_frozenset(self) -> None:
+        _check_keys(self.stack)
+        super().load_frozenset()
+
+    def load_long4(self) -> None:
+        raise pickle.UnpicklingError("it holds an integer of more than 255 bytes")
+
+    dispatch |= {
+        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict, pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset, pickle.LONG4[0]: load_long4,
+    }  # fmt: skip
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    """Of a tensor's dimensions, few and within 64 bits."""
+    found = tuple(map(int, numbers)) if len(numbers) <= MOST_DEPTH else ()
+    if len(found) != len(numbers) or max(map(abs, found), default=0) >= 1 << 63:
+        raise ValueError(f"no tensor has the sizes {brief(numbers)}")
+    return found
 
 
 def _view(path: Path, storage: Storage, offset: int, shape: tuple[int, ...], *rest: Any) -> Stored:
     """_rebuild_tensor_v2(storage, offset, size, stride, ...)."""
-    stride = tuple(map(int, rest[0]))
-    shape = tuple(map(int, shape))
-    return Stored(path, storage.begin, storage.held, storage.dtype, int(offset), shape, stride)
+    within = (int(offset), _sizes(shape), _sizes(rest[0]))
+    return Stored(path, storage.begin, storage.held, storage.dtype, *within)
 
 
 def _typed_view(
@@ -196,11 +337,13 @@ _STORAGES = {
     "BFloat16": torch.bfloat16, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32,
     "Long": torch.int64, "Byte": torch.uint8, "Bool": torch.bool,
 }  # fmt: skip
-_PLAIN: dict[str, Any] = {
+_CONTAINERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": Mapped,
     "collections.defaultdict": Mapped,
     "builtins.set": set,
     "torch.Size": tuple,
+}
+_PLAIN: dict[str, Any] = {
     "torch.storage.UntypedStorage": torch.uint8,
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
     **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.errors import SourceError
+from quant.errors import SourceError, brief
 from quant.intake import unpickle
-from quant.intake.stored import Checkpoint, Stored, Weight, whole
+from quant.intake.stored import Checkpoint, Stored, Weight, overlap, whole
 from quant.intake.unpickle import Inert
 
 LATEST = "latest"
@@ -122,9 +122,11 @@ def _rank(path: Path) -> Rank:
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     groups = state.get(key)
     if stage not in (1, 2, 3) or not isinstance(groups, list) or not groups:
-        raise SourceError(f"{path} is of ZeRO stage {stage!r:.40} and has no {key}")
+        raise SourceError(f"{path} is of ZeRO stage {brief(stage)} and has no {key}")
     if not all(isinstance(group, Stored) and len(group.shape) == 1 for group in groups):
         raise SourceError(f"{path}: {key} are not flat tensors")
+    if overlap(group.where for group in groups) is not None:
+        raise SourceError(f"{path} is corrupt: {key} share numbers")
     counts = state.get("partition_count")
     counts = counts if isinstance(counts, list) else [counts]
     if not counts or not all(isinstance(n, int) and n == counts[0] for n in counts):
@@ -217,13 +219,15 @@ def _cut_by_group(ranks: Sequence[Rank], state: Mapping[str, Any]) -> dict[str, 
     """Stages 1 and 2."""
     if len(state["param_shapes"]) != len(ranks[0].groups):
         raise SourceError(f"{ranks[0].path} has {len(ranks[0].groups)} groups, not as its model")
-    found = {}
+    found: dict[str, Weight] = {}
     for place, shapes in enumerate(state["param_shapes"]):
         flats = [rank.groups[place] for rank in ranks]
         paddings = ranks[0].paddings[place] if ranks[0].paddings else [0] * len(shapes)
         at = 0
         for (name, shape), padding in zip(_shapes(shapes).items(), paddings, strict=True):
             size = math.prod(shape)
+            if name in found or padding < 0:
+                raise SourceError(f"{ranks[0].path}: {name} is cut twice, or padded by {padding}")
             found[name] = _weight(name, shape, list(_across(flats, at, at + size)))
             at += size + padding
         _check_end(ranks, at, sum(flat.numel for flat in flats), 2 * len(ranks))
@@ -232,10 +236,13 @@ def _cut_by_group(ranks: Sequence[Rank], state: Mapping[str, Any]) -> dict[str, 
 
 def _cut_by_parameter(ranks: Sequence[Rank], state: Mapping[str, Any]) -> dict[str, Weight]:
     """Stage 3."""
-    found, at = {}, 0
+    found: dict[str, Weight] = {}
+    at = 0
     for shapes in state["param_shapes"]:
         for name, shape in _shapes(shapes).items():
-            size = math.ceil(math.prod(shape) / len(ranks))
+            if name in found:
+                raise SourceError(f"{ranks[0].path}: {name} is cut twice")
+            size = -(-math.prod(shape) // len(ranks))
             pieces = [p for rank in ranks for p in _across(rank.groups, at, at + size)]
             found[name] = _weight(name, shape, pieces)
             at += size
@@ -246,7 +253,11 @@ def _cut_by_parameter(ranks: Sequence[Rank], state: Mapping[str, Any]) -> dict[s
 def _shapes(group: object) -> Shapes:
     if not isinstance(group, dict):
         raise SourceError("param_shapes of a ZeRO model file is not a table of shapes")
-    return {str(name): tuple(map(int, shape)) for name, shape in group.items()}
+    shapes = {str(name): tuple(map(int, shape)) for name, shape in group.items()}
+    for name, shape in shapes.items():
+        if min(shape, default=0) < 0:
+            raise SourceError(f"{name} of a ZeRO model file has the shape {list(shape)}")
+    return shapes
 
 
 def _across(flats: Sequence[Stored], first: int, last: int) -> Iterator[Piece]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from quant import artifact
+from quant import artifact, foreign_json
 from quant.artifact import Fingerprint
 from quant.errors import ArtifactError
 from quant.intake import fused
@@ -29,7 +28,7 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         """What config.json says, where that is a 16-bit type; else bfloat16."""
-        config = json.loads((self.folder / "config.json").read_bytes())
+        config = foreign_json.read(self.folder / "config.json")
         named = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
         return torch.float16 if named == "float16" else torch.bfloat16
 

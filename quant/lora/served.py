@@ -5,13 +5,12 @@ any other. Everything here was measured against the merged model (tests/e2e/test
 Refuses the rest, by name. Standard library and pydantic only.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from quant import artifact
+from quant import artifact, foreign_json
 from quant.errors import AdapterError
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -35,7 +34,7 @@ _LAYER = re.compile(r"^(model\.|language_model\.)*layers\.\d+\.(?!(.+\.)?experts
 
 def targets(folder: Path) -> tuple[str, ...]:
     """What `--lora-target-modules` has to name for the model in `folder`."""
-    config = json.loads((folder / "config.json").read_bytes())
+    config = foreign_json.read(folder / "config.json")
     named = config.get("architectures") or [""]
     more = _MORE.get(named[0], ())
     return (*LAYERS, *(name for name in more if name != HEAD or _plain_head(config)))
