@@ -5,7 +5,6 @@ headers, never tensors; trusts neither header sizes nor file names it finds.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from quant import companions, durable, foreign_json, formats, interrupt
+from quant import companions, durable, finite, foreign_json, formats, interrupt
 from quant.errors import ArtifactError
 from quant.formats import Format
 from quant.headers import Headers, TensorHeader, read_headers
@@ -53,6 +52,9 @@ class MergedAdapter(_Frozen):
 class LayerReport(_Frozen):
     """Loss of the solved codes, and of plain rounding on the same Hessian in the same units.
 
+    Both are against the target that the layer was solved for, which is the parent's weight moved
+    by what its inputs and the stream have lost: rounding the parent's own weight loses more than
+    `rounding_loss`, so that their ratio understates what the solver gains.
     `bits` of a weight, 16 for a layer left in full precision; None where the manifest has them.
     `routed` calibration tokens were given to the expert that the layer is of; None of other layers.
     """
@@ -244,6 +246,7 @@ def weights_fingerprint(folder: Path, found: Headers | None = None) -> str:
     """sha256 over (name, dtype, shape, bytes) of every tensor in name order, or of those `found`.
 
     Independent of how the tensors are split into files. Reads every byte of the weights.
+    ArtifactError names a tensor that holds an infinity or NaN.
     """
     digest = hashlib.sha256()
     for name, header in (headers(folder) if found is None else found).items():
@@ -252,6 +255,11 @@ def weights_fingerprint(folder: Path, found: Headers | None = None) -> str:
             file.seek(header.begin)
             for chunk in _chunks(file, header.end - header.begin):
                 digest.update(chunk)
+                if not finite.are_finite(chunk, header.dtype):
+                    raise ArtifactError(
+                        f"{folder / header.file}: {name} holds numbers that are not finite (NaN or"
+                        " infinity); take an earlier checkpoint, or merge it again in float32"
+                    )
     return digest.hexdigest()
 
 
@@ -267,8 +275,8 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` of config.json; None where there is none."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as fault:
+        config = foreign_json.read(path)
+    except (OSError, ValueError) as fault:
         raise ArtifactError(f"{path} cannot be read as JSON: {fault}") from fault
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} is not a JSON object")
@@ -293,8 +301,8 @@ def _index(folder: Path) -> dict[str, str] | None:
     if (folder / SINGLE).is_file() or not path.is_file():
         return None
     try:
-        index = _INDEX.validate_python(json.loads(path.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        index = _INDEX.validate_python(foreign_json.read(path)["weight_map"])
+    except (ValueError, KeyError, TypeError) as fault:
         raise ArtifactError(f"{path} is not a safetensors index: {fault}") from fault
     for shard in set(index.values()):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):

@@ -241,7 +241,7 @@ COSTLY: dict[str, Any] = {
 def test_a_value_that_only_costs_is_refused(tmp_path: Path, kind: str, protocol: int) -> None:
     path = tmp_path / "m"
     path.write_bytes(pickle.dumps(COSTLY[kind], protocol))
-    with pytest.raises(SourceError, match="cannot be read as a checkpoint|asks for") as caught:
+    with pytest.raises(SourceError, match=r"cannot be read as a checkpoint|asks for") as caught:
         unpickle.load_bare(path)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
     torch.save(COSTLY[kind], path, pickle_protocol=protocol)

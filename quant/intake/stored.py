@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant import interrupt
-from quant.errors import SourceError
+from quant.errors import SourceError, brief
 from quant.headers import Headers
 
 _PIECE = 1 << 24  # elements
@@ -27,8 +27,6 @@ _DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F4": torch.float4_e2m1fn_x2,
 }  # fmt: skip
-from quant.errors import brief
-
 Range = tuple[Path, int, int]  # bytes [begin, end) of a file
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant import interrupt
+from quant import finite, interrupt
 from quant.artifact import Manifest
 from quant.errors import AdapterError, ArtifactError
 from quant.headers import TensorHeader, read_headers
@@ -31,10 +31,6 @@ UNITS = "quantserve-units.st"
 INPUT_DIVISOR, OUTPUT_DIVISOR = "input_divisor", "output_divisor"
 _CHUNK = 1 << 22
 _MAX_HEADER = 8 << 20  # bytes: 50,000 tensors, each expert's of a large mixture
-
-# Bytes per element, and the bits of its last two (little-endian) bytes that are all ones in an
-# infinity or NaN and in no other number.
-_EXPONENT = {"BF16": (2, 0x80, 0x7F), "F16": (2, 0x00, 0x7C), "F32": (4, 0x80, 0x7F)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +227,7 @@ def digest_of(folder: Path, headers: dict[str, TensorHeader], own: bytes) -> str
                 interrupt.check()
                 raw = file.read(min(_CHUNK, header.end - start))
                 digest.update(raw)
-                if not _finite(raw, header.dtype):
+                if not finite.are_finite(raw, header.dtype):
                     raise AdapterError(
                         f"{folder / WEIGHTS}: {key} holds an infinity or NaN",
                         field=key,
@@ -240,21 +236,6 @@ def digest_of(folder: Path, headers: dict[str, TensorHeader], own: bytes) -> str
                     )
     digest.update(own)
     return digest.hexdigest()
-
-
-def _finite(raw: bytes, dtype: str) -> bool:
-    size, low_mask, high_mask = _EXPONENT[dtype]
-    high, low = raw[size - 1 :: size], raw[size - 2 :: size]
-    # Sane weights have no such high byte at all: found (or not) at memory speed.
-    if not any(bytes([sign | mask]) in high for sign in (0, 0x80) for mask in _ones(high_mask)):
-        return True
-    both = zip(high, low, strict=True)
-    return not any(h & high_mask == high_mask and lo & low_mask == low_mask for h, lo in both)
-
-
-def _ones(mask: int) -> range:
-    """Every low seven bits that include the mask's: 7C..7F for 7C, 7F for 7F."""
-    return range(mask, 0x80)
 
 
 def lineage(folder: Path) -> tuple[str | None, str | None]:
