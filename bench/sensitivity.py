@@ -14,7 +14,6 @@ import argparse
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,13 +46,10 @@ def main() -> None:
     batches = calibration.prepare(opened, sizes, asked.calibration, print)
     streams = allotment.streams(batches)
     cpu = torch.device("cpu")
-    offers = Offers(
-        partial(allotment.offered, asked.scheme),
-        asked.scheme == "w8a8",
-        layers.half(opened),
-        DAMPING,
-    )
-    units = sensitivity.measure(blocks.skeleton(opened, cpu), opened, streams, offers, _quiet)
+    decoder = blocks.skeleton(opened, cpu)
+    each = allotment.offers(asked.scheme, decoder.shapes())
+    offers = Offers(each, asked.scheme == "w8a8", layers.half(opened), DAMPING)
+    units = sensitivity.measure(decoder, opened, streams, offers, _quiet)
     every = [(unit, form) for unit in units for form in unit.losses if form != FULL]
     chosen = random.Random(asked.seed).sample(every, min(asked.units, len(every)))
     model = replica.of_parent(opened, cpu)

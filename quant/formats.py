@@ -57,6 +57,16 @@ class Format:
         indexed = self.bits < 16 and self.inputs == 16
         return self.payload(shape) + 4 * shape[1] * indexed
 
+    def holds(self, shape: tuple[int, int]) -> bool:
+        """Whether a layer (out, in) can be stored so: its group divides the inputs, and gptq's
+        codes, packed along the inputs, and zero points, along the outputs, fill 32-bit words."""
+        rows, columns = shape
+        if self.bits == 16 or self.inputs == 8:
+            return True
+        per_word = 32 // self.bits
+        odd = rows % per_word or columns % per_word or (self.group > 0 and columns % self.group)
+        return not odd
+
     def grouping(self) -> str:
         return "per channel" if self.group < 0 else f"groups of {self.group}"
 
@@ -92,6 +102,14 @@ def mixture(name: str) -> str | None:
     """The module of all experts that the layer `name` is a part of; None of any other layer."""
     found = _EXPERT.match(name)
     return found[1] if found else None
+
+
+def loaded_as_one(names: Iterable[str]) -> list[list[str]]:
+    """Layers that a server loads as one and has one format for: siblings, and all of a mixture."""
+    found: dict[str, list[str]] = {}
+    for together in siblings(names):
+        found.setdefault(mixture(together[0]) or together[0], []).extend(together)
+    return list(found.values())
 
 
 def shared_widths(shapes: Shapes) -> dict[str, int]:

@@ -137,19 +137,29 @@ def choose_group_size(recipe: Recipe, input_widths: Iterable[int]) -> int:
     """The group size for layers of these input widths (in_features).
 
     The recipe's own where it names one, else the largest of 128, 64 and 32 that divides every
-    width; -1 (per channel) for w8a8. RecipeError names a width that the size does not divide.
+    width that one of them divides; -1 (per channel) where none does, and for w8a8. RecipeError
+    names a width that the recipe's own size does not divide, and the sizes that divide all.
     """
     widths = sorted(set(input_widths))
     if recipe.scheme == "w8a8" or recipe.group_size == -1:
         return -1
-    for size in (recipe.group_size,) if recipe.group_size else (128, 64, 32):
-        odd = [width for width in widths if width % size]
-        if not odd:
-            return size
-    raise RecipeError(
-        f"group size {size} does not divide the input width {odd[0]} of a layer"
-        f" (widths: {', '.join(map(str, widths))})"
-    )
+    if recipe.group_size is None:
+        return next(iter(_dividing(width for width in widths if not width % 32)), -1)
+    odd = [width for width in widths if width % recipe.group_size]
+    if odd:
+        fitting = " and ".join(map(str, [*_dividing(widths), -1]))
+        raise RecipeError(
+            f"group size {recipe.group_size} does not divide the input width {odd[0]} of a layer"
+            f" (widths: {', '.join(map(str, widths))}); group sizes that fit every layer: {fitting}"
+        )
+    return recipe.group_size
+
+
+def _dividing(widths: Iterable[int]) -> list[int]:
+    """The group sizes that divide all of these widths, the largest first; none of no width."""
+    shared = math.gcd(*widths)
+    largest_first = sorted(GROUP_SIZES, reverse=True)
+    return [size for size in largest_first if size > 0 and shared and not shared % size]
 
 
 def _reason(error: Mapping[str, Any]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from quant import artifact, formats, recipe
+from quant import artifact, checkpoint, formats, recipe
 from quant.artifact import CalibrationReport
 from quant.calibration import Batches
 from quant.errors import RecipeError
@@ -40,6 +41,85 @@ def test_offers_fit_the_layer_and_grow(scheme: str, columns: int, forms: list[Fo
     assert allotment.offered(scheme, columns) == forms
     sizes = [form.payload((100, columns)) for form in forms]
     assert sizes == sorted(sizes)
+
+
+# A block whose sizes are no multiples of what a word holds, or of a group.
+BLOCK = "model.layers.0"
+ODD = {
+    f"{BLOCK}.self_attn.q_proj": (160, 160),
+    f"{BLOCK}.self_attn.k_proj": (20, 160),
+    f"{BLOCK}.self_attn.v_proj": (20, 160),
+    f"{BLOCK}.self_attn.o_proj": (160, 160),
+    f"{BLOCK}.mlp.gate_proj": (80, 160),
+    f"{BLOCK}.mlp.up_proj": (80, 160),
+    f"{BLOCK}.mlp.down_proj": (160, 80),
+}
+ATTENTION = [f"{BLOCK}.self_attn.{leaf}_proj" for leaf in "qkv"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, -1])
+@pytest.mark.parametrize("shape", [(8, 64), (20, 64), (4, 128), (64, 100), (64, 80), (12, 96)])
+def test_a_format_holds_what_can_be_written_in_it(
+    bits: Literal[4, 8], group: int, shape: tuple[int, int]
+) -> None:
+    rows, columns = shape
+    groups = 1 if group < 0 else columns // group
+    codes = torch.zeros(rows, columns, dtype=torch.int8)
+    form = Format(bits, group)
+    if columns % max(group, 1):
+        assert not form.holds(shape)
+        return
+    layer = checkpoint.Layer(codes, torch.ones(rows, groups))
+    try:
+        checkpoint.encode(form, layer, torch.bfloat16)
+    except ValueError:
+        assert not form.holds(shape)
+    else:
+        assert form.holds(shape)
+
+
+def test_a_layer_that_fills_no_words_stays_full_with_all_that_is_loaded_with_it() -> None:
+    said: list[str] = []
+    plan = allotment.bound(recipe.build({}), ODD, said.append)
+    assert [name for name in ODD if plan[name] == FULL] == ATTENTION
+    assert {plan[name] for name in ODD if name not in ATTENTION} == {Format(4, 32), Format(4, -1)}
+    rows, full = said
+    assert rows.startswith("1 layers have one scale for each row") and "down_proj has 80" in rows
+    assert full.startswith("3 layers stay in full precision")
+    assert f"{BLOCK}.self_attn.k_proj has 160 inputs and 20 outputs" in full
+    # In words of four codes they fit.
+    assert FULL not in allotment.bound(recipe.build({"scheme": "w8a16"}), ODD).values()
+    assert set(allotment.bound(recipe.build({"scheme": "w8a8"}), ODD).values()) == {INT8}
+
+
+def test_a_mixture_has_one_format_though_one_expert_fills_no_words() -> None:
+    experts = {
+        f"{BLOCK}.mlp.experts.{place}.{leaf}_proj": shape
+        for place, inner in enumerate((64, 60))
+        for leaf, shape in {"gate": (inner, 128), "up": (inner, 128), "down": (128, inner)}.items()
+    }
+    plan = allotment.bound(recipe.build({}), SHAPES | experts)
+    assert {plan[name] for name in experts} == {FULL}
+    assert {plan[name] for name in SHAPES} == {Format(4, 64)}
+
+
+def test_a_model_that_fills_no_words_at_all_is_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match=r"q has 100 inputs and 64 outputs.*; take w8a8"):
+        allotment.bound(recipe.build({"group_size": -1}), {"q": (64, 100)})
+    with pytest.raises(RecipeError, match="group size 32 does not divide the input width 100"):
+        allotment.bound(recipe.build({"group_size": 32}), {"q": (64, 100)})
+
+
+def test_a_budget_offers_a_layer_only_what_holds_it() -> None:
+    said: list[str] = []
+    offers = allotment.offers("w4a16", ODD | {f"{BLOCK}.mlp.odd": (64, 100)})
+    assert [offers[name] for name in ATTENTION] == [[Format(8, 32), FULL]] * 3
+    assert offers[f"{BLOCK}.mlp.odd"] == [Format(8, -1), FULL]
+    wide = {"odd": (62, 100), **SHAPES}
+    assert allotment.offers("w4a16", wide)["odd"] == [FULL]
+    plan = allotment.bound(recipe.build({"bits_per_weight": 9}), wide, said.append)
+    assert plan["odd"] == FULL and "1 layers stay in full precision" in said[0]
 
 
 @pytest.mark.parametrize("bits", [4.4, 4.7, 5.5, 9.0, 15.9])
@@ -168,3 +248,31 @@ def test_a_budget_out_of_reach_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="are too few"):
         quantize(parent, tmp_path / "out", texts=texts, bits_per_weight=4.1)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_no_word_or_group_holds_is_left_in_full_precision(tmp_path: Path) -> None:
+    """Outputs of 20, inputs of 100 and of 80: all that used to end behind the first block."""
+    parent, texts = odd_model(tmp_path / "parent"), calibration_file(tmp_path)
+    made = quantize(parent, tmp_path / "out", texts=texts)
+    kept, before = made.tensors, load_file(parent / "model.safetensors")
+    bits = {layer.name.rpartition(".")[2]: layer.bits for layer in made.manifest.layers}
+    assert bits == {"o_proj": 4, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), 16),
+                    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 16)}  # fmt: skip
+    for layer in made.manifest.layers:
+        if layer.bits == 16:
+            assert torch.equal(kept[f"{layer.name}.weight"], before[f"{layer.name}.weight"])
+    assert sum("stay in full precision" in line for line in made.told.lines) == 1
+    budget = quantize(parent, tmp_path / "budget", texts=texts, bits_per_weight=12)
+    assert {layer.bits for layer in budget.manifest.layers} > {8}
+
+
+def odd_model(folder: Path) -> Path:
+    tiny.tokenizer(folder)
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB, hidden_size=80, intermediate_size=100, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=20, max_position_embeddings=128,
+        initializer_range=0.05,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +250,9 @@ def test_what_experts_are_foreseen_to_cost_is_what_they_do(tmp_path: Path) -> No
     draw = torch.Generator().manual_seed(5)
     ids = torch.randint(4, tiny.VOCAB, (12, 1, 48), generator=draw)
     rows = [(each, torch.ones_like(each, dtype=torch.bool)) for each in ids]
-    offers = Offers(
-        partial(allotment.offered, "w4a16"), rounds_inputs=False, dtype=torch.bfloat16, damping=0.01
-    )
     decoder = blocks.skeleton(opened, CPU)
+    each = allotment.offers("w4a16", decoder.shapes())
+    offers = Offers(each, rounds_inputs=False, dtype=torch.bfloat16, damping=0.01)
     units = sensitivity.measure(decoder, opened, rows, offers, lambda _done, _of: None)
     assert [len(unit.names) for unit in units] == [3, 1, 12] * 2
     made = quantize(parent, tmp_path / "out", texts=texts, group_size=64)

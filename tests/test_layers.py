@@ -13,17 +13,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant import checkpoint, formats
 from quant.artifact import LayerReport
-from quant.errors import SolveError
+from quant.errors import SolveError, SourceError
 from quant.formats import FULL, INT8, Format, Plan
 from quant.intake import source
 from quant.intake.source import Source
 from quant.recipe import Recipe, Scheme, choose_group_size
 from quant.solver import blocks, descent, gptq, grid, int8, walk
 from quant.solver.blocks import Stream
-from quant.solver.layers import Layers
+from quant.solver.layers import Layers, levels
 from quant.solver.moments import Moments
 from quant.solver.walk import Group, Inputs
 from tests import tiny
+from tests.test_gptq import plainly_rounded
 
 pytestmark = pytest.mark.arithmetic
 
@@ -356,24 +357,77 @@ def test_inputs_that_are_always_zero_are_reported(tmp_path: Path) -> None:
     assert notes.lines == [f"{Q}: 2 of 64 inputs are zero on every calibration token"]
 
 
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
 @pytest.mark.parametrize(
-    ("tensor", "reason"),
-    [
-        ("input_layernorm.weight", "its inputs are all zero"),
-        ("embed_tokens.weight", "its inputs are all zero"),
-    ],
+    "tensor", ["input_layernorm.weight", "v_proj.weight", "embed_tokens.weight"]
 )
-def test_zero_inputs_name_the_layers_that_share_them(
-    tensor: str, reason: str, tmp_path: Path
+def test_layers_whose_inputs_are_all_zero_are_rounded_and_told(
+    tensor: str, scheme: Scheme, tmp_path: Path
 ) -> None:
-    with pytest.raises(SolveError) as caught:
-        solve_blocks(opened(tmp_path, {tensor: 0.0}), Recipe(), Notes())
-    assert str(caught.value) == f"{Q} and {K} and {V} could not be solved: {reason}"
+    """A pruned model has them; whatever their weights, it computes the same."""
+    notes, model = Notes(), opened(tmp_path, {tensor: 0.0})
+    layers, recording, stream = solve_blocks(model, Recipe(scheme=scheme), notes, count=2)
+    dead = {line.partition(":")[0] for line in notes.lines}
+    leader = {"v_proj.weight": f"{BLOCK}.self_attn.o_proj"}.get(tensor, Q)
+    assert leader in dead
+    assert all(
+        line.endswith("on every calibration token; rounded to nearest") for line in notes.lines
+    )
+    assert len(layers.reports) == 14
+    for report in layers.reports:
+        form = layers.plan[report.name]
+        if report.name in dead:
+            assert (report.loss, report.rounding_loss, report.damping) == (0, 0, 0)
+            grid = levels(form, torch.bfloat16)
+            before, after = recording.before[report.name], recording.after[report.name]
+            assert torch.equal(after, plainly_rounded(before, form.group, grid))
+    if scheme == "w8a8" and tensor == "v_proj.weight":  # no norm is folded for what reads zeros
+        written = behind_the_blocks(served_model(model, layers), rounds=True)
+        assert apart(written, stream.hidden) < 0.2 * apart(stream.hidden, stream.parent)
+
+
+def test_a_tensor_that_its_dtype_cannot_hold_is_named(tmp_path: Path) -> None:
+    """Norms, heads and embeddings are copied: a server would multiply with infinity."""
+    tiny.model_folder(tmp_path, dtype=torch.float32)
+    held = load_file(tmp_path / "model.safetensors")
+    held["model.norm.weight"][3] = 1e5
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = source.open(str(tmp_path), cache=tmp_path)
+    shapes = blocks.skeleton(model, CPU).shapes()
+    for dtype, fits in ((torch.bfloat16, True), (torch.float16, False)):
+        layers = Layers(Recipe(), dict.fromkeys(shapes, FULL), dtype, shapes, Notes())
+        if fits:
+            assert layers.kept(model, "model.norm.weight").dtype == dtype
+            continue
+        with pytest.raises(SourceError, match=r"model\.norm\.weight .*not finite in float16"):
+            layers.kept(model, "model.norm.weight")
+
+
+def test_layers_of_two_formats_that_read_one_input_are_solved_apart(tmp_path: Path) -> None:
+    model = opened(tmp_path)
+    mixed, _, _ = solve_blocks(model, Recipe(), Notes(), other={K: FULL, V: Format(8, 32)})
+    plain, _, _ = solve_blocks(model, Recipe(), Notes())
+    assert mixed.digests.keys() == plain.digests.keys() == set()
+    told = {report.name: (report.bits, report.group) for report in mixed.reports}
+    assert (told[Q], told[K], told[V]) == ((4, 64), (16, -1), (8, 32))
+    q = dict(mixed.encoded(model, f"{Q}.weight"))[f"{Q}.qweight"]
+    assert torch.equal(q, dict(plain.encoded(model, f"{Q}.weight"))[f"{Q}.qweight"])
+    k = dict(mixed.encoded(model, f"{K}.weight"))
+    assert torch.equal(k[f"{K}.weight"], model.tensors.get(f"{K}.weight"))
+
+
+def spoiled(folder: Path, ending: str, value: float) -> Source:
+    """A model whose file changed once it was opened, which looks at every number."""
+    model = opened(folder)
+    held = load_file(folder / "model.safetensors")
+    changed = {name: t * value if name.endswith(ending) else t for name, t in held.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
 
 
 def test_non_finite_inputs_name_the_layers(tmp_path: Path) -> None:
     with pytest.raises(SolveError) as caught:
-        solve_blocks(opened(tmp_path, {"embed_tokens.weight": torch.inf}), Recipe(), Notes())
+        solve_blocks(spoiled(tmp_path, "embed_tokens.weight", torch.inf), Recipe(), Notes())
     assert (
         str(caught.value) == f"{Q} and {K} and {V} could not be solved: its inputs are not finite"
     )
@@ -381,7 +435,7 @@ def test_non_finite_inputs_name_the_layers(tmp_path: Path) -> None:
 
 def test_non_finite_weights_name_the_layer(tmp_path: Path) -> None:
     with pytest.raises(SolveError) as caught:
-        solve_blocks(opened(tmp_path, {"down_proj.weight": torch.nan}), Recipe(), Notes())
+        solve_blocks(spoiled(tmp_path, "down_proj.weight", torch.nan), Recipe(), Notes())
     named = f"{BLOCK}.mlp.down_proj could not be solved: its weights are not finite"
     assert str(caught.value) == named
 

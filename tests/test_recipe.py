@@ -126,10 +126,29 @@ def test_a_group_size_that_is_asked_for_is_kept() -> None:
     assert choose_group_size(build({"group_size": 32}), [256]) == 32
 
 
-@pytest.mark.parametrize("asked", [64, None])
-def test_a_width_that_no_group_divides_is_named(asked: int | None) -> None:
-    with pytest.raises(RecipeError, match=r"does not divide the input width 80 .*widths: 64, 80"):
-        choose_group_size(build({"group_size": asked}), [80, 64])
+@pytest.mark.parametrize(
+    ("asked", "widths", "told"),
+    [
+        (64, [80, 64], "64 does not divide the input width 80 of a layer (widths: 64, 80);"
+                       " group sizes that fit every layer: -1"),
+        (128, [192, 64], "128 does not divide the input width 64 of a layer (widths: 64, 192);"
+                         " group sizes that fit every layer: 64 and 32 and -1"),
+    ],
+)  # fmt: skip
+def test_a_group_that_does_not_fit_is_named_with_those_that_do(
+    asked: int, widths: list[int], told: str
+) -> None:
+    with pytest.raises(RecipeError) as refused:
+        choose_group_size(build({"group_size": asked}), widths)
+    assert str(refused.value) == f"group size {told}"
+
+
+@pytest.mark.parametrize(
+    ("widths", "size"),
+    [((80, 64), 64), ((80, 96, 128), 32), ((80, 100), -1), ((33,), -1), ((48, 128, 256), 128)],
+)
+def test_a_width_that_no_group_divides_does_not_decide(widths: tuple[int, ...], size: int) -> None:
+    assert choose_group_size(Recipe(), widths) == size
 
 
 @pytest.mark.parametrize(

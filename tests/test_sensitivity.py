@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,10 +47,9 @@ def sharpened(folder: Path, family: str, *, tied: bool) -> Path:
 
 
 def measured(model: Source, scheme: str = "w4a16", rows: Rows | None = None) -> list[Unit]:
-    offers = Offers(
-        partial(allotment.offered, scheme), scheme == "w8a8", dtype=torch.bfloat16, damping=0.01
-    )
     decoder = blocks.skeleton(model, CPU)
+    each = allotment.offers(scheme, decoder.shapes())
+    offers = Offers(each, scheme == "w8a8", dtype=torch.bfloat16, damping=0.01)
     return sensitivity.measure(decoder, model, rows or streams(), offers, lambda _done, _of: None)
 
 

@@ -6,7 +6,7 @@ Owns what is on offer. Refuses budgets that no offer reaches, before anything is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from quant import formats
 from quant.calibration import Batches
 from quant.errors import RecipeError
 from quant.formats import FULL, INT8, Format, Plan, Shapes
-from quant.intake.source import Say, Source
+from quant.intake.source import Say, Source, quiet
 from quant.recipe import GROUP_SIZES, Recipe, choose_group_size
 from quant.solver import budget, layers, sensitivity
 from quant.solver.blocks import Decoder
@@ -26,30 +26,41 @@ STREAMS = 3  # of the calibration's rows: the first judges what the others sugge
 _TOKENS = 2048  # of each: what a unit costs is a mean over them
 
 
-def offered(scheme: str, columns: int) -> list[Format]:
+def offered(scheme: str, columns: int, shapes: Iterable[tuple[int, int]] = ()) -> list[Format]:
     """What a layer of so many inputs may be stored as, smallest first.
 
     W4A16: four bits in each group size that divides the inputs, eight in the largest of those, or
-    full precision. W8A8: int8 or full precision.
+    full precision. W8A8: int8 or full precision. All `shapes` (out, in) hold what is on offer.
     """
     if scheme == "w8a8":
         return [INT8, FULL]
     sizes = [size for size in sorted(GROUP_SIZES, reverse=True) if size > 0 and not columns % size]
     sizes = sizes or [-1]
-    return [*(Format(4, size) for size in sizes), Format(8, sizes[0]), FULL]
+    forms = [*(Format(4, size) for size in sizes), Format(8, sizes[0]), FULL]
+    return [form for form in forms if all(map(form.holds, shapes))]
 
 
-def bound(recipe: Recipe, shapes: Shapes) -> Plan:
+def offers(scheme: str, shapes: Shapes) -> dict[str, list[Format]]:
+    """`offered` to every layer; those that a server loads as one are offered the same."""
+    widths = formats.shared_widths(shapes)
+    found: dict[str, list[Format]] = {}
+    for names in formats.loaded_as_one(shapes):
+        forms = offered(scheme, widths[names[0]], [shapes[name] for name in names])
+        found |= dict.fromkeys(names, forms)
+    return {name: found[name] for name in shapes}
+
+
+def bound(recipe: Recipe, shapes: Shapes, say: Say = quiet) -> Plan:
     """The recipe's plan where all layers have one format, else one that is no smaller.
 
-    RecipeError where the budget does not buy the smallest formats.
+    Says which layers cannot have the recipe's format. RecipeError where none can, where its group
+    size does not divide the inputs, or where the budget does not buy the smallest formats.
     """
     if recipe.bits_per_weight is None:
-        group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
-        return dict.fromkeys(shapes, formats.of_scheme(recipe.scheme, group))
-    widths = formats.shared_widths(shapes)
-    offers = {name: offered(recipe.scheme, widths[name]) for name in shapes}
-    least = formats.bits_per_weight({name: forms[0] for name, forms in offers.items()}, shapes)
+        return _uniform(recipe, shapes, say)
+    each = offers(recipe.scheme, shapes)
+    _tell_full(shapes, {name for name, forms in each.items() if forms == [FULL]}, 4, say)
+    least = formats.bits_per_weight({name: forms[0] for name, forms in each.items()}, shapes)
     if recipe.bits_per_weight < least:
         raise RecipeError(
             f"{recipe.bits_per_weight:g} bits per weight are too few: the smallest formats of this"
@@ -57,19 +68,58 @@ def bound(recipe: Recipe, shapes: Shapes) -> Plan:
         )
     return {
         name: next(form for form in forms if _bits(form, shapes[name]) >= recipe.bits_per_weight)
-        for name, forms in offers.items()
+        for name, forms in each.items()
     }
+
+
+def _uniform(recipe: Recipe, shapes: Shapes, say: Say) -> Plan:
+    """One format for all, but that inputs which no group divides have one scale a row, and that
+    what fills no whole words stays in full precision, with all that a server loads as one with it.
+    """
+    group = choose_group_size(recipe, (columns for _, columns in shapes.values()))
+    widths = formats.shared_widths(shapes)
+    chosen: dict[str, Format] = {}
+    for names in formats.loaded_as_one(shapes):
+        size = group if group > 0 and not widths[names[0]] % group else -1
+        form = formats.of_scheme(recipe.scheme, size)
+        held = all(form.holds(shapes[name]) for name in names)
+        chosen |= dict.fromkeys(names, form if held else FULL)
+    full = {name for name in shapes if chosen[name] == FULL}
+    rows = [name for name in shapes if group > 0 > chosen[name].group and name not in full]
+    if rows:
+        say(
+            f"{len(rows)} layers have one scale for each row, since no group size divides their"
+            f" inputs: {rows[0]} has {shapes[rows[0]][1]}"
+        )
+    _tell_full(shapes, full, recipe.bits, say)
+    return {name: chosen[name] for name in shapes}
+
+
+def _tell_full(shapes: Shapes, full: set[str], bits: int, say: Say) -> None:
+    """Says which layers no format but full precision holds; RecipeError where that is all."""
+    if not full:
+        return
+    per_word = 32 // bits
+    odd = next(name for name in shapes if name in full and any(n % per_word for n in shapes[name]))
+    rows, columns = shapes[odd]
+    why = (
+        f"{odd} has {columns} inputs and {rows} outputs, and {bits}-bit codes are stored by"
+        f" {per_word} in both directions"
+    )
+    if len(full) == len(shapes):
+        raise RecipeError(f"no layer of this model can be stored in {bits} bits: {why}; take w8a8")
+    say(f"{len(full)} layers stay in full precision, since a server needs whole words: {why}")
 
 
 def within(recipe: Recipe, decoder: Decoder, source: Source, rows: Batches, say: Say) -> Plan:
     """The plan of the least predicted KL within the recipe's bits per weight; says what it is."""
     assert recipe.bits_per_weight is not None, "only a budget has to be measured"
-    of_width, int8_inputs = partial(offered, recipe.scheme), recipe.scheme == "w8a8"
-    offers = Offers(of_width, int8_inputs, layers.half(source), recipe.damping)
+    each, int8_inputs = offers(recipe.scheme, decoder.shapes()), recipe.scheme == "w8a8"
+    on_offer = Offers(each, int8_inputs, layers.half(source), recipe.damping)
     parts = streams(rows)
     count = sum(len(ids) for ids, _ in parts)
     say(f"measuring what each layer costs in each format, on {count} rows of the calibration")
-    units = sensitivity.measure(decoder, source, parts, offers, partial(_told, say))
+    units = sensitivity.measure(decoder, source, parts, on_offer, partial(_told, say))
     plan, loss = chosen(units, decoder.shapes(), recipe.bits_per_weight)
     bits = formats.bits_per_weight(plan, decoder.shapes())
     say(f"{bits:.2f} bits per weight: {formats.listed(plan.values())}; {loss:.2g} nats foreseen")

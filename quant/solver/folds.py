@@ -58,6 +58,8 @@ class Feed:
 def found(block: nn.Module, groups: Sequence[Sequence[str]], trace: Trace) -> dict[str, Feed]:
     """The feed of each group that has one, by the name of the group's first layer."""
     inputs, output = trace()
+    # Zeros are any factor times themselves: whatever is scaled would seem to feed them.
+    groups = [group for group in groups if bool(inputs[group[0]].any())]
     layers = dict(block.named_modules())
     feeds: dict[str, Feed] = {}
     for name, layer in layers.items():

@@ -150,13 +150,17 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, group: int, levels: L
     Rows are independent: stack every layer that reads the same input. A row for which plain
     rounding is better by the Hessian keeps plain rounding.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise SolveError("its weights are not finite")
     weight = weight.float()
-    codes, scale = _rounded(weight, group if group > 0 else weight.shape[1], levels)
+    codes, scale = _rounded(weight, group, levels)
     with rounded_factors():  # of what hardly ever wins
         loss = energy(weight - dequantize(codes, scale), hessian)
     return bettered(Solution(codes, scale, loss, loss), weight, factor, levels)
+
+
+def rounded(weight: Tensor, group: int, levels: Levels) -> Solution:
+    """Plain rounding, of a layer whose inputs are all zero: whatever its codes, nothing is lost."""
+    nothing = weight.new_zeros(len(weight), dtype=torch.float32)
+    return Solution(*_rounded(weight.float(), group, levels), nothing, nothing)
 
 
 def bettered(start: Solution, weight: Tensor, factor: Factor, levels: Levels) -> Solution:
@@ -229,9 +233,14 @@ def _quantize(
     return steps, torch.cat(scales, dim=1), (damped - errors.square_() @ factor.added).clamp_(min=0)
 
 
-def _rounded(weight: Tensor, size: int, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Codes and scale of plain rounding."""
-    grouped = weight.reshape(-1, size)  # [rows * groups, size]
+def _rounded(weight: Tensor, group: int, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Codes and scale of plain rounding. SolveError where either is not finite."""
+    if not bool(torch.isfinite(weight).all()):
+        raise SolveError("its weights are not finite")
+    grouped = weight.reshape(-1, group if group > 0 else weight.shape[1])  # [rows * groups, size]
     scale = levels.stored(grid.largest_fits(grouped, levels))
+    if not bool(torch.isfinite(scale).all()):
+        kind = str(levels.dtype).removeprefix("torch.")
+        raise SolveError(f"its weights are too large for scales in {kind}")
     codes = grid.to_steps(grouped, scale, levels).to(torch.int8).view(weight.shape)
     return codes, scale.view(weight.shape[0], -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from quant import checkpoint
 from quant.artifact import LayerReport
 from quant.checkpoint import Layer
-from quant.errors import SolveError
+from quant.errors import SolveError, SourceError, during
 from quant.formats import FULL, Format, Plan, Shapes
 from quant.intake.source import Source
 from quant.lora.adapter import INPUT_DIVISOR, OUTPUT_DIVISOR
@@ -79,6 +80,12 @@ class Layers:
         self._smoothed: dict[nn.Linear, Tensor] = {}  # what a layer's inputs are divided by
         self._folded: dict[str, Tensor] = {}  # the parent's tensors that do the dividing
 
+    def __enter__(self) -> Layers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hashing.shutdown()
+
     def seen(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """What a served layer computes with."""
         if linear not in self._smoothed:
@@ -86,9 +93,16 @@ class Layers:
         return int8.as_served(inputs / self._smoothed[linear].to(inputs.device))
 
     def visit(self, group: Group) -> None:
-        """Solves the layers of a group, which have one format, and sets their weights."""
+        """Solves the layers of a group and sets their weights, those of one format together."""
+        alike: dict[Format, dict[str, nn.Linear]] = {}
+        for name, linear in group.linears.items():
+            alike.setdefault(self.plan[f"{group.prefix}{name}"], {})[name] = linear
+        for form, linears in alike.items():
+            with during(f"solving {group.prefix}{' and '.join(linears)}"):
+                self._visit(replace(group, linears=linears), form)
+
+    def _visit(self, group: Group, form: Format) -> None:
         names = [f"{group.prefix}{name}" for name in group.linears]
-        form = self.plan[names[0]]
         if form == FULL:
             self._leave(dict(zip(names, group.linears.values(), strict=True)))
             return
@@ -104,6 +118,7 @@ class Layers:
             self._progress.say(
                 f"{names[0]}: {dead} of {weight.shape[1]} inputs"
                 " are zero on every calibration token"
+                + ("; rounded to nearest" if dead == weight.shape[1] else "")
             )
         routed = self._routed(names[0], group)
         start = 0
@@ -138,10 +153,20 @@ class Layers:
             yield f"{module}.{kind}", tensor
 
     def kept(self, source: Source, name: str) -> Tensor:
-        """The parent's tensor in the dtype it will be served in, a folded scale in it."""
-        if name in self._folded:
-            return self._folded.pop(name)
-        return source.tensors.get(name).to(self.dtype)
+        """The parent's tensor in the dtype it will be served in, a folded scale in it.
+
+        SourceError where a number of it is not finite there.
+        """
+        folded = self._folded.pop(name, None)
+        made = source.tensors.get(name).to(self.dtype) if folded is None else folded
+        # The ends of the range tell, without a table of all numbers as isfinite makes one.
+        if made.numel() and not all(bool(end.isfinite()) for end in made.aminmax()):
+            raise SourceError(
+                f"{source.folder}: {name} holds numbers that are not finite in"
+                f" {str(self.dtype).removeprefix('torch.')}, which the model is served in"
+                + ("; bfloat16 as dtype in config.json holds them" * (self.dtype == torch.float16))
+            )
+        return made
 
     def _smooth(self, weight: Tensor, group: Group, even: Sequence[Tensor]) -> Tensor:
         """The weight over inputs whose spread has moved into it, where a layer can take it over."""
@@ -180,6 +205,9 @@ class Layers:
         In float32 whatever the forwards are computed in: a loss is a small difference.
         """
         fitted, held = self._moments(weight, group, even)
+        if fitted.hessian.is_dead():
+            plain = gptq.rounded(weight, form.group, levels(form, self.dtype))
+            return plain, plain.loss, 0.0, weight.shape[1]
         pulled, lack = fitted.pull(), fitted.lack()
         matrix = fitted.hessian.mean()
         del fitted  # the drift's moment, before as much is needed to factorize

@@ -60,6 +60,10 @@ class Hessian:
         """Whether nothing was added, or nothing but zeros."""
         return not bool(self._sum.diagonal().any())
 
+    def is_dead(self) -> bool:
+        """Whether tokens were added, and nothing but zeros of each: no weight changes anything."""
+        return self.tokens > 0 and self.is_zero()
+
     def mean(self) -> Tensor:
         """[columns, columns]. SolveError without tokens, or with non-finite or all-zero inputs."""
         if self.tokens == 0:

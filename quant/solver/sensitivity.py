@@ -45,12 +45,17 @@ Rows = Sequence[tuple[Tensor, Tensor]]  # input_ids and mask [rows, length] of e
 
 @dataclass(frozen=True, slots=True)
 class Offers:
-    """The formats for a layer of so many inputs, and how it would be solved in them."""
+    """The formats for each layer, smallest first, and how it would be solved in them."""
 
-    of_width: Callable[[int], Sequence[Format]]
+    of_layer: Mapping[str, Sequence[Format]]
     rounds_inputs: bool  # whether one of them has int8 inputs
     dtype: torch.dtype  # of scales
     damping: float
+
+    def to(self, names: Sequence[str]) -> list[Format]:
+        """The formats that all of these layers may have."""
+        others = [self.of_layer[name] for name in names[1:]]
+        return [form for form in self.of_layer[names[0]] if all(form in each for each in others)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +151,12 @@ def _weigh(
     block, (streams, gradient) = decoder.blocks[place], given
     again = [partial(trial.through, block, place, stream) for stream in streams]
     passes = [again[0](gradient), *(each() for each in again[1:])]
-    widths, linears = formats.shared_widths(decoder.shapes()), blocks.linears(block)
+    linears = blocks.linears(block)
     inside = {decoder.home(place) + decoder.module(place, name): name for name in linears}
     trials = []
     for unit in units:
         its = {inside[name]: linears[inside[name]] for name in unit.names}
-        forms = offers.of_width(widths[unit.names[0]])
-        trials.append(_tried(unit, its, passes[1:] or passes, offers, forms))
+        trials.append(_tried(unit, its, passes[1:] or passes, offers))
     tokens = int(streams[0].mask.sum())
     for unit, felt in zip(units, trial.weighed(trials, passes, again, offers.damping), strict=True):
         own = next(iter(unit.losses.values()))
@@ -163,11 +167,7 @@ def _weigh(
 
 
 def _tried(
-    unit: Unit,
-    linears: Mapping[str, nn.Linear],
-    passes: Sequence[Pass],
-    offers: Offers,
-    forms: Sequence[Format],
+    unit: Unit, linears: Mapping[str, nn.Linear], passes: Sequence[Pass], offers: Offers
 ) -> Trial:
     """A unit in its smallest format, fitted to what some passes read; notes what its own outputs
     lose in each."""
@@ -177,20 +177,29 @@ def _tried(
     hessian = Hessian(weight.shape[1], weight.device)
     for rows, even in zip(inputs, descent.evening(inputs), strict=True):
         hessian.add((seen(rows) * even).to(rows.dtype))
-    found: dict[Format, Solution] = {}
+    stored: list[Tensor] = []
     try:
-        matrix = hessian.mean()
-        for form in forms:
-            if form.bits == 4 or form.inputs == 8:
-                factor = gptq.factorize(matrix, offers.damping, form.group)
-                grid = layers.levels(form, offers.dtype)
-                found[form] = gptq.solve(weight * unit.smoothing, matrix, factor, form.group, grid)
+        for form in offers.to(unit.names):
+            finer = unit.losses.get(Format(4, form.group)) if form.bits == 8 else None
+            if form == FULL:
+                unit.losses[form] = 0.0
+            elif finer is not None:
+                unit.losses[form] = finer / _FINER
+            else:
+                found = _solved(weight * unit.smoothing, hessian, form, offers)
+                unit.losses[form] = float(found.loss.sum())
+                stored.append(found.weight())
     except SolveError as fault:
         raise SolveError(f"{' and '.join(unit.names)} could not be solved: {fault}") from fault
-    unit.losses.update({form: float(each.loss.sum()) for form, each in found.items()})
-    for form in forms[len(found) :]:
-        unit.losses[form] = 0.0 if form == FULL else unit.losses[Format(4, form.group)] / _FINER
-    return Trial(linears, weight, next(iter(found.values())).weight(), seen, unit.adds)
+    return Trial(linears, weight, stored[0] if stored else weight, seen, unit.adds)
+
+
+def _solved(weight: Tensor, hessian: Hessian, form: Format, offers: Offers) -> Solution:
+    levels = layers.levels(form, offers.dtype)
+    if hessian.is_dead():
+        return gptq.rounded(weight, form.group, levels)
+    factor = gptq.factorize(hessian.mean(), offers.damping, form.group)
+    return gptq.solve(weight, hessian.mean(), factor, form.group, levels)
 
 
 def _rounded(inputs: Tensor, by: Tensor) -> Tensor:

@@ -179,5 +179,7 @@ def aimed(weight: Tensor, reads: Sequence[tuple[Tensor, Tensor]], damping: float
         last = len(by) - len(by) // HELD
         known.add(*(each[:last] for each in rows))
         held.add(*(each[last:] for each in rows))
+    if known.hessian.is_dead():
+        return weight
     factor = gptq.factorize(known.hessian.mean(), damping, -1)
     return descent.shifted(weight, weight, known.pull(), held, factor)
