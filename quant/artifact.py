@@ -5,6 +5,7 @@ headers, never tensors; trusts neither header sizes nor file names it finds.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
