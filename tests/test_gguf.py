@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
-from transformers import PreTrainedModel
 
-from quant.errors import SourceError, SpaceError
+from quant import room
+from quant.errors import RoomError, SourceError, SpaceError
 from quant.intake import cached, gguf, source
 from quant.tokens import load_tokenizer, of_text
-from tests import tiny
+from tests import tiny, tiny_gguf
 
 HEAD = 20_000  # bytes, all of them metadata
-
-
-def gguf_file(path: Path, model: PreTrainedModel, folder: Path) -> Path:
-    """A tiny qwen2 and the tokenizer in `folder`, as llama.cpp's tools write them."""
-    config, bpe = model.config, json.loads((folder / "tokenizer.json").read_text())["model"]
-    writer = GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].__getitem__))
-    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_chat_template(tiny.CHAT_TEMPLATE)
-    names = get_tensor_name_map(MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     tiny.tokenizer(tmp_path / "tokenizer")
-    return gguf_file(tmp_path / "small.gguf", tiny.model("qwen2"), tmp_path / "tokenizer")
+    return tiny_gguf.write(tmp_path / "small.gguf", tiny.model("qwen2"), tmp_path / "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +78,9 @@ def test_a_conversion_says_so_and_draws_no_bars(
     said: list[str] = []
     cache = tmp_path / "cache"
     made = gguf.folder(small, cache, said.append)
-    assert said == [f"converting small.gguf to bfloat16 (once; kept in {cache}/gguf)"]
+    (line,) = said
+    where = re.escape(f"converting small.gguf to bfloat16 (once; kept in {cache}/gguf;")
+    assert re.fullmatch(rf"{where} needs about \d\.\d GB of memory and \d\.\d GB of disk\)", line)
     assert leftovers(cache) == [made]
     assert (made.stat().st_mode & 0o777) == 0o755
     shown = capfd.readouterr()
@@ -122,13 +95,13 @@ def test_a_conversion_keeps_the_weights_and_the_tokenizer(small: Path, tmp_path:
         assert torch.equal(opened.tensors.get(name), expected[name].to(torch.bfloat16)), name
     ours = load_tokenizer(opened.folder)
     text = "the quick brown fox"
-    assert of_text(text, ours) == of_text(text, load_tokenizer(tmp_path / "tokenizer"))[1:]
+    assert of_text(text, ours) == of_text(text, load_tokenizer(tmp_path / "tokenizer"))
     assert ours.chat_template == tiny.CHAT_TEMPLATE
 
 
 def test_another_file_of_the_same_name_is_converted_anew(small: Path, tmp_path: Path) -> None:
     first = gguf.folder(small, tmp_path / "cache", source.quiet)
-    gguf_file(small, tiny.model("qwen2", seed=1), tmp_path / "tokenizer")
+    tiny_gguf.write(small, tiny.model("qwen2", seed=1), tmp_path / "tokenizer")
     second = gguf.folder(small, tmp_path / "cache", source.quiet)
     assert set(leftovers(tmp_path / "cache")) == {first, second} and first != second
 
@@ -166,6 +139,30 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, head: bytes) ->
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(SourceError, match=rf"^{tmp_path}/cache/gguf cannot be written: "):
         source.open(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
+
+
+def test_what_lies_beside_a_file_is_not_used_and_named(small: Path, tmp_path: Path) -> None:
+    """A folder of GGUF files often has another model's config.json, or an older tokenizer."""
+    alone = gguf.folder(small, tmp_path / "cache", source.quiet)
+    (small.parent / "config.json").write_text('{"model_type": "gpt2"}')
+    (small.parent / "tokenizer.json").write_text("{}")
+    said: list[str] = []
+    beside = gguf.folder(small, tmp_path / "other", said.append)
+    assert said[0] == (
+        "config.json, tokenizer.json beside small.gguf is not used: the file has its own"
+    )
+    files = {path.name for path in alone.iterdir()}
+    assert files == {path.name for path in beside.iterdir()}
+    assert all((alone / name).read_bytes() == (beside / name).read_bytes() for name in files)
+
+
+def test_a_machine_that_is_too_small_is_told_before_the_work(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "of_host", lambda: 1 << 20)
+    with pytest.raises(RoomError, match=rf"^{small}: converting it needs 0\.\d GB of memory, and"):
+        gguf.folder(small, tmp_path / "cache", source.quiet)
+    assert leftovers(tmp_path / "cache") == []
 
 
 def test_another_process_that_was_first_is_as_good(tmp_path: Path) -> None:

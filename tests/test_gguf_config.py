@@ -3,13 +3,13 @@ refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from quant.errors import SourceError
@@ -58,9 +58,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen2 yarn": ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}}),
-    "qwen2_moe": ("qwen2_moe", tiny._OF_FAMILY["qwen2_moe"] | {"norm_topk_prob": False}),
+    "qwen2_moe": ("qwen2_moe", {**tiny._OF_FAMILY["qwen2_moe"], "norm_topk_prob": False}),
     "qwen3": ("qwen3", {"head_dim": 32}),
-    "qwen3_moe": ("qwen3_moe", tiny._OF_FAMILY["qwen3_moe"] | {"mlp_only_layers": []}),
+    "qwen3_moe": ("qwen3_moe", {**tiny._OF_FAMILY["qwen3_moe"], "mlp_only_layers": []}),
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma2": ("gemma2", {"head_dim": 32, "sliding_window": 16, "attn_logit_softcapping": 2.0,
                           "final_logit_softcapping": 3.0}),
@@ -127,3 +127,122 @@ def test_a_file_computes_what_its_model_did(case: str, vocabulary: Path, tmp_pat
     assert type(made) is type(model)
     apart = tiny_gguf.log_probabilities(made) - tiny_gguf.log_probabilities(model)
     assert apart.abs().max() < 1e-4
+
+
+def test_blocks_of_codes_compute_what_they_decode_to(vocabulary: Path, tmp_path: Path) -> None:
+    """Q8_0 and its likes: within what bfloat16 makes of the file's own precision."""
+    model = built("qwen3", head_dim=32)
+    path = tiny_gguf.write(
+        tmp_path / "model.gguf", model, vocabulary, kind=GGMLQuantizationType.Q8_0
+    )
+    made = loaded(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                codes = quantize(parameter.numpy(), GGMLQuantizationType.Q8_0)
+                decoded = torch.from_numpy(dequantize(codes, GGMLQuantizationType.Q8_0))
+                parameter.copy_(decoded.to(torch.bfloat16))
+    apart = tiny_gguf.log_probabilities(made) - tiny_gguf.log_probabilities(model)
+    assert apart.abs().max() < 1e-4
+
+
+def number(key: str, value: float) -> tiny_gguf.Edit:
+    return lambda writer: writer.add_float32(key, value)
+
+
+def whole(key: str, value: int) -> tiny_gguf.Edit:
+    return lambda writer: writer.add_uint32(key, value)
+
+
+def text(key: str, value: str) -> tiny_gguf.Edit:
+    return lambda writer: writer.add_string(key, value)
+
+
+def tensor(name: str, *values: float) -> tiny_gguf.Edit:
+    return lambda writer: writer.add_tensor(name, np.array(values, np.float32))
+
+
+LOST: dict[str, tuple[str, tiny_gguf.Edit, tuple[str, ...]]] = {
+    "an unknown key": ("llama.resonance = 3", whole("llama.resonance", 3), ()),
+    "another tool's key": ("mine.note = x", text("mine.note", "x"), ()),
+    "clamped attention": ("llama.attention.clamp_kqv = 8",
+                          number("llama.attention.clamp_kqv", 8), ()),
+    "another scale": ("attention.scale = 0.5", number("llama.attention.scale", 0.5), ()),
+    "soft caps": ("final_logit_softcapping = 30", number("llama.final_logit_softcapping", 30), ()),
+    "fewer rotated": ("rope.dimension_count = 8",
+                      lambda writer: (whole("llama.rope.dimension_count", 8)(writer),
+                                      whole("llama.attention.key_length", 16)(writer))[0],
+                      ("llama.rope.dimension_count", "llama.attention.key_length")),
+    "values of another length": ("heads are 16", whole("llama.attention.value_length", 8),
+                                 ("llama.attention.value_length",)),
+    "an unknown scaling": ("rope.scaling.type dynamic",
+                           text("llama.rope.scaling.type", "dynamic"), ()),
+    "YaRN without a context": ("no llama.rope.scaling.original_context_length",
+                               text("llama.rope.scaling.type", "yarn"), ()),
+    "long factors without a context": ("no llama.rope.scaling.original_context_length",
+                                       tensor("rope_factors_long.weight", *[2.0] * 8), ()),
+    "factors of nobody's": ("factors of rope_freqs.weight are not Llama 3's",
+                            tensor("rope_freqs.weight", 1, 5, 1, 3, 1, 9, 1, 2), ()),
+    "too few factors": ("a factor for each of 8", tensor("rope_freqs.weight", 1, 2), ()),
+    "a tensor more": ("it holds blk.1.attn_sinks.weight", tensor("blk.1.attn_sinks.weight", 1), ()),
+    "no epsilon": ("no llama.attention.layer_norm_rms_epsilon", lambda _: None,
+                   ("llama.attention.layer_norm_rms_epsilon",)),
+    "a text for a number": ("llama.context_length is long", text("llama.context_length", "long"),
+                            ("llama.context_length",)),
+    "more blocks": ("block_count is 3", whole("llama.block_count", 3), ("llama.block_count",)),
+    "another width": ("keys say", whole("llama.feed_forward_length", 96),
+                      ("llama.feed_forward_length",)),
+    "experts that are not there": ("experts are larger", whole("llama.expert_count", 1 << 30), ()),
+    "a part": ("one of 3 parts", whole("split.count", 3), ()),
+    "an adapter": ("general.type is adapter", text("general.type", "adapter"), ()),
+    "padding beyond": ("padding_token_id is 9999", whole("tokenizer.ggml.padding_token_id", 9999),
+                       ("tokenizer.ggml.padding_token_id",)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return built("llama")
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_would_be_lost_is_refused_by_name(
+    case: str, llama: PreTrainedModel, vocabulary: Path, tmp_path: Path
+) -> None:
+    said, edit, without = LOST[case]
+    path = tiny_gguf.write(tmp_path / "model.gguf", llama, vocabulary, edit=edit, without=without)
+    with pytest.raises(SourceError, match=f"^{path} cannot be used as a GGUF model: ") as told:
+        converted(path)
+    assert said in str(told.value) and "\n" not in str(told.value)
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+
+def test_what_a_window_would_do_to_a_model_without_one_is_named(
+    vocabulary: Path, tmp_path: Path
+) -> None:
+    path = tiny_gguf.write(
+        tmp_path / "model.gguf", built("qwen2"), vocabulary,
+        edit=whole("qwen2.attention.sliding_window", 64),
+    )  # fmt: skip
+    with pytest.raises(SourceError, match="sliding_window = 64, which would be lost"):
+        gguf.model(path)
+
+
+def test_an_architecture_that_is_not_converted_is_named(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "model.gguf", "mamba2")
+    tensor("token_embd.weight", 1.0)(writer)
+    with pytest.raises(SourceError, match="architecture mamba2, and llama, qwen2"):
+        gguf.model(tiny_gguf.finish(writer))
+
+
+def test_keys_on_which_nothing_depends_are_passed_over(
+    llama: PreTrainedModel, vocabulary: Path, tmp_path: Path
+) -> None:
+    def edit(writer: GGUFWriter) -> None:
+        text("quantize.imatrix.file", "imatrix.dat")(writer)
+        whole("general.quantization_version", 2)(writer)
+        whole("split.count", 1)(writer)
+        writer.add_array("general.tags", ["text-generation"])
+
+    path = tiny_gguf.write(tmp_path / "model.gguf", llama, vocabulary, edit=edit)
+    assert (converted(path) / "config.json").is_file()

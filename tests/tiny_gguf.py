@@ -60,10 +60,10 @@ def write(
             writer.add_tensor(f"{found}.{leaf}", quantize(content, kind), raw_dtype=kind)
         else:
             writer.add_tensor(f"{found}.{leaf}", content)
-    if edit is not None:
-        edit(writer)
     for key in without:
         del writer.kv_data[0][key]
+    if edit is not None:
+        edit(writer)
     return finish(writer)
 
 
@@ -114,32 +114,38 @@ def _rope(writer: GGUFWriter, config: PretrainedConfig, rope: Mapping[str, Any])
     head = int(head * rope.get("partial_rotary_factor", 1))
     if config.model_type in ("llama", "mistral", "mixtral", "phi3"):
         writer.add_rope_dimension_count(head)
-    kind = rope["rope_type"]
-    if kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    if kind == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        for name in ("beta_fast", "beta_slow"):
-            if name in rope:
-                getattr(writer, f"add_rope_scaling_yarn_{name}")(rope[name])
-        if "attention_factor" in rope:
-            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
     if config.model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn", "longrope"):
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        _yarn(writer, rope)
     if kind == "longrope":
-        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
-        trained = config.original_max_position_embeddings
-        stretch = config.max_position_embeddings / trained
-        usual = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(rope.get("attention_factor", usual))
-        for name in ("long", "short"):
-            factors = np.array(rope[f"{name}_factor"], np.float32)
-            writer.add_tensor(f"rope_factors_{name}.weight", factors)
+        _longrope(writer, config, rope)
     if kind == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(rope, head))
+
+
+def _yarn(writer: GGUFWriter, rope: Mapping[str, Any]) -> None:
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    for name in ("beta_fast", "beta_slow"):
+        if name in rope:
+            getattr(writer, f"add_rope_scaling_yarn_{name}")(rope[name])
+    if "attention_factor" in rope:
+        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+
+
+def _longrope(writer: GGUFWriter, config: PretrainedConfig, rope: Mapping[str, Any]) -> None:
+    trained = config.original_max_position_embeddings
+    stretch = config.max_position_embeddings / trained
+    usual = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
+    writer.add_rope_scaling_attn_factors(rope.get("attention_factor", usual))
+    for name in ("long", "short"):
+        factors = np.array(rope[f"{name}_factor"], np.float32)
+        writer.add_tensor(f"rope_factors_{name}.weight", factors)
 
 
 def llama3_factors(rope: Mapping[str, Any], head: int) -> Any:
@@ -171,33 +177,37 @@ def _tokenizer(writer: GGUFWriter, config: PretrainedConfig, vocabulary: Path) -
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_pad_token_id(config.pad_token_id)
-    writer.add_add_bos_token(True)
+    writer.add_bool("tokenizer.ggml.add_bos_token", val=True)
     writer.add_chat_template(tiny.CHAT_TEMPLATE)
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    config, found = model.config, {}
+    """By the names that the gguf package's table has for them, as the converter stores them."""
+    config = model.config
+    found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
-            tensor = tensor + 1
-        if ARCHITECTURES.get(config.model_type, config.model_type) == "llama":
-            if ".q_proj." in name:
-                tensor = paired(tensor, config.num_attention_heads)
-            if ".k_proj." in name:
-                tensor = paired(tensor, config.num_key_value_heads)
         if name.endswith("experts.gate_up_proj"):
-            gate, up = tensor.chunk(2, dim=1)
             place = name.removesuffix("gate_up_proj")
-            found |= {f"{place}gate_proj.weight": gate, f"{place}up_proj.weight": up}
+            both = zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True)
+            found |= {f"{place}{leaf}.weight": part for leaf, part in both}
         elif name.endswith("experts.down_proj"):
             found[f"{name}.weight"] = tensor
         elif name.endswith("shared_expert_gate.weight"):
             found[name] = tensor.flatten()
-        else:
-            found[name] = tensor
+        elif name != "lm_head.weight" or not config.tie_word_embeddings:
+            found[name] = _changed(name, tensor, config)
     return found
+
+
+def _changed(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:
+    if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
+        return tensor + 1
+    if ARCHITECTURES.get(config.model_type, config.model_type) == "llama":
+        if ".q_proj." in name:
+            return paired(tensor, config.num_attention_heads)
+        if ".k_proj." in name:
+            return paired(tensor, config.num_key_value_heads)
+    return tensor
 
 
 def paired(tensor: Tensor, heads: int) -> Tensor:
@@ -209,4 +219,5 @@ def paired(tensor: Tensor, heads: int) -> Tensor:
 def log_probabilities(model: PreTrainedModel, length: int = 200) -> Tensor:
     ids = torch.arange(length).remainder(301)[None] + 7
     with torch.no_grad():
-        return model(ids % model.config.vocab_size).logits.log_softmax(-1)
+        logits: Tensor = model(ids % model.config.vocab_size).logits
+    return logits.log_softmax(-1)

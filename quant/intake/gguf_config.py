@@ -151,8 +151,14 @@ def _shape(keys: Keys) -> dict[str, Any]:
     rows = embedding.shape[0]
     if keys.whole(".vocab_size", rows) != rows:
         raise keys.header.refused(f"its vocab_size is not that of its {rows} embeddings")
+    if (count := len(keys.texts("tokenizer.ggml.tokens"))) > rows:
+        raise keys.header.refused(f"it has {count} tokens, and {rows} embeddings")
     heads = settings["num_attention_heads"]
-    settings["num_key_value_heads"] = keys.whole(".attention.head_count_kv", heads, least=1)
+    shared = settings["num_key_value_heads"] = keys.whole(
+        ".attention.head_count_kv", heads, least=1
+    )
+    if heads % shared:
+        raise keys.header.refused(f"{shared} heads of keys do not divide {heads} of queries")
     return {**settings, "vocab_size": rows, "head_dim": _head(keys, settings)}
 
 

@@ -25,6 +25,7 @@ _STRING, _ARRAY = 8, 9
 _LONGEST_NAME, _LONGEST_TEXT = 1 << 10, 1 << 24  # bytes
 _MOST_ENTRIES = 1 << 24  # of an array: far more than any vocabulary has tokens or merges
 _MOST_DIMENSIONS = 4
+_LONGEST_LINE = 400
 
 
 class Place(NamedTuple):
@@ -49,7 +50,7 @@ class Header:
 
     def refused(self, reason: str) -> SourceError:
         """The one line for a file that is whole and still cannot be used."""
-        return SourceError(f"{self.path} cannot be used as a GGUF model: {reason}")
+        return SourceError(f"{self.path} cannot be used as a GGUF model: {_line(reason)}")
 
 
 def read(path: Path) -> Header:
@@ -161,4 +162,10 @@ class _Reader:
         return self._file.read(count)
 
     def _broken(self, reason: str) -> SourceError:
-        return SourceError(f"{self._path} cannot be read as a GGUF model: {reason}")
+        return SourceError(f"{self._path} cannot be read as a GGUF model: {_line(reason)}")
+
+
+def _line(reason: str) -> str:
+    """Names out of a file may hold anything."""
+    line = "".join(mark if mark.isprintable() else "?" for mark in " ".join(reason.split()))
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 3]}..."

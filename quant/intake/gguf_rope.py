@@ -22,7 +22,8 @@ _FREQS, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_
 TENSORS = (_FREQS, _SHORT, _LONG)
 _THETA = 10_000.0  # where the file says none
 _CLOSE = 1e-4  # relative: the file holds float32
-_FACTORS, _CONTEXTS, _LOW, _HIGH = (8, 32, 4, 16, 2, 64), range(5, 21), 1.0, 4.0
+_FACTORS, _CONTEXTS = (8, 32, 4, 16, 2, 64), range(5, 21)
+_LOW, _HIGHS = 1.0, (4.0, 2.0, 3.0, 8.0, 16.0)
 
 
 class _Llama3(NamedTuple):
@@ -36,7 +37,8 @@ class _Llama3(NamedTuple):
 
     def factors(self, wavelengths: Numbers) -> Numbers:
         smooth = (self.context / wavelengths - _LOW) / (self.high - _LOW)
-        return 1 / ((1 - smooth.clip(0, 1)) / self.factor + smooth.clip(0, 1))
+        found: Numbers = 1 / ((1 - smooth.clip(0, 1)) / self.factor + smooth.clip(0, 1))
+        return found
 
     def __str__(self) -> str:
         return f"factor {self.factor:g} beyond {self.context:g} positions"
@@ -140,15 +142,14 @@ def _guesses(factors: Numbers, wavelengths: Numbers) -> Iterator[_Llama3]:
     """The published models' first; then what the frequencies between both ends solve to."""
     for factor in dict.fromkeys((float(factors.max()), *map(float, _FACTORS))):
         for power in _CONTEXTS:
-            yield _Llama3(factor, float(1 << power), _HIGH)
+            yield _Llama3(factor, float(1 << power), _HIGHS[0])
         between = (factors > 1) & (factors < factor * (1 - _CLOSE))
         smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
         longer = 1 / wavelengths[between]
-        if len(smooth) == 1:
-            yield _Llama3(
-                factor, round(float((smooth[0] * (_HIGH - _LOW) + _LOW) / longer[0])), _HIGH
-            )
-        elif len(smooth) > 1:
+        for high in _HIGHS if len(smooth) == 1 else ():
+            context = (smooth[0] * (high - _LOW) + _LOW) / longer[0]
+            yield _Llama3(factor, round(float(context)), high)
+        if len(smooth) > 1:
             slope, offset = np.polyfit(longer, smooth, 1)
             if slope > 0 > offset:
                 yield _Llama3(

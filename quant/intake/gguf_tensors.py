@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,11 +42,11 @@ class Layout(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Rows [first, first + count) of one of the file's tensors."""
+    """Rows [first, first + many) of one of the file's tensors."""
 
     name: str
     first: int
-    count: int
+    many: int
 
 
 def rows(path: Path, place: Place, first: int, count: int) -> npt.NDArray[np.float32]:
@@ -104,7 +104,7 @@ def _pieces(
         shape = own[part.of]
         if fused := _EXPERTS.fullmatch(part.of):
             piece = _of_expert(int(fused[1]), fused[2], part, shape)
-            expected = (shape[0], piece.count, shape[2])
+            expected: Shape = (shape[0], piece.many, shape[2])
         else:
             module, _, leaf = part.of.rpartition(".")
             piece = _Piece(f"{names.get_name(module)}.{leaf}", 0, math.prod(shape[:-1]))
@@ -141,11 +141,11 @@ def _weight(
 
 def _read(header: Header, piece: _Piece, shape: Shape, shift: float) -> Tensor:
     place = header.tensors[piece.name]
-    made = torch.empty(piece.count, place.shape[-1], dtype=DTYPE)
+    made = torch.empty(piece.many, place.shape[-1], dtype=DTYPE)
     step = max(1, CHUNK // place.shape[-1])
-    for first in range(0, piece.count, step):
+    for first in range(0, piece.many, step):
         interrupt.check()
-        count = min(step, piece.count - first)
+        count = min(step, piece.many - first)
         values = torch.from_numpy(rows(header.path, place, piece.first + first, count))
         made[first : first + count] = values - shift if shift else values
     return made.reshape(shape)
@@ -155,8 +155,3 @@ def _straight(read: Callable[[], Tensor], heads: int) -> Tensor:
     """Rows as transformers rotates them: a head's first half, then its second."""
     paired = read()
     return paired.reshape(heads, -1, 2, *paired.shape[1:]).transpose(1, 2).reshape(paired.shape)
-
-
-def largest(found: Mapping[str, Any]) -> int:
-    """Bytes of the largest of these weights."""
-    return max(weight.bytes for weight in found.values())

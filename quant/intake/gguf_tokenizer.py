@@ -7,7 +7,7 @@ a text where the file does not say.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,20 @@ def _vocabulary(keys: Keys) -> dict[str, Any]:
                     f"{_KEY}{name} has {len(told[name])} entries for {len(found)} tokens"
                 )
     if f"{_KEY}merges" in keys:
-        told["merges"] = keys.texts(f"{_KEY}merges")
+        told["merges"] = _merges(keys, set(found))
     elif kind == _BYTES or "scores" not in told:
         raise keys.header.refused(f"it has no {_KEY}{'merges' if kind == _BYTES else 'scores'}")
     told["pre_tokenizer_type"] = _pre(keys, kind)
     return told
+
+
+def _merges(keys: Keys, known: Set[str]) -> list[str]:
+    found = keys.texts(f"{_KEY}merges")
+    for merge in found:
+        parts = merge.split(" ")
+        if len(parts) != 2 or not known >= {*parts, "".join(parts)}:
+            raise keys.header.refused(f"{_KEY}merges has {merge!r:.60}, which makes no token")
+    return found
 
 
 def _pre(keys: Keys, kind: str) -> str:
