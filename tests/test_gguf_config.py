@@ -67,6 +67,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"head_dim": 32, "sliding_window": 16}),
     "gemma3 linear": ("gemma3_text", GEMMA3),
     "phi3": ("phi3", {"original_max_position_embeddings": 512, "sliding_window": 16}),
+    "phi3 of which a part turns": ("phi3", {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}}),
+    "olmo2": ("olmo2", {}),
+    "starcoder2": ("starcoder2", {}),
+    "nemotron": ("nemotron", {}),
+    "nemotron that turns whole": ("nemotron", {"partial_rotary_factor": 1.0}),
     "phi3 longrope": ("phi3", {"original_max_position_embeddings": 128, "rope_parameters": LONG}),
 }  # fmt: skip
 

@@ -83,7 +83,10 @@ def _keys(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(getattr(config, "norm_epsilon", None) or config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(0)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -92,27 +95,29 @@ def _keys(writer: GGUFWriter, config: PretrainedConfig) -> None:
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    window = getattr(config, "sliding_window", None)
     if config.model_type in ("gemma2", "gemma3_text", "phi3", "mistral"):
-        writer.add_sliding_window(window or 0)
+        writer.add_sliding_window(config.sliding_window or 0)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if experts:
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "num_experts_per_tok"):
+        _experts(writer, config)
+    _rope(writer, config, rope)
+
+
+def _experts(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
     if hasattr(config, "moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    _rope(writer, config, rope)
 
 
 def _rope(writer: GGUFWriter, config: PretrainedConfig, rope: Mapping[str, Any]) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     head = int(head * rope.get("partial_rotary_factor", 1))
-    if config.model_type in ("llama", "mistral", "mixtral", "phi3"):
+    if config.model_type in ("llama", "mistral", "mixtral", "phi3", "nemotron"):
         writer.add_rope_dimension_count(head)
     if config.model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
@@ -200,7 +205,7 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _changed(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:
-    if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
+    if config.model_type.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         return tensor + 1
     if ARCHITECTURES.get(config.model_type, config.model_type) == "llama":
         if ".q_proj." in name:

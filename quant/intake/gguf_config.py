@@ -20,14 +20,18 @@ from quant.intake.gguf_tensors import DTYPE, Layout
 
 
 class Known(NamedTuple):
-    """`model_type` is transformers' name; `fixed` is what llama.cpp does whatever a file says."""
+    """`model_type` is transformers' name, `epsilon` its name for what `norm` says; `fixed` is what
+    llama.cpp does whatever a file says."""
 
     model_type: str
     layout: Layout = Layout()
     fixed: Mapping[str, Any] = {}
+    norm: str = ".attention.layer_norm_rms_epsilon"
+    epsilon: str = "rms_norm_eps"
 
 
 _SHIFTED = Layout(shift=1.0)
+_MEAN = ".attention.layer_norm_epsilon"
 KNOWN = {
     "llama": Known("llama", Layout(turned=True)),
     "qwen2": Known("qwen2"),
@@ -38,6 +42,9 @@ KNOWN = {
     "gemma2": Known("gemma2", _SHIFTED),
     "gemma3": Known("gemma3_text", _SHIFTED),
     "phi3": Known("phi3"),
+    "olmo2": Known("olmo2"),
+    "starcoder2": Known("starcoder2", norm=_MEAN, epsilon="norm_epsilon"),
+    "nemotron": Known("nemotron", _SHIFTED, norm=_MEAN, epsilon="norm_eps"),
 }
 # What tells where a file comes from and how it was made, and llama.cpp's own samplers.
 HARMLESS = ("general.", "quantize.", "imatrix.", "split.")
@@ -73,7 +80,11 @@ _ONLY: Mapping[str, tuple[float, ...]] = {
     ".embedding_scale": (1,),
 }
 _IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_BIASES = {
+    "attention_bias": "blk.0.attn_q.bias",
+    "mlp_bias": "blk.0.ffn_up.bias",
+    "use_bias": "blk.0.attn_q.bias",
+}
 _WINDOWED = ("llama", "gemma2", "gemma3", "phi3")
 _PATTERN = ".attention.sliding_window_pattern"
 _KINDS = {True: "sliding_attention", False: "full_attention"}
@@ -91,11 +102,17 @@ def config(keys: Keys) -> PretrainedConfig:
             " give the model's Hugging Face folder"
         )
     _check_whole(keys)
-    settings = {**_shape(keys), **_numbers(keys), **known.fixed}
+    settings = {
+        **_shape(keys),
+        **_caps(keys),
+        **known.fixed,
+        known.epsilon: keys.number(known.norm),
+    }
     settings |= _experts(keys, settings) | _attention(keys, settings)
     settings |= _rope(keys, settings)
     settings |= {name: gguf_tokenizer.token_id(keys, token) for name, token in _IDS.items()}
     model_type = _model_type(known, settings)
+    head = settings["head_dim"]
     _fit(keys, model_type, settings)
     try:
         made = CONFIG_MAPPING[model_type](
@@ -106,7 +123,7 @@ def config(keys: Keys) -> PretrainedConfig:
         )
     except (ValueError, TypeError, LookupError, StrictDataclassError) as fault:
         raise keys.header.refused(" ".join(str(fault).split())[:300]) from fault
-    _check_rotary(keys, made)
+    _check_rotary(keys, made, head)
     return made
 
 
@@ -118,6 +135,7 @@ def _check_whole(keys: Keys) -> None:
         raise keys.header.refused(
             f"it is one of {parts} parts: join them with llama-gguf-split --merge"
         )
+    keys.pass_over(".tensor_data_layout")  # llama.cpp knows one
     for key, allowed in _ONLY.items():
         keys.pass_over(key)
         said = keys.header.metadata.get(keys.full(key), allowed[0])
@@ -172,9 +190,8 @@ def _head(keys: Keys, settings: Mapping[str, Any]) -> int:
     return head
 
 
-def _numbers(keys: Keys) -> dict[str, Any]:
-    found = {name: keys.number(key) for key, name in _CAPS.items() if key in keys}
-    return {**found, "rms_norm_eps": keys.number(".attention.layer_norm_rms_epsilon")}
+def _caps(keys: Keys) -> dict[str, Any]:
+    return {name: keys.number(key) for key, name in _CAPS.items() if key in keys}
 
 
 def _experts(keys: Keys, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,11 +278,9 @@ def _fit(keys: Keys, model_type: str, settings: dict[str, Any]) -> None:
             settings[name] = tensor in keys.header.tensors
 
 
-def _check_rotary(keys: Keys, made: PretrainedConfig) -> None:
-    """That the model rotates as many numbers of a head as the file says."""
-    if ".rope.dimension_count" not in keys:
-        return
-    rotated = keys.whole(".rope.dimension_count")
+def _check_rotary(keys: Keys, made: PretrainedConfig, head: int) -> None:
+    """That the model rotates as many numbers of a head as the file says, be it all of them."""
+    rotated = keys.whole(".rope.dimension_count", head)
     for name, buffer in architecture.hollow(made).named_buffers():
         if name.endswith("inv_freq") and 2 * buffer.numel() != rotated:
             raise keys.header.refused(

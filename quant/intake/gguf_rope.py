@@ -20,6 +20,7 @@ from quant.intake.gguf_keys import Keys
 Numbers = npt.NDArray[np.float64]
 _FREQS, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 TENSORS = (_FREQS, _SHORT, _LONG)
+_PARTIAL = ("nemotron",)  # whose configuration means a part where it says nothing
 _THETA = 10_000.0  # where the file says none
 _CLOSE = 1e-4  # relative: the file holds float32
 _FACTORS, _CONTEXTS = (8, 32, 4, 16, 2, 64), range(5, 21)
@@ -51,7 +52,7 @@ def parameters(keys: Keys, head: int) -> dict[str, Any]:
         keys.whole(".rope.dimension_count", head, 2),
     )
     found: dict[str, Any] = {"rope_theta": theta, **_scaling(keys, theta, rotated)}
-    if rotated != head:
+    if rotated != head or keys.architecture in _PARTIAL:
         found["partial_rotary_factor"] = rotated / head
     return found
 
