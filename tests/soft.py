@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 KINDS: dict[str, Any] = {"PROMPT_TUNING": PromptTuningConfig, "P_TUNING": PromptEncoderConfig}
+_MORE = {**KINDS, "PREFIX_TUNING": PrefixTuningConfig}
 
 
 def write_soft(folder: Path, rows: torch.Tensor, **config: Any) -> Path:
@@ -28,7 +35,7 @@ def trained_soft(folder: Path, base: Path, kind: str, *, tokens: int, seed: int 
     parent = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
     encoder = {"encoder_hidden_size": 32} if kind == "P_TUNING" else {}
-    config = KINDS[kind](task_type="CAUSAL_LM", num_virtual_tokens=tokens, **encoder)
+    config = _MORE[kind](task_type="CAUSAL_LM", num_virtual_tokens=tokens, **encoder)
     get_peft_model(parent, config).save_pretrained(folder)
     return folder
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,21 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from quant.artifact import TrainingBase
 from quant.errors import AdapterError, QuantError, RecipeError, TargetExists
+from quant.intake import source
 from quant.lora import adapter as lora
-from quant.lora import blend, combine, merge, nf4
+from quant.lora import blend, combine, merge, suitability
 from quant.lora.adapter import LINEAGE, WEIGHTS
 from quant.lora.blend import Blended, Order
 from quant.lora.mixture import Mixture
 from quant.lora.training import Training
-from tests import tiny, variants
+from tests import adapter_rows, tiny, variants
+from tests.adapter_rows import CASES, TABLE, Case
 from tests.lora import write_lora
+from tests.soft import trained_soft
 
 # Float32 in another order of operations, through two layers.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
@@ -63,8 +65,17 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return variants.base_folder(tmp_path_factory.mktemp("qwen"), "qwen2")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+    """The base of a case, made once for all that share it."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def find(case: Case) -> Path:
+        kind = case.family, case.tied
+        if kind not in made:
+            made[kind] = adapter_rows.base_of(case, tmp_path_factory.mktemp(case.family))
+        return made[kind]
+
+    return find
 
 
 def merged(base: Path, target: Path, *adapters: Path, **options: Any) -> Blended:
@@ -81,28 +92,56 @@ def refused(base: Path, target: Path, *adapters: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def assert_equal(base: Path, target: Path, folder: Path, theirs: Tensor) -> Blended:
+def assert_equal(base: Path, target: Path, folder: Path, theirs: Tensor, **options: Any) -> Blended:
     """The merged folder computes what was trained, and that is not what the base computes."""
-    found = merged(base, target, folder)
+    found = merged(base, target, folder, **options)
     torch.testing.assert_close(variants.loaded(target), theirs, **CLOSE)
     if theirs.shape == variants.loaded(base).shape:
         assert (theirs - variants.loaded(base)).abs().max() > 0.05
     return found
 
 
-@pytest.mark.parametrize("name", [*variants.PLAIN, *variants.BEYOND, *variants.STARTS])
-def test_a_merged_variant_computes_what_was_trained(base: Path, tmp_path: Path, name: str) -> None:
-    settings = {**variants.PLAIN, **variants.BEYOND, **variants.STARTS}[name]
-    folder, theirs = variants.trained(tmp_path / "lora", base, **settings)
-    if name in variants.STARTS:  # from the base alone, too
-        shutil.rmtree(tmp_path / f"{name.partition('-')[0]}_init")
-    assert not assert_equal(base, tmp_path / "out", folder, theirs).untied
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_of_the_table_is_what_peft_computes(
+    bases: Callable[[Case], Path], tmp_path: Path, name: str
+) -> None:
+    case = CASES[name]
+    base = bases(case)
+    folder, theirs = adapter_rows.trained(case, base, tmp_path / "lora")
+    training = Training(case.training)
+    assert_equal(base, tmp_path / "out", folder, theirs, training=training)
+    found = suitability.judge(folder, base)
+    assert found.merge.works, found.merge.reason
+    told = found.swap.reason if found.swap.works else "no"
+    assert told.replace("`quantserve adapter export`", "export").startswith(case.served), told
+    cache = tmp_path / "cache"
+    read = source.open(str(base), adapters=[folder], training=training, cache=cache).tensors
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(read.names()) == set(written)
+    for tensor in written:
+        torch.testing.assert_close(read.get(tensor), written[tensor], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [*variants.BIASED, "dora"])
-def test_biases_merge_where_the_base_has_them(qwen: Path, tmp_path: Path, name: str) -> None:
-    settings = {**variants.BIASED, **variants.BEYOND}[name]
-    assert_equal(qwen, tmp_path / "out", *variants.trained(tmp_path / "lora", qwen, **settings))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("PROMPT_TUNING", "prompt tuning"),
+        ("P_TUNING", "p-tuning"),
+        ("PREFIX_TUNING", "prefix tuning"),
+    ],
+)
+def test_the_rows_without_cases_are_no_loras(
+    base: Path, tmp_path: Path, kind: str, name: str
+) -> None:
+    (row,) = (row for row in TABLE if not row.cases and name in row.variant.split(", "))
+    folder = trained_soft(tmp_path / "soft", base, kind, tokens=3)
+    assert f"peft_type '{kind}'" in refused(base, tmp_path / "out", folder)
+    if row.served == "yes":
+        found = suitability.judge(folder, base)
+        assert (found.merge.works, found.swap.works) == (False, True)
+    else:
+        with pytest.raises(AdapterError, match="no door"):
+            suitability.judge(folder, base)
 
 
 @pytest.mark.parametrize(
@@ -173,56 +212,25 @@ def test_a_tied_vocabulary_grows_and_stays_tied(tied: Path, tmp_path: Path) -> N
     assert any("no adapter brings a tokenizer" in line for line in heard.lines)
 
 
-def test_weights_stored_in_by_out_merge_transposed(tmp_path: Path) -> None:
-    config = CONFIG_MAPPING["gpt2"](
-        vocab_size=tiny.VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128
-    )
-    torch.manual_seed(0)
-    tiny.tokenizer(tmp_path / "base")
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    folder, theirs = variants.trained(
-        tmp_path / "lora", tmp_path / "base", targets=("c_attn", "c_fc"), fan_in_fan_out=True,
-        use_dora=True,
-    )  # fmt: skip
-    assert_equal(tmp_path / "base", tmp_path / "out", folder, theirs)
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_a_qlora_merges_into_the_base_that_it_saw(
-    base: Path, tmp_path: Path, *, double: bool
-) -> None:
-    """Every linear layer of the blocks was in NF4, adapted or not; embedding and head were not."""
+def test_a_qlora_saw_a_base_that_its_rounding_moved(base: Path, tmp_path: Path) -> None:
+    """Every linear layer of the blocks, adapted or not; twice rounded is another base again."""
     folder, _ = variants.trained(tmp_path / "lora", base, targets=("q_proj", "v_proj"))
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = nf4.round_trip(module.weight.data, double=double)
-    theirs = variants.logits(PeftModel.from_pretrained(model, folder))
-    seen: TrainingBase = "nf4-double" if double else "nf4"
-    merged(base, tmp_path / "out", folder, training=Training(seen))
-    ours = variants.loaded(tmp_path / "out")
-    torch.testing.assert_close(ours, theirs, **CLOSE)
-    assert (ours - variants.with_adapter(base, folder)).abs().max() > 0.01
+    kinds: tuple[TrainingBase, ...] = ("stored", "nf4", "nf4-double")
+    found = {}
+    for seen in kinds:
+        merged(base, tmp_path / seen, folder, training=Training(seen))
+        found[seen] = variants.loaded(tmp_path / seen)
+    assert (found["nf4"] - found["stored"]).abs().max() > 0.01
+    assert not torch.equal(found["nf4"], found["nf4-double"])
 
 
 @pytest.mark.parametrize("start", ["loftq", "corda", "pissa_niter_4"])
-def test_a_shifted_start_merges_into_what_training_left(
+def test_a_shifted_start_is_refused_unless_its_base_is_given(
     base: Path, tmp_path: Path, start: str
 ) -> None:
-    folder, theirs = variants.trained(tmp_path / "lora", base)
+    folder = tiny.adapter_folder(tmp_path / "lora", base)
     tiny.edit_json(folder / "adapter_config.json", init_lora_weights=start)
     assert "--training-base residual" in refused(base, tmp_path / "out", folder)
-    merged(base, tmp_path / "out", folder, training=Training("residual"))
-    torch.testing.assert_close(variants.loaded(tmp_path / "out"), theirs, **CLOSE)
-
-
-def test_a_start_drawn_at_random_is_undone_with_its_initial_adapter(
-    base: Path, tmp_path: Path
-) -> None:
-    folder, theirs = variants.trained(
-        tmp_path / "lora", base, init_lora_weights="pissa_niter_2", use_rslora=True
-    )
-    assert_equal(base, tmp_path / "out", folder, theirs)
 
 
 def test_the_base_keeps_its_dtype_and_another_can_be_asked_for(tmp_path: Path) -> None:

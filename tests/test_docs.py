@@ -143,6 +143,19 @@ def _forms(readme: str) -> list[str]:
     return [re.sub(r"^(\S+) ", r"\1  ", line) for line in block.strip().splitlines()]
 
 
+def test_the_table_of_adapters_is_the_one_that_is_tested(readme: str) -> None:
+    """`tests.adapter_rows`, whose every case is merged and compared with PEFT."""
+    from tests.adapter_rows import TABLE
+
+    head = "| variant | `adapter merge`, `quantize --adapter` | served beside its base |"
+    _, found, rest = readme.partition(f"{head}\n|---|---|---|")
+    told = rest.partition("\n\n")[0].strip().splitlines()
+    wanted = [f"| {row.variant} | {row.merged} | {row.served} |" for row in TABLE]
+    assert found and told == wanted, "README's table of adapters is another than the tests':\n" + (
+        "\n".join(wanted)
+    )
+
+
 def test_make_targets_exist(readme: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     there = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))

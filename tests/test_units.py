@@ -72,7 +72,7 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     adapter = lora.read(folder)
     scaled = ((name, merge.pair(adapter, name)) for name in adapter.pairs)
-    return {n: (a, lora.scaling(adapter.config, n) * b) for n, (a, b) in scaled}
+    return {n: (a, adapter.pairs[n].scale * b) for n, (a, b) in scaled}
 
 
 def exported(home: Home, target: Path, dtype: torch.dtype | None = None) -> Path:

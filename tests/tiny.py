@@ -47,6 +47,7 @@ _OF_FAMILY: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 96,
     },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "head_dim": 32,
         "num_experts": 6,
@@ -84,6 +85,16 @@ _VISION: Mapping[str, Mapping[str, Any]] = {
         "image_size": 16,
         "patch_size": 4,
     },
+    "qwen3_vl": {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
 }
 _BEHIND: Mapping[str, Mapping[str, Any]] = {
     "qwen2_5_vl": {
@@ -95,8 +106,17 @@ _BEHIND: Mapping[str, Mapping[str, Any]] = {
     },
     "llava": {"model_type": "llama"},
     "gemma3": {"head_dim": 32, "sliding_window": 16, "sliding_window_pattern": 2},
+    "qwen3_vl": {
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+            "rope_theta": 1e4,
+        },
+    },
 }
-SEEING = tuple(_VISION)
+SEEING = ("qwen2_5_vl", "llava", "gemma3")
 _READ_NORMS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 
 
@@ -157,12 +177,12 @@ def model(
 
 def _built(family: str, settings: dict[str, Any]) -> PreTrainedModel:
     config, built = CONFIG_MAPPING[family], AutoModelForCausalLM
-    if family not in SEEING:
+    if family not in _VISION:
         made: PreTrainedModel = built.from_config(config(**settings))
         return made
     tied = settings.pop("tie_word_embeddings")
     parts = {"text_config": {**settings, **_BEHIND[family]}, "vision_config": _VISION[family]}
-    marks = {"image_token_index": 5} if family != "qwen2_5_vl" else {"image_token_id": 5}
+    marks = {"image_token_id" if family.startswith("qwen") else "image_token_index": 5}
     seeing = config(**parts, **marks, tie_word_embeddings=tied)
     made = AutoModelForImageTextToText.from_config(seeing)
     assert isinstance(made, PreTrainedModel)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from tests import tiny
 
@@ -71,7 +73,7 @@ def trained(
     The logits [2, 16, vocab] are those of the model that was trained: base and adapter, unmerged.
     With a start that PEFT can convert, the initial adapter lies beside, in START_init.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = parent(base)
     if vocabulary is not None:
         torch.manual_seed(7)
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -98,22 +100,36 @@ def move(model: torch.nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
+def parent(folder: Path) -> PreTrainedModel:
+    """The model in a folder in float32, by the class that its config.json names."""
+    named = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model: PreTrainedModel = getattr(transformers, named).from_pretrained(
+        folder, dtype=torch.float32
+    )
+    return model
+
+
 def logits(model: Any) -> Tensor:
+    """Of PROMPT; behind an image where there is a tower for which a test has one."""
     model.eval()
+    ids, seen = PROMPT, {}
+    if model.config.model_type == "llava":
+        image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        ids = torch.cat([torch.full((1, 16), 5), PROMPT[1:]], dim=1)
+        seen = {"pixel_values": image}
     with torch.inference_mode():
-        found: Tensor = model(PROMPT).logits
+        found: Tensor = model(ids, **seen).logits
     return found
 
 
 def loaded(folder: Path) -> Tensor:
     """Logits of the plain model in a folder, run in float32."""
-    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return logits(parent(folder))
 
 
 def with_adapter(base: Path, folder: Path) -> Tensor:
     """Logits that PEFT gives for the adapter in a folder, unmerged, on the model in another."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return logits(PeftModel.from_pretrained(model, folder))
+    return logits(PeftModel.from_pretrained(parent(base), folder))
 
 
 def base_folder(folder: Path, family: str = "llama", **shape: Any) -> Path:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from quant import artifact, checkpoint, companions, foreign_json
 from quant.headers import TensorHeader
@@ -30,18 +29,15 @@ from quant.shards import Writer
 
 def fitted(
     folder: Path,
-    config: PretrainedConfig,
+    parts: Anatomy,
     headers: Mapping[str, TensorHeader],
     adapters: Sequence[Adapter],
     cache: Path,
 ) -> Path:
-    """`folder` itself where the adapters fit it as it is, else a copy that they fit.
+    """`folder` itself where the adapters, placed on it, fit it as it is, else a copy that they fit.
 
     AdapterError where they fit neither.
     """
-    if not adapters:
-        return folder
-    parts = anatomy.of(config)
     plan = anatomy.plan(parts, {name: header.shape for name, header in headers.items()}, adapters)
     if not plan.untie and plan.vocabulary is None:
         return folder

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from quant import artifact, companions, interrupt
 from quant.artifact import Fingerprint
-from quant.errors import AdapterError, ArtifactError, SourceError, during
+from quant.errors import ArtifactError, SourceError, during
 from quant.headers import Headers, TensorHeader
 from quant.intake import (
     architecture,
@@ -42,7 +42,7 @@ from quant.intake.corrected import Correction
 from quant.intake.door import Admitted
 from quant.intake.stored import Stored
 from quant.lora import adapter as lora
-from quant.lora import anatomy, merge
+from quant.lora import anatomy, merge, placement
 from quant.lora.adapter import Adapter
 from quant.lora.training import AS_STORED, Training
 
@@ -166,19 +166,17 @@ def open(
     opened = training.adapters(adapters)
     for adapter in opened:
         lora.check_lineage(adapter, fingerprint.weights)
-    if opened and architecture.sees(config):
-        raise AdapterError(
-            f"{folder} has a vision tower: adapters are merged into plain language models only;"
-            " merge it with PEFT first",
-            field="adapter",
-        )
-    made_over = remodel.fitted(folder, config, headers, opened, cache)
+    parts = anatomy.of(config, headers) if opened or training.rounds else None
+    made_over = folder
+    if parts is not None and opened:
+        opened = tuple(placement.placed(adapter, parts.names) for adapter in opened)
+        made_over = remodel.fitted(folder, parts, headers, opened, cache)
     if made_over != folder:
         say("the adapter changes the head or the vocabulary: reading a copy that has room for it")
         folder, config = made_over, architecture.config(made_over)
         headers = _without(fused.headers(folder), left_out)
     dtype = _served_dtype(folder, config, headers)
-    rounded = anatomy.of(config).linears if training.rounds else {}
+    rounded = parts.linears if parts is not None and training.rounds else {}
     tensors = Tensors(folder, headers, opened, training, rounded)
     return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache, training)
 

@@ -6,7 +6,6 @@ them. Refuses pickles, tensors that are no part of a LoRA, and non-finite weight
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from quant.errors import AdapterError, ArtifactError
 from quant.headers import TensorHeader, read_headers
 from quant.lora import lora_parts, obstacles, voice
 from quant.lora.folder import read_json
-from quant.lora.lora_config import LoraConfig, by_pattern, parse
+from quant.lora.lora_config import LoraConfig, parse
 from quant.lora.lora_parts import Pair, Parts
 from quant.lora.voice import Voice
 
@@ -65,7 +64,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        return max(pair.rank for pair in self.pairs.values())
+        return max(pair.rank for pair in (*self.pairs.values(), *self.parts.stacked.values()))
 
 
 def read(folder: Path) -> Adapter:
@@ -135,8 +134,13 @@ def validate(
         if transposed(adapter, module):
             found = found[::-1]
         if module not in shapes:
-            raise _misfit(
-                adapter, module, expected="no such module in the base", found=_size(found)
+            raise AdapterError(
+                f"adapter {adapter.folder} does not fit the base: {module}: no such module in the"
+                " base; where the base only has another name for it, `quantserve adapter export`"
+                " writes that",
+                field=module,
+                expected="no such module in the base",
+                found=_size(found),
             )
         if found != shapes[module]:
             raise _misfit(adapter, module, expected=_size(shapes[module]), found=_size(found))
@@ -180,16 +184,6 @@ def units(folder: Path, manifest: Manifest | None) -> Path | None:
     return folder / UNITS
 
 
-def scaling(config: LoraConfig, module: str) -> float:
-    """The factor before B A: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
-
-    rank_pattern and alpha_pattern override per module, as PEFT matches them.
-    """
-    alpha = by_pattern(config.alpha_pattern, module, config.lora_alpha)
-    rank = by_pattern(config.rank_pattern, module, config.r)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-
-
 def transposed(adapter: Adapter, module: str) -> bool:
     """True where the base stores the weight [in, out]: an embedding, or a GPT-2 Conv1D."""
     return adapter.pairs[module].embedding or adapter.config.fan_in_fan_out
@@ -208,8 +202,9 @@ def _no_weights(folder: Path) -> AdapterError:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         return AdapterError(
-            f"{folder / pickles[0]} is a pickle, which can run code when it is read; save the"
-            " adapter as safetensors",
+            f"{folder / pickles[0]} is a pickle, which can run code when it is read; load it with"
+            f" PEFT where you trust it, and save_pretrained() writes {WEIGHTS} (PEFT 0.7 and later"
+            " do so by themselves)",
             field="weights",
             expected=WEIGHTS,
             found=pickles[0],

@@ -5,29 +5,32 @@ Knows where a model's embedding and head are. Refuses adapters that change what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from quant.errors import AdapterError
 from quant.headers import read_headers
-from quant.intake.architecture import is_tied
+from quant.intake import architecture
 from quant.lora import adapter as lora
+from quant.lora import placement
 from quant.lora.adapter import Adapter
+from quant.lora.placement import Names
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Names of a model's parts; `linears` says which of them are stored [in, out], as Conv1D is."""
+    """What the base's files call a model's parts; `linears` says which of them are stored
+    [in, out], as Conv1D is."""
 
+    names: Names
     embedding: str  # a tensor, as in "model.embed_tokens.weight"
     head: str
     tied: bool
@@ -42,25 +45,37 @@ class Plan:
     vocabulary: int | None
 
 
-def of(config: PretrainedConfig) -> Anatomy:
-    """Read off the architecture's own code, built without weights."""
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+def of(config: PretrainedConfig, stored: Iterable[str]) -> Anatomy:
+    """Read off the architecture's own code, built without weights; `stored` are its files' tensors.
+
+    AdapterError for a base without an output head.
+    """
+    model = architecture.hollow(config)
+    names = placement.names(model, stored)
+    called = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
+    if head is None:
+        raise AdapterError(f"{config.architectures[0]} has no output head to merge into")
     linears = {
-        f"{name}.weight": isinstance(module, Conv1D)
-        for name, module in model.named_modules()
+        called[id(module)]: isinstance(module, Conv1D)
+        for module in model.modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    tied = is_tied(config)
-    return Anatomy(f"{names[id(embedding)]}.weight", f"{names[id(head)]}.weight", tied, linears)
+    found = names.of([called[id(embedding)], called[id(head)], *linears])
+    return Anatomy(
+        names=names,
+        embedding=found[called[id(embedding)]],
+        head=found[called[id(head)]],
+        tied=architecture.is_tied(config),
+        linears={found[name]: turned for name, turned in linears.items()},
+    )
 
 
 def plan(anatomy: Anatomy, base: Mapping[str, Shape], adapters: Sequence[Adapter]) -> Plan:
     """How the merged model differs in kind; AdapterError where an adapter does not fit `base`.
 
-    `base` is the shape of every tensor. A tied head counts as one, shaped as its embedding.
+    `base` is the shape of every tensor, the adapters are placed (`quant.lora.placement`). A tied
+    head counts as a tensor, shaped as its embedding.
     """
     shapes = dict(base)
     if anatomy.tied:
@@ -126,15 +141,15 @@ def _vocabulary(anatomy: Anatomy, after: Mapping[str, Shape], adapter: Adapter) 
             expected=str(embedding),
             found=str(head),
         )
-    key = adapter.parts.rows.get(anatomy.embedding.removesuffix(".weight"))
-    rows = adapter.config.token_rows(anatomy.embedding.removesuffix(".weight")) if key else ()
-    if rows and not 0 <= min(rows) <= max(rows) < embedding:
-        raise AdapterError(
-            f"adapter {adapter.folder} retrains row {max(rows)} of {embedding}",
-            field="trainable_token_indices",
-            expected=f"below {embedding}",
-            found=str(max(rows)),
-        )
+    for module, (_, rows) in adapter.parts.rows.items():
+        count = after[f"{module}.weight"][0]
+        if rows and not 0 <= min(rows) <= max(rows) < count:
+            raise AdapterError(
+                f"adapter {adapter.folder} retrains row {max(rows)} of {count}",
+                field="trainable_token_indices",
+                expected=f"below {count}",
+                found=str(max(rows)),
+            )
     return {embedding}
 
 

@@ -18,7 +18,7 @@ from quant.errors import AdapterError, RecipeError, SpaceError
 from quant.intake import remodel, source
 from quant.intake.source import Source
 from quant.lora import adapter as lora
-from quant.lora import anatomy, mixture
+from quant.lora import anatomy, mixture, placement
 from quant.lora.adapter import Adapter
 from quant.lora.anatomy import Anatomy, Plan
 from quant.lora.mixture import Mixer, Mixture
@@ -113,7 +113,7 @@ def run(order: Order, progress: Progress) -> Blended:
     width = (order.dtype or opened.dtype).itemsize
     staging.check_space(target.parent, opened.bytes * width // opened.dtype.itemsize + _MARGIN)
     with staging.staged(target) as folder:
-        mixer = mixture.mixer(order.mixture, adapters, job.stored, job.tell)
+        mixer = mixture.mixer(order.mixture, job.adapters, job.stored, job.tell)
         writer = Writer(folder)
         for name in job.names():
             interrupt.check()
@@ -131,7 +131,7 @@ def run(order: Order, progress: Progress) -> Blended:
             raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault
     if job.plan.vocabulary is not None and not files:
         progress.say("the vocabulary changed and no adapter brings a tokenizer: the base's is kept")
-    changed = frozenset().union(*(adapter.parts.tensors() for adapter in adapters))
+    changed = frozenset().union(*(adapter.parts.tensors() for adapter in job.adapters))
     return Blended(
         folder=str(target),
         tensors=len(job.names()),
@@ -152,9 +152,10 @@ def _job(order: Order, opened: Source, adapters: tuple[Adapter, ...], progress: 
     known = opened.fingerprint.weights
     for adapter in adapters:
         lora.check_lineage(adapter, known)
-    parts = anatomy.of(opened.config)
     shapes = {name: opened.tensors.shape(name) for name in opened.tensors.names()}
-    return _Job(opened, parts, anatomy.plan(parts, shapes, adapters), adapters, order, progress)
+    parts = anatomy.of(opened.config, shapes)
+    placed = tuple(placement.placed(adapter, parts.names) for adapter in adapters)
+    return _Job(opened, parts, anatomy.plan(parts, shapes, placed), placed, order, progress)
 
 
 def _written(job: _Job, mixer: Mixer, name: str) -> Tensor:

@@ -6,7 +6,7 @@ engine cannot add, and what does not fit the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from safetensors import safe_open
@@ -17,7 +17,7 @@ from quant.errors import AdapterError
 from quant.intake import fused
 from quant.intake.source import Tensors
 from quant.lora import adapter as lora
-from quant.lora import fitting, merge, obstacles, served, starts, units, voice
+from quant.lora import fitting, merge, obstacles, placement, served, starts, units, voice
 from quant.lora.adapter import Adapter
 from quant.lora.footing import Base
 
@@ -29,7 +29,9 @@ def of(adapter: Adapter, base: Base, told: Told) -> Factors:
     """Of every module of the adapter, for this base. AdapterError where it cannot be."""
     _check_plain(adapter)
     stored = Tensors(base.folder, fused.headers(base.folder))
-    _check_fits(adapter, base, stored)
+    shapes = artifact.linear_shapes(base.folder, stored.headers)
+    adapter = placement.beside(adapter, base.folder, shapes)
+    _check_fits(adapter, base, stored, shapes)
     # Exported before for this very artifact, it is in its units already.
     scales = units.read(base.units if adapter.artifact is None else None)
     found: Factors = {}
@@ -48,7 +50,7 @@ def plain_pair(adapter: Adapter, module: str, weight: Tensor | None) -> tuple[Te
     is the base's, float32 [out, in], or None.
     """
     a, b = merge.pair(adapter, module)
-    scale = lora.scaling(adapter.config, module)
+    scale = adapter.pairs[module].scale
     if adapter.config.start is None:
         return a, scale * b
     a0, b0 = starts.factors(adapter, module, weight)
@@ -84,10 +86,12 @@ def _check_plain(adapter: Adapter) -> None:
             )
 
 
-def _check_fits(adapter: Adapter, base: Base, stored: Tensors) -> None:
+def _check_fits(
+    adapter: Adapter, base: Base, stored: Tensors, shapes: Mapping[str, tuple[int, int]]
+) -> None:
     lora.validate(
         adapter,
-        artifact.linear_shapes(base.folder, stored.headers),
+        shapes,
         max_rank=None,
         base_weights_fingerprint=base.parent.weights,
         base_artifact=base.artifact,

@@ -3,13 +3,23 @@ that nothing here computes. Field meanings: PEFT 0.21, LoraConfig.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import SchemaError
 
 from quant.errors import AdapterError
 from quant.lora import kinds
@@ -22,7 +32,6 @@ _HARMLESS = frozenset({
     "revision", "runtime_config", "task_type",
 })  # fmt: skip
 _REASONS = {
-    "target_parameters": "it adapts fused expert parameters",
     "layer_replication": "it repeats layers of the base",
     "alora_invocation_tokens": "activated LoRA switches on inside a prompt",
 }
@@ -30,10 +39,14 @@ _REASONS = {
 # published base, unless PEFT converted it while saving (it then stores `true` here).
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _MOST_PATTERNS, _LONGEST_PATTERN = 16384, 300  # a mixture of experts may name each of its modules
-_MOST_REPEATING = 16  # of those that are more than a name
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
-_REPEAT = re.compile(r"[*+{]")
-_MOST_REPEATS = 2
+_MOST_EXPRESSIONS = 64  # of those that are more than a name
+_MOST_PARAMETERS = 1024
+_NAME = re.compile(r"[\w.^$\\-]*")
+# Counts of one character or class, as in [0-9]{1,2}: a larger one, or one of a group, makes a
+# pattern of a few letters into an automaton of millions of states.
+_COUNT = re.compile(r"(?<![)\\])\{\d{1,2}(,\d{0,2})?\}")
+# Inside of a class these are operators to one engine and characters to the other.
+_AMBIGUOUS = ("&&", "--", "~~", "||", "[[")
 
 
 MOST_RANK, MOST_ALPHA = 1 << 20, 1e12
@@ -53,6 +66,7 @@ class LoraConfig(BaseModel):
     alpha_pattern: dict[str, FiniteFloat] = {}
     fan_in_fan_out: bool = False
     target_modules: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] = Field((), max_length=_MOST_PARAMETERS)
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
@@ -65,6 +79,22 @@ class LoraConfig(BaseModel):
         """The starting point that changed the base, as `pissa_niter_4`; None where none did."""
         start = str(self.init_lora_weights).lower()
         return start if start.startswith(_MUTATING) else None
+
+    def rank_of(self, name: str) -> int:
+        """The rank of what the adapter calls so: r, unless rank_pattern says otherwise."""
+        return int(by_pattern(self.rank_pattern, name, self.r))
+
+    def scaling(self, name: str) -> float:
+        """The factor before B A: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
+
+        rank_pattern and alpha_pattern override by name, as PEFT matches them.
+        """
+        alpha, rank = by_pattern(self.alpha_pattern, name, self.lora_alpha), self.rank_of(name)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, parameter: str) -> bool:
+        """Whether target_parameters names this tensor, by all of its name or by its last parts."""
+        return any(f".{parameter}".endswith(f".{name}") for name in self.target_parameters)
 
     def token_rows(self, module: str) -> tuple[int, ...]:
         """The rows of an embedding that were retrained."""
@@ -107,52 +137,64 @@ def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first pattern that matches the name, or its tail after a dot."""
     for pattern, value in patterns.items():
-        if _compiled(pattern).match(module):
+        if _matcher(pattern)(module):
             return value
     return default
 
 
 @lru_cache(maxsize=_MOST_PATTERNS)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+def _matcher(pattern: str) -> Callable[[str], object]:
+    """PEFT's `re.match` of a name, in time that grows with the name's length and no faster.
 
-
-def _refuse_backtracking(path: Path, field: str, pattern: str) -> None:
-    """A file must not choose how long we search: repeats in repeats may take for ever.
-
-    Two repeats of single characters cost at most the cube of a module's name.
+    A file must not choose how long we search. Expressions go to the engine behind pydantic, which
+    never backtracks (https://docs.rs/regex).
     """
+    whole = rf"^(?:(.*\.)?({pattern})$)"
+    if _NAME.fullmatch(pattern):
+        return re.compile(whole).match
+    adapter = TypeAdapter(Annotated[str, StringConstraints(pattern=whole)])
+    return adapter.validator.isinstance_python
+
+
+def _refuse_unbounded(path: Path, field: str, pattern: str) -> None:
     if len(pattern) > _LONGEST_PATTERN:
         raise AdapterError(
             f"{path}: {field}: a pattern of {len(pattern)} characters, at most {_LONGEST_PATTERN}",
             field=field,
         )
-    if _REPEATED_GROUP.search(pattern) or len(_REPEAT.findall(pattern)) > _MOST_REPEATS:
-        raise AdapterError(
-            f"{path}: {field}: {pattern!r} repeats a group, or repeats more than {_MOST_REPEATS}"
-            " times; name the modules",
-            field=field,
-            expected="a module's name or a simple pattern",
-            found=pattern,
-        )
+    reason = "it counts a group, or beyond 99, or has an operator within a class"
+    odd = re.search(r"(?<!\\)\{", _COUNT.sub("", pattern))
+    if not odd and not any(mark in pattern for mark in _AMBIGUOUS):
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+            _matcher(pattern)
+        except re.error as fault:
+            reason = str(fault)
+        except SchemaError:
+            reason = "it looks around, or back at a group, or is too large"
+        else:
+            return
+    raise AdapterError(
+        f"{path}: {field}: {pattern!r} is not matched: {reason}; write a simpler pattern of the"
+        " same modules there, or their names",
+        field=field,
+        expected="a module's name or a pattern",
+        found=pattern,
+    )
 
 
 def _check_patterns(
     path: Path, field: str, patterns: Mapping[str, float], *, least: int | None
 ) -> None:
-    repeating = sum(bool(_REPEAT.search(pattern)) for pattern in patterns)
-    if len(patterns) > _MOST_PATTERNS or repeating > _MOST_REPEATING:
+    expressions = sum(not _NAME.fullmatch(pattern) for pattern in patterns)
+    if len(patterns) > _MOST_PATTERNS or expressions > _MOST_EXPRESSIONS:
         raise AdapterError(
-            f"{path}: {field}: {len(patterns)} patterns, {repeating} of them with repeats; at most"
-            f" {_MOST_PATTERNS} and {_MOST_REPEATING}",
+            f"{path}: {field}: {len(patterns)} patterns, {expressions} of them more than a name; at"
+            f" most {_MOST_PATTERNS} and {_MOST_EXPRESSIONS}",
             field=field,
         )
     for pattern, value in patterns.items():
-        _refuse_backtracking(path, field, pattern)
-        try:
-            re.compile(pattern)
-        except re.error as fault:
-            raise AdapterError(f"{path}: {field}: {pattern!r}: {fault}", field=field) from fault
+        _refuse_unbounded(path, field, pattern)
         if least is not None and value < least:
             raise AdapterError(
                 f"{path}: {field}: {pattern!r} is {value}",

@@ -11,10 +11,20 @@ from typing import NamedTuple
 
 from quant.errors import AdapterError
 from quant.headers import TensorHeader
-from quant.lora.lora_config import LoraConfig, by_pattern
+from quant.lora.lora_config import LoraConfig
 
 FLOATS = ("BF16", "F16", "F32")
-_PREFIX = "base_model.model."
+# What trainers wrap around modules, as the intake of models takes it off, and around the model.
+_WRAPPER = re.compile(
+    r"(?:^|(?<=\.))"
+    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_flat_param)\."
+)
+_PREFIX = re.compile(r"^(?:module\.)*base_model\.model\.(?:module\.)*")
+# In a state dict that PEFT did not save, the adapter's own name stands behind its parts.
+_ALIAS = re.compile(
+    r"(\.lora_(?:embedding_)?[AB]|\.lora_magnitude_vector|\.trainable_tokens_delta)"
+    r"\.(?!(?:weight|bias)$)[^.]+(?=\.|$)|(\.modules_to_save)\.default(?=\.)"
+)
 _PAIR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<tail>\.weight)?$"
 )
@@ -22,15 +32,31 @@ _PAIR = re.compile(
 _MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(\.weight)?$")
 _OFFSET = re.compile(r"^(?P<module>.+)\.lora_B\.bias$")
 _ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta$")
-_COPY = re.compile(r"^(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)$")
+_COPY = re.compile(r"^(?P<module>.+?)(\.token_adapter)?\.base_layer\.(?P<leaf>weight|bias)$")
 _WHOLE = re.compile(r"^(?P<module>.+?)(\.modules_to_save)?\.(?P<leaf>weight|bias)$")
-_WRAPPED = re.compile(r"^.+\.original_module\.(weight|bias)$")
+_WRAPPED = re.compile(
+    r"^.+\.(original_module\.(weight|bias)|token_adapter\.trainable_tokens_original(\..+)?)$"
+)
+# Several adapted parameters of one module nest: the outermost pair is the last one's.
+NESTED = ".base_layer"
+
+
+class Share(NamedTuple):
+    """The part of a pair on a stack of experts that is one expert's, and of its rows these.
+
+    A is [experts * rank, in], expert by expert, and B [out, rank * experts], rank by rank.
+    """
+
+    expert: int
+    experts: int
+    first: int  # row of the expert's [out, in]
 
 
 class Pair(NamedTuple):
     """One adapted module: A [rank, in_features] and B [out_features, rank], by key.
 
-    On an embedding `in_features` are the tokens: its delta lies transposed, [tokens, width].
+    `module` is what the file calls it. `scale` is what B A is multiplied by. On an embedding
+    `in_features` are the tokens: its delta lies transposed, [tokens, width].
     """
 
     a_key: str
@@ -38,23 +64,37 @@ class Pair(NamedTuple):
     rank: int
     in_features: int
     out_features: int
+    module: str
+    scale: float
     embedding: bool = False
+    share: Share | None = None
+
+
+class Rows(NamedTuple):
+    """Rows of an embedding that were retrained, [len(indices), width] by key."""
+
+    key: str
+    indices: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Everything in the file; every value but a pair is the key of a tensor.
+    """Everything in the file; `magnitudes`, `offsets`, `whole` and `copies` are keys of tensors.
 
     `whole` and `copies` are by tensor of the base ("lm_head.weight"), the rest by module. A copy is
-    what PEFT saves of a base layer under an adapted embedding or head.
+    what PEFT saves of a base layer under an adapted embedding or head. `stacked` are pairs on the
+    parameters of all experts together: `quant.lora.placement` makes `pairs` of them. `foreign` is
+    the first key that is not as PEFT writes it.
     """
 
     pairs: Mapping[str, Pair]
     magnitudes: Mapping[str, str]  # [out]
     offsets: Mapping[str, str]  # [out], added to the base's bias
-    rows: Mapping[str, str]  # [rows, width]
+    rows: Mapping[str, Rows]
     whole: Mapping[str, str]
     copies: Mapping[str, str]
+    stacked: Mapping[str, Pair]
+    foreign: str | None = None
 
     def tensors(self) -> frozenset[str]:
         """The base's tensors that a merge changes."""
@@ -70,13 +110,11 @@ def sort(path: Path, headers: Mapping[str, TensorHeader], config: LoraConfig) ->
     kinds = (("magnitudes", _MAGNITUDE), ("offsets", _OFFSET), ("rows", _ROWS))
     whole: dict[str, str] = {}
     copies: dict[str, str] = {}
-    for key, header in headers.items():
-        name = key.removeprefix(_PREFIX)
-        if name == key or header.dtype not in FLOATS:
-            raise stray(path, key, header)
+    names = _names(path, headers)
+    for name, key in names.items():
         if match := _PAIR.match(name):
-            if bool(match["embedding"]) == bool(match["tail"]) or len(header.shape) != 2:
-                raise stray(path, key, header)
+            if bool(match["embedding"]) == bool(match["tail"]) or len(headers[key].shape) != 2:
+                raise stray(path, key, headers[key])
             sides.setdefault(match["module"], {})[match["side"]] = key
             continue
         for kind, pattern in kinds:
@@ -84,12 +122,15 @@ def sort(path: Path, headers: Mapping[str, TensorHeader], config: LoraConfig) ->
                 found[kind][match["module"]] = key
                 break
         else:
-            _sort_whole(path, key, header, whole, copies)
+            if not _sort_whole(name, key, whole, copies):
+                raise stray(path, key, headers[key])
     if not sides:
         raise AdapterError(f"{path} holds no LoRA weights", field=path.name)
-    pairs = {module: _pair(path, keys, headers) for module, keys in sorted(sides.items())}
-    _check_ranks(path, pairs, config)
-    parts = Parts(pairs=pairs, whole=whole, copies=copies, **found)
+    pairs, stacked = _pairs(path, sides, headers, config)
+    rows = {module: Rows(key, config.token_rows(module)) for module, key in found["rows"].items()}
+    parts = Parts(
+        pairs, found["magnitudes"], found["offsets"], rows, whole, copies, stacked, _foreign(names)
+    )
     _check_lengths(path, headers, parts, config)
     return parts
 
@@ -100,24 +141,96 @@ def stray(path: Path, key: str, header: TensorHeader) -> AdapterError:
     )
 
 
-def _sort_whole(
-    path: Path, key: str, header: TensorHeader, whole: dict[str, str], copies: dict[str, str]
-) -> None:
-    name = key.removeprefix(_PREFIX)
+def check_rank(path: Path, name: str, rank: int, config: LoraConfig) -> None:
+    """AdapterError unless the file has the rank that the configuration says."""
+    expected = config.rank_of(name)
+    if rank != expected:
+        raise AdapterError(
+            f"{path}: {name} has rank {rank}, adapter_config.json says {expected}",
+            field=f"{name} rank",
+            expected=str(expected),
+            found=str(rank),
+        )
+
+
+def _names(path: Path, headers: Mapping[str, TensorHeader]) -> dict[str, str]:
+    """The keys by what PEFT would call them, less its prefix."""
+    found: dict[str, str] = {}
+    for key, header in headers.items():
+        bare = _WRAPPER.sub("", key)
+        prefix = _PREFIX.match(bare)
+        if prefix is None or header.dtype not in FLOATS:
+            raise stray(path, key, header)
+        name = _ALIAS.sub(lambda match: match[1] or match[2], bare[prefix.end() :])
+        if name in found:
+            raise AdapterError(
+                f"{path}: {found[name]} and {key} are the same tensor of two adapters, or of one"
+                " that was saved twice; save the one that is meant, with PEFT",
+                field=key,
+            )
+        found[name] = key
+    return found
+
+
+def _foreign(names: Mapping[str, str]) -> str | None:
+    return next((key for name, key in names.items() if key != f"base_model.model.{name}"), None)
+
+
+def _sort_whole(name: str, key: str, whole: dict[str, str], copies: dict[str, str]) -> bool:
+    """Whether it is a tensor of the base, or one that PEFT's wrappers save and nothing needs."""
     if ".lora_" in name:
-        raise stray(path, key, header)
+        return False
+    if _WRAPPED.match(name):
+        return True
     if match := _COPY.match(name):
         copies[f"{match['module']}.{match['leaf']}"] = key
-    elif match := (None if _WRAPPED.match(name) else _WHOLE.match(name)):
+    elif match := _WHOLE.match(name):
         target = f"{match['module']}.{match['leaf']}"
         # PEFT saves a retrained head under two names when the vocabulary grew as well.
         if target not in whole or ".modules_to_save." in key:
             whole[target] = key
-    elif not _WRAPPED.match(name):
-        raise stray(path, key, header)
+    return match is not None
 
 
-def _pair(path: Path, keys: dict[str, str], headers: Mapping[str, TensorHeader]) -> Pair:
+def _pairs(
+    path: Path,
+    sides: Mapping[str, dict[str, str]],
+    headers: Mapping[str, TensorHeader],
+    config: LoraConfig,
+) -> tuple[dict[str, Pair], dict[str, Pair]]:
+    """By module, and those on stacks of experts apart: their rank is that of one times as many."""
+    pairs: dict[str, Pair] = {}
+    stacked: dict[str, Pair] = {}
+    for module, keys in sorted(sides.items()):
+        name, pair = _called(module, config), _pair(path, module, keys, headers, config)
+        nested = module.endswith(NESTED) or f"{module}{NESTED}" in sides
+        if nested or (config.target_parameters and pair.rank != config.rank_of(name)):
+            stacked[module] = pair
+        else:
+            check_rank(path, name, pair.rank, config)
+            pairs[module] = pair
+    if stacked and not config.target_parameters:
+        raise AdapterError(
+            f"{path}: {min(stacked)} is adapted twice, and adapter_config.json names no"
+            " target_parameters",
+            field="target_parameters",
+        )
+    return pairs, stacked
+
+
+def _called(module: str, config: LoraConfig) -> str:
+    """What patterns are held against: a router is a parameter for PEFT, though only a matrix."""
+    weight = f"{module}.weight"
+    return weight if config.targets(weight) else module
+
+
+def _pair(
+    path: Path,
+    module: str,
+    keys: dict[str, str],
+    headers: Mapping[str, TensorHeader],
+    config: LoraConfig,
+) -> Pair:
     if len(keys) < 2:
         raise AdapterError(f"{path}: {next(iter(keys.values()))} has no partner", field=path.name)
     (rank, in_features), (out_features, columns) = (
@@ -131,20 +244,16 @@ def _pair(path: Path, keys: dict[str, str], headers: Mapping[str, TensorHeader])
             expected=str(rank),
             found=str(columns),
         )
-    embedding = keys["A"].endswith("lora_embedding_A")
-    return Pair(keys["A"], keys["B"], rank, in_features, out_features, embedding)
-
-
-def _check_ranks(path: Path, pairs: Mapping[str, Pair], config: LoraConfig) -> None:
-    for module, pair in pairs.items():
-        rank = by_pattern(config.rank_pattern, module, config.r)
-        if pair.rank != rank:
-            raise AdapterError(
-                f"{path}: {module} has rank {pair.rank}, adapter_config.json says {rank}",
-                field=f"{module} rank",
-                expected=str(rank),
-                found=str(pair.rank),
-            )
+    return Pair(
+        keys["A"],
+        keys["B"],
+        rank,
+        in_features,
+        out_features,
+        module,
+        config.scaling(_called(module, config)),
+        embedding="lora_embedding_A" in keys["A"],
+    )
 
 
 def _check_lengths(
@@ -155,14 +264,13 @@ def _check_lengths(
         pair = parts.pairs.get(module)
         if pair is None or headers[key].shape != (pair.out_features,):
             raise stray(path, key, headers[key])
-    for module, key in parts.rows.items():
-        count = len(config.token_rows(module))
-        if len(headers[key].shape) != 2 or headers[key].shape[0] != count:
+    for key, indices in parts.rows.values():
+        if len(headers[key].shape) != 2 or headers[key].shape[0] != len(indices):
             raise AdapterError(
                 f"{path}: {key} holds {list(headers[key].shape)}, trainable_token_indices names"
-                f" {count} rows",
+                f" {len(indices)} rows",
                 field="trainable_token_indices",
-                expected=str(count),
+                expected=str(len(indices)),
                 found=str(headers[key].shape[0] if headers[key].shape else 0),
             )
     if config.use_dora and set(parts.magnitudes) != set(parts.pairs):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quant.errors import AdapterError
 from quant.lora import starts
-from quant.lora.adapter import Adapter, scaling, transposed
+from quant.lora.adapter import Adapter, transposed
 
 
 def touches(adapter: Adapter, name: str) -> bool:
@@ -76,12 +76,13 @@ def alone(adapter: Adapter, stored: Tensor, name: str) -> Tensor:
     weight = stored.to(torch.float32, copy=True) if replaced is None else replaced
     if leaf == "bias":
         if module in parts.offsets:
-            weight += scaling(adapter.config, module) * _tensor(adapter, parts.offsets[module])
+            weight += parts.pairs[module].scale * _tensor(adapter, parts.offsets[module])
         return weight
     if module in parts.pairs:
         weight = _adapted(adapter, module, weight)
     if module in parts.rows:
-        weight[list(adapter.config.token_rows(module))] = _tensor(adapter, parts.rows[module])
+        key, indices = parts.rows[module]
+        weight[list(indices)] = _tensor(adapter, key)
     return weight
 
 
@@ -94,20 +95,27 @@ def whole(adapter: Adapter, name: str) -> Tensor | None:
 def delta(adapter: Adapter, module: str) -> Tensor:
     """s B A of one module in float32, laid out like the base weight it is added to."""
     a, b = pair(adapter, module)
-    product: Tensor = b @ a * scaling(adapter.config, module)
+    product: Tensor = b @ a * adapter.pairs[module].scale
     return product.T if transposed(adapter, module) else product
 
 
 def pair(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank] as saved, in float32."""
+    """A [rank, in] and B [out, rank] as saved, in float32; of a stack, one expert's."""
     found = adapter.pairs[module]
-    return _tensor(adapter, found.a_key), _tensor(adapter, found.b_key)
+    if found.share is None:
+        return _tensor(adapter, found.a_key), _tensor(adapter, found.b_key)
+    expert, experts, first = found.share
+    start = expert * found.rank
+    with safe_open(adapter.weights, framework="pt") as file:
+        a = file.get_slice(found.a_key)[start : start + found.rank]
+        b = file.get_slice(found.b_key)[first : first + found.out_features]
+    return a.float(), b[:, expert::experts].float()
 
 
 def _adapted(adapter: Adapter, module: str, weight: Tensor) -> Tensor:
     turned = transposed(adapter, module)
     upright = weight.T if turned else weight  # [out, in]
-    scale = scaling(adapter.config, module)
+    scale = adapter.pairs[module].scale
     if adapter.config.start is not None:
         a0, b0 = starts.factors(adapter, module, upright)
         upright = upright - scale * (b0 @ a0)

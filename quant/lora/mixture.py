@@ -17,7 +17,7 @@ from torch import Tensor
 from quant import interrupt
 from quant.errors import AdapterError, RecipeError
 from quant.lora import combine, merge
-from quant.lora.adapter import Adapter, scaling, transposed
+from quant.lora.adapter import Adapter, transposed
 
 Method = Literal["linear", "cat", "ties", "dare"]
 # TIES keeps the top 20% (its section 4); DARE drops half: safe for adapters of any strength.
@@ -140,6 +140,6 @@ def _check_cat(adapter: Adapter) -> None:
 
 def _concatenated(adapters: Sequence[Adapter], weights: Sequence[float], name: str) -> Tensor:
     module = name.removesuffix(".weight")
-    factors = [w * scaling(a.config, module) for a, w in zip(adapters, weights, strict=True)]
+    factors = [w * a.pairs[module].scale for a, w in zip(adapters, weights, strict=True)]
     product = combine.concatenated([merge.pair(a, module) for a in adapters], factors)
     return product.T if transposed(adapters[0], module) else product

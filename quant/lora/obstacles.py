@@ -48,6 +48,11 @@ def to_serving(config: LoraConfig, parts: Parts) -> list[Obstacle]:
             ("lora_bias", config.lora_bias or bool(parts.offsets), "it adds to the base's biases"),
             ("bias", config.bias != "none", "the base's biases were trained with it"),
             (
+                "target_parameters",
+                bool(parts.stacked),
+                "it adapts stacks of experts, as transformers keeps them",
+            ),
+            (
                 "target_modules",
                 any(pair.embedding for pair in parts.pairs.values()),
                 "it adapts the embedding",
@@ -58,6 +63,12 @@ def to_serving(config: LoraConfig, parts: Parts) -> list[Obstacle]:
     if config.start is not None:
         reason = f"training started from {config.start!r}, which changed the base weights"
         found.append(Obstacle("init_lora_weights", reason, "export"))
+    if config.target_parameters and not parts.stacked:
+        reason = "its router is a target parameter, which an engine knows as a module"
+        found.append(Obstacle("target_parameters", reason, "export"))
+    if parts.foreign is not None:
+        reason = f"its keys are not as PEFT writes them ({parts.foreign})"
+        found.append(Obstacle(parts.foreign, reason, "export"))
     if parts.copies:
         first = min(parts.copies)
         reason = f"it carries a copy of the base's {first} ({parts.copies[first]})"

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.errors import AdapterError
-from quant.lora.adapter import Adapter, read_trained, scaling
+from quant.lora.adapter import Adapter, read_trained
 
 FROM_BASE = ("pissa", "olora")
 
@@ -71,29 +71,31 @@ def factors(adapter: Adapter, module: str, weight: Tensor | None) -> tuple[Tenso
     if adapter.initial is not None:
         return _saved(adapter, module)
     assert weight is not None
-    rank, scale = adapter.pairs[module].rank, scaling(adapter.config, module)
-    return _of_base(str(adapter.config.start), weight, rank, scale)
+    pair = adapter.pairs[module]
+    return _of_base(str(adapter.config.start), weight, pair.rank, pair.scale)
 
 
 def _saved(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     assert adapter.initial is not None
     first = read_trained(adapter.initial)
     _check_alike(first, adapter, module)
-    pair = first.pairs[module]
+    pair = first.pairs[adapter.pairs[module].module]
     with safe_open(first.weights, framework="pt") as file:
         return file.get_tensor(pair.a_key).float(), file.get_tensor(pair.b_key).float()
 
 
 def _check_alike(first: Adapter, adapter: Adapter, module: str) -> None:
-    if module not in first.pairs or first.pairs[module][2:] != adapter.pairs[module][2:]:
+    ours = adapter.pairs[module]
+    theirs = first.pairs.get(ours.module)
+    if theirs is None or theirs[2:6] != ours[2:6]:
         raise AdapterError(
             f"{first.folder} is not what {adapter.folder} started from: {module} differs",
             field=module,
         )
-    if not math.isclose(scaling(first.config, module), scaling(adapter.config, module)):
+    if not math.isclose(theirs.scale, ours.scale):
         raise AdapterError(
-            f"{first.folder} scales {module} by {scaling(first.config, module):g}, and"
-            f" {adapter.folder} by {scaling(adapter.config, module):g}",
+            f"{first.folder} scales {module} by {theirs.scale:g}, and"
+            f" {adapter.folder} by {ours.scale:g}",
             field="lora_alpha",
         )
 

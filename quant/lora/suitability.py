@@ -6,6 +6,7 @@ Says about every closed path why, and which one is open.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -14,8 +15,10 @@ from quant import artifact
 from quant.errors import AdapterError, ArtifactError
 from quant.intake import architecture, fused
 from quant.lora import adapter as lora
-from quant.lora import anatomy, fitting, obstacles, served, soft_prompt, starts, voice
+from quant.lora import anatomy, fitting, obstacles, placement, served, soft_prompt, starts, voice
 from quant.lora.adapter import Adapter
+from quant.lora.lora_parts import NESTED
+from quant.lora.obstacles import Obstacle
 from quant.lora.soft_prompt import SoftPrompt
 
 
@@ -61,14 +64,17 @@ def judge(folder: Path, base: Path | None) -> Suitability:
     if soft_prompt.is_one(folder):
         return _judge_soft(soft_prompt.read(folder), base)
     adapter = lora.read_trained(folder)
-    tails = Counter(module.rpartition(".")[2] for module in adapter.pairs)
-    factors = {lora.scaling(adapter.config, module) for module in adapter.pairs}
+    tails = Counter(
+        module.replace(NESTED, "").rpartition(".")[2]
+        for module in (*adapter.pairs, *adapter.parts.stacked)
+    )
+    pairs = (*adapter.pairs.values(), *adapter.parts.stacked.values())
     return Suitability(
         name=adapter.name,
         digest=adapter.digest,
         variant=_variant(adapter),
-        ranks=tuple(sorted({pair.rank for pair in adapter.pairs.values()})),
-        scaling=tuple(sorted(factors)),
+        ranks=tuple(sorted({pair.rank for pair in pairs})),
+        scaling=tuple(sorted({pair.scale for pair in pairs})),
         targets=dict(sorted(tails.items())),
         bytes=adapter.weights.stat().st_size,
         base_named=adapter.config.base_model_name_or_path,
@@ -118,6 +124,7 @@ def _variant(adapter: Adapter) -> tuple[str, ...]:
         "DoRA": config.use_dora,
         "rank_pattern": bool(config.rank_pattern),
         "alpha_pattern": bool(config.alpha_pattern),
+        "target_parameters": bool(config.target_parameters),
         "fan_in_fan_out": config.fan_in_fan_out,
         f"start {config.start}": config.start is not None,
         "saved modules": bool(parts.whole),
@@ -150,9 +157,11 @@ def _merging_into(adapter: Adapter, base: Path) -> Verdict:
             reason=f"{base} is quantized: merge into what it was made from, and quantize that",
         )
     shapes = {name: header.shape for name, header in fused.headers(base).items()}
+    parts = anatomy.of(architecture.config(base), shapes)
+    placed = placement.placed(adapter, parts.names)
     if adapter.base_fingerprint is not None:
         lora.check_lineage(adapter, fused.fingerprint(base))
-    found = anatomy.plan(anatomy.of(architecture.config(base)), shapes, [adapter])
+    found = anatomy.plan(parts, shapes, [placed])
     extra = "; the head parts from the embedding" * found.untie
     if found.vocabulary is not None:
         extra += f"; the vocabulary becomes {found.vocabulary}"
@@ -170,7 +179,12 @@ def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
         if (start := starts.why_not(adapter, has_base=full)) is not None:
             return Verdict(works=False, reason=f"{start}: give --base, or use `adapter merge`")
         if base is not None:
-            _check_base(adapter, base)
+            shapes = artifact.linear_shapes(base, fused.headers(base))
+            named, adapter = adapter.pairs.keys(), placement.beside(adapter, base, shapes)
+            if other := sorted(adapter.pairs.keys() - named):
+                reason = f"the base has other names for its layers, as {other[0]}"
+                found.append(Obstacle("target_modules", reason, "export"))
+            _check_base(adapter, base, shapes)
         adapted = served.ANYWHERE if base is None else served.targets(base)
         served.check(adapter.folder, adapter.pairs, adapted)
         known = voice.vocabulary(base) if base is not None else None
@@ -189,11 +203,11 @@ def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
     return Verdict(works=True, reason=f"as it is{needs}")
 
 
-def _check_base(adapter: Adapter, base: Path) -> None:
+def _check_base(adapter: Adapter, base: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
     manifest = artifact.read(base)
     lora.validate(
         adapter,
-        artifact.linear_shapes(base, fused.headers(base)),
+        shapes,
         max_rank=None,
         base_weights_fingerprint=_base_weights(base, adapter.base_fingerprint),
         base_artifact=lora.identity(manifest) if manifest else None,
