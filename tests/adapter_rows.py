@@ -215,11 +215,16 @@ TABLE = (
         "yes",
         "no",
         {
+            "projector-saved": Case(
+                "gemma3",
+                settings={"targets": _LANGUAGE, "modules_to_save": ["multi_modal_projector"]},
+                served="no",
+            ),
             "tower": Case(
                 "llava",
                 settings={"targets": r".*(vision_tower|multi_modal).*(q_proj|linear_1)"},
                 served="no",
-            )
+            ),
         },
     ),
     Row(
@@ -296,10 +301,15 @@ TABLE = (
         {"copied": Case(settings=variants.PLAIN["head"], served="after export")},
     ),
     Row(
-        "keys as another wrapper left them (`_orig_mod.`, `module.`, FSDP's, `.default.`)",
+        "keys as a wrapper left them (`_orig_mod.`, `module.`, FSDP's, `.default.`), or a model"
+        " without its head",
         "yes",
         "after `adapter export`",
         {
+            "without-head": Case(
+                change=renamed(lambda key: key.replace(".model.model.", ".model.", 1)),
+                served="after export",
+            ),
             "compiled": Case(change=renamed(lambda key: f"_orig_mod.{key}"), served="after export"),
             "wrapped": Case(
                 change=renamed(

@@ -124,6 +124,23 @@ def test_every_door_refuses_an_adapter_on_an_expert(tmp_path: Path) -> None:
     assert refusal.value.param == EXPERT and not (tmp_path / "out").exists()
 
 
+def test_every_door_refuses_an_adapter_on_a_stack_of_experts(tmp_path: Path) -> None:
+    base = variants.base_folder(tmp_path / "base", "qwen3_moe")
+    stacks = ["gate_up_proj", "down_proj"]
+    lora, _ = variants.trained(
+        tmp_path / "lora", base, targets=("q_proj",), target_parameters=stacks
+    )
+    for judged in (suitability.judge(lora, base), suitability.judge(lora, None)):
+        assert judged.merge.works and not judged.swap.works
+        assert judged.targets == {"q_proj": 2, "experts": 2}  # its first block is dense
+        assert "stacks of experts" in judged.swap.reason and "adapter merge" in judged.swap.reason
+    with pytest.raises(AdapterError, match="adapter merge"):
+        export.run(export.Order(lora, base, tmp_path / "out"), Heard())
+    with pytest.raises(AdapterRefused, match=r"stacks of experts.*adapter merge") as refusal:
+        Store(tmp_path / "store", base_of(base, 16), Sources()).take_in(str(lora))
+    assert refusal.value.param == "target_parameters"
+
+
 def test_the_engine_is_told_what_the_store_takes(tmp_path: Path) -> None:
     base = tiny.model_folder(tmp_path / "base")
     flags = engine_args.flags(

@@ -74,6 +74,16 @@ def test_a_head_is_found_by_either_name(tmp_path: Path) -> None:
         assert list(found.pairs) == ["embed_out"]
 
 
+@pytest.mark.parametrize("lost", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_base_without_an_end_is_named(tmp_path: Path, lost: str) -> None:
+    base = tiny.model_folder(tmp_path / "base", layers=1)
+    held = load_file(base / "model.safetensors")
+    del held[lost]
+    save_file(held, base / "model.safetensors")
+    lora = write_lora(tmp_path / "lora", {f"model.{QUERY}": (64, 64)})
+    assert f"the base has no {lost}" in refused(lora, base)
+
+
 def test_both_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
     base = tiny.model_folder(tmp_path / "base", "gemma3")
     both = write_lora(tmp_path / "both", {f"{home}{QUERY}": (128, 64) for home in HOMES})

@@ -48,7 +48,7 @@ class Plan:
 def of(config: PretrainedConfig, stored: Iterable[str]) -> Anatomy:
     """Read off the architecture's own code, built without weights; `stored` are its files' tensors.
 
-    AdapterError for a base without an output head.
+    AdapterError for a base without an embedding or an output head.
     """
     model = architecture.hollow(config)
     names = placement.names(model, stored)
@@ -61,6 +61,11 @@ def of(config: PretrainedConfig, stored: Iterable[str]) -> Anatomy:
         for module in model.modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
+    if called[id(embedding)] not in names.stored:
+        raise AdapterError(
+            f"the base has no {called[id(embedding)]}, nor any other name of it: it is not whole",
+            field=called[id(embedding)],
+        )
     found = names.of([called[id(embedding)], called[id(head)], *linears])
     return Anatomy(
         names=names,
@@ -80,6 +85,11 @@ def plan(anatomy: Anatomy, base: Mapping[str, Shape], adapters: Sequence[Adapter
     shapes = dict(base)
     if anatomy.tied:
         shapes[anatomy.head] = shapes[anatomy.embedding]
+    if anatomy.head not in shapes:
+        raise AdapterError(
+            f"the base has no {anatomy.head}, and config.json does not tie it to the embedding",
+            field=anatomy.head,
+        )
     rows = shapes[anatomy.embedding][0]
     sizes = {rows}
     for adapter in adapters:
@@ -110,7 +120,7 @@ def _replaced(anatomy: Anatomy, shapes: Mapping[str, Shape], adapter: Adapter) -
         if name not in shapes:
             raise AdapterError(
                 f"adapter {adapter.folder} does not fit the base: {name}: no such tensor in the"
-                " base",
+                " base; where PEFT loads it on that, merge_and_unload() makes a plain model of it",
                 field=name,
                 expected="no such module in the base",
                 found=name,

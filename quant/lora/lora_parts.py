@@ -122,7 +122,7 @@ def sort(path: Path, headers: Mapping[str, TensorHeader], config: LoraConfig) ->
                 found[kind][match["module"]] = key
                 break
         else:
-            if not _sort_whole(name, key, whole, copies):
+            if not _sort_whole(name, key, whole, copies, config):
                 raise stray(path, key, headers[key])
     if not sides:
         raise AdapterError(f"{path} holds no LoRA weights", field=path.name)
@@ -176,7 +176,9 @@ def _foreign(names: Mapping[str, str]) -> str | None:
     return next((key for name, key in names.items() if key != f"base_model.model.{name}"), None)
 
 
-def _sort_whole(name: str, key: str, whole: dict[str, str], copies: dict[str, str]) -> bool:
+def _sort_whole(
+    name: str, key: str, whole: dict[str, str], copies: dict[str, str], config: LoraConfig
+) -> bool:
     """Whether it is a tensor of the base, or one that PEFT's wrappers save and nothing needs."""
     if ".lora_" in name:
         return False
@@ -189,7 +191,11 @@ def _sort_whole(name: str, key: str, whole: dict[str, str], copies: dict[str, st
         # PEFT saves a retrained head under two names when the vocabulary grew as well.
         if target not in whole or ".modules_to_save." in key:
             whole[target] = key
-    return match is not None
+    elif set(name.split(".")) & set(config.modules_to_save):  # a parameter of another name
+        whole[name.replace(".modules_to_save.", ".")] = key
+    else:
+        return False
+    return True
 
 
 def _pairs(

@@ -36,13 +36,13 @@ class Names:
 
     def of(self, given: Iterable[str]) -> dict[str, str]:
         """The stored name of each tensor; what the base does not have keeps the name it came by."""
-        own = spelling.own_names(self.model, given)
+        own = _own_names(self.model, given)
         return {name: self.stored.get(theirs, name) for name, theirs in own.items()}
 
 
 def names(model: PreTrainedModel, stored: Iterable[str]) -> Names:
     """`stored` are the names of all tensors in the base's files."""
-    found = {own: name for name, own in spelling.own_names(model, stored).items()}
+    found = {own: name for name, own in _own_names(model, stored).items()}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head:
@@ -84,6 +84,16 @@ def placed(adapter: Adapter, base: Names) -> Adapter:
     return replace(adapter, parts=made)
 
 
+def _own_names(model: PreTrainedModel, given: Iterable[str]) -> dict[str, str]:
+    """The model's own name of each tensor; a model without its head is saved, and adapted, without
+    the prefix that it has before one."""
+    known, prefix = model.state_dict().keys(), model.base_model_prefix
+    return {
+        name: whole if own not in known and (whole := f"{prefix}.{own}") in known else own
+        for name, own in spelling.own_names(model, given).items()
+    }
+
+
 def _moved(
     adapter: Adapter, base: Names, by_module: Mapping[str, _Value], leaf: str
 ) -> dict[str, _Value]:
@@ -120,9 +130,9 @@ def _experts(adapter: Adapter, base: Names) -> Iterator[tuple[str, Pair]]:
         published = spelling.published(base.model, {name: shapes[name] for name in stacks})
     except SourceError as fault:
         raise _apart(adapter, next(iter(stacks)), str(fault)) from fault
-    stored = base.of(published)
+    stored, known = base.of(published), set(base.stored.values())
     for name, part in published.items():
-        if len(part.shape) != 2 or stored[name] not in base.stored.values():
+        if len(part.shape) != 2 or stored[name] not in known:
             raise _apart(adapter, part.of, f"the base has no tensor {stored[name]} for each expert")
         yield (
             stored[name].removesuffix(".weight"),
@@ -142,7 +152,7 @@ def _stacks(
     for name, pair in adapter.parts.stacked.items():
         depth = name.count(NESTED)
         depths.setdefault(name.replace(NESTED, ""), {})[depth] = pair
-    own = spelling.own_names(base.model, [f"{module}.weight" for module in depths])
+    own = _own_names(base.model, [f"{module}.weight" for module in depths])
     for module, nest in depths.items():
         home = own[f"{module}.weight"].removesuffix(".weight")
         held = [name for name in shapes if name.rpartition(".")[0] == home]
