@@ -195,14 +195,14 @@ def _plain(given: Path, cache: Path, say: Say) -> tuple[Path, set[str]]:
     outline = door.outline(home, weights)
     found = door.admitted(weights, outline, given)
     shapes = {key: weights[tensor.given].shape for key, tensor in found.tensors.items()}
-    voice = next(iter(tokenizer.values()), given).parent
+    voice = next((path.parent for name, path in tokenizer.items() if "/" not in name), given)
     changes = vocabulary.corrected(shapes, outline, voice, given, say) | _untied(
         found, outline, say
     )
     if config_json.read(home).get("architectures") is None:
         say(f"config.json names no architecture: {outline.config.architectures[0]} is taken")
         changes["architectures"] = outline.config.architectures
-    files = {n: p for n, p in (config | tokenizer).items() if p.parent != given}
+    files = {n: p for n, p in (config | tokenizer).items() if p != given / n}
     renamed = {t.name: weights[t.given] for t in found.tensors.values()} if found.renamed else None
     correction = Correction(changes, files, renamed)
     folder = corrected.folder(given, correction, cache, say)
