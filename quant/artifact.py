@@ -70,12 +70,16 @@ class LayerReport(_Frozen):
 
 
 class CalibrationReport(_Frozen):
-    """What calibrated the model: `samples` rows holding `tokens` unmasked tokens in all."""
+    """What calibrated the model: `samples` rows holding `tokens` that count in all.
+
+    `widest_input` is that of the layers, in_features; None in older manifests.
+    """
 
     digest: Sha256
     origin: Literal["file", "self-generated"]
     samples: int
     tokens: int
+    widest_input: int | None = None
 
 
 class FileDigest(_Frozen):

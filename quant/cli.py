@@ -102,10 +102,14 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL of {"text": ...} or {"messages": [...]} lines, like what the model will be '
-            "asked [the model writes its own]"
+            help='JSONL of {"text": ...} or {"messages": [...]} lines, or as ShareGPT, Alpaca and '
+            "TRL have them, like what the model will be asked [the model writes its own]"
         ),
     ] = None,
+    assistant_only: Annotated[
+        bool,
+        typer.Option(help="of a calibration file's chats, count the assistant's tokens alone"),
+    ] = False,
     samples: Annotated[int | None, typer.Option(help="calibration sequences [48]")] = None,
     length: Annotated[int | None, typer.Option(help="tokens of each [256]")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn [0]")] = None,
@@ -149,7 +153,8 @@ def quantize(
     """
     given = {"scheme": scheme, "group_size": group_size, "bits_per_weight": bits_per_weight,
              "samples": samples, "length": length, "seed": seed, "device": device,
-             "exact": exact or None, "refine": refine}  # fmt: skip
+             "exact": exact or None, "refine": refine,
+             "assistant_only": assistant_only or None}  # fmt: skip
     recipe = build({name: value for name, value in given.items() if value is not None})
     check_limit(max_kl)
     if not adapter and (training_base != "stored" or initial is not None):
@@ -220,6 +225,7 @@ def _facts(manifest: Manifest) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     size = f"{manifest.bytes_before / 1e6:.1f} MB -> {manifest.bytes_after / 1e6:.1f} MB"
     text = manifest.calibration
+    widest = f" for {text.widest_input} inputs" if text.widest_input else ""
     worst = max(manifest.layers, key=lambda layer: layer.loss)
     rows = {
         "model": f"{manifest.source} ({manifest.architecture})",
@@ -228,7 +234,8 @@ def _facts(manifest: Manifest) -> Table:
         "merged": ", ".join(f"{a.name}@{a.digest[:12]}" for a in manifest.adapters) or "no adapter",
         "scheme": card.scheme(manifest),
         "size": f"{size} in {len(manifest.files)} files",
-        "calibration": f"{text.samples} x {text.origin}, {text.tokens} tokens ({text.digest[:12]})",
+        "calibration": f"{text.samples} x {text.origin}, {text.tokens} tokens{widest} "
+        f"({text.digest[:12]})",
         "loss": f"{card.gain(manifest.layers):.3f} of plain rounding's over {len(manifest.layers)} "
         f"layers; worst {worst.name} ({worst.loss:.2e} of its output)",
         "made": f"{manifest.created:%Y-%m-%d %H:%M} UTC in {manifest.seconds:.0f} s by quantserve "

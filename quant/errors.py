@@ -49,6 +49,10 @@ class CalibrationError(QuantError):
     """A file of texts, chats or questions holds a malformed line, or nothing usable."""
 
 
+class TemplateRefusal(CalibrationError):
+    """A chat template does not take messages; the message is what it says."""
+
+
 class SolveError(QuantError):
     """A layer could not be solved; the message names it."""
 

@@ -92,7 +92,7 @@ class Journal:
     def rows(self) -> Batches:
         """The calibration rows of all runs."""
         kept = load_file(self._stage.state / _ROWS)
-        return Batches(kept["input_ids"], kept["mask"], self.entry.calibration)
+        return Batches(**kept, report=self.entry.calibration)
 
     def plan(self, measured: Callable[[], Plan]) -> Plan:
         """The format of every layer where that has to be measured, unless a run before did."""
@@ -222,7 +222,8 @@ def opened(
 def begun(stage: Stage, facts: Facts, blocks: int, rows: Batches) -> Journal:
     """A new journal; whatever was in the stage is gone."""
     stage.take(anew=True)
-    shards.write(stage.state / _ROWS, {"input_ids": rows.input_ids, "mask": rows.mask})
+    kept = {"input_ids": rows.input_ids, "mask": rows.mask, "counted": rows.counted}
+    shards.write(stage.state / _ROWS, kept)
     entry = Entry(facts=dict(facts), calibration=rows.report)
     _keep(stage.state, entry)
     return Journal(stage, entry, blocks)

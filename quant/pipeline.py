@@ -85,6 +85,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     staging.check_target(target, force=order.force)
     progress.say(f"opening {order.spec}")
     opened = _opened(order, progress)
+    calibration.check(opened, recipe, order.calibration_file)
     decoder = _decoder(recipe, opened, on)
     plan = allotment.bound(recipe, decoder.shapes())
     layers = _layers(recipe, plan, opened, decoder, progress)
@@ -94,7 +95,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         needs = estimate.checked(asked, target, stage.bytes(), min(map(room.left, on)))
         progress.foreseen(str(needs), needs.facts())
         barrier = _gate(recipe, order, opened, progress)
-        kept = _journal(recipe, order, opened, stage, progress)
+        kept = _journal(asked, order, stage, progress)
         rows = kept.rows()
         if recipe.bits_per_weight is not None:
             measured = partial(allotment.within, recipe, decoder, opened, rows, progress.say)
@@ -104,7 +105,6 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
             shards.write(stage.folder / UNITS, kept.units())
         made = kept.assemble()
         progress.say("reading back every layer")
-        facts = _facts(recipe, order, opened, rows)
         found = {
             **_formats(recipe, layers.plan, decoder),
             "layers": tuple(layers.reports),
@@ -112,7 +112,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
             "files": made.digests,
             "seconds": round(kept.seconds, 1),
         }
-        facts = facts.model_copy(update=found)
+        facts = _facts(recipe, order, opened, rows).model_copy(update=found)
         sealed = _finished(stage.folder, target.name, layers, asked, facts)
         return barrier.admit(opened, stage.folder, sealed) if barrier else sealed
 
@@ -148,15 +148,16 @@ def _gate(recipe: Recipe, order: Order, opened: Source, progress: Progress) -> G
     return Gate(held, order.max_kl, order.target.expanduser().absolute(), progress.say)
 
 
-def _journal(
-    recipe: Recipe, order: Order, opened: Source, stage: Stage, progress: Progress
-) -> Journal:
+def _journal(asked: estimate.Run, order: Order, stage: Stage, progress: Progress) -> Journal:
     """Of the same command's earlier run, or a new one with the rows that calibrate."""
+    recipe, opened = asked.recipe, asked.opened
     file, gated = order.calibration_file, order.max_kl is not None
 
     def rows() -> Batches:
         part: Part = "calibrating" if gated else "whole"
-        return calibration.prepare(opened, recipe, file, progress.say, part)
+        made = calibration.prepare(opened, recipe, file, progress.say, part)
+        widths = (columns for _, columns in asked.decoder.shapes().values())
+        return calibration.held_against(made, widths, progress.say)
 
     depth = opened.config.get_text_config().num_hidden_layers
     if order.fresh:
@@ -187,7 +188,7 @@ def _solve(layers: Layers, asked: estimate.Run, kept: Journal, rows: Batches) ->
     samples, length = rows.input_ids.shape
     given = replace(asked.given, samples=samples, length=length)
     batches = zip(
-        *(torch.split(t, given.per_stream) for t in (rows.input_ids, rows.mask)), strict=True
+        *(torch.split(t, given.per_stream) for t in (rows.input_ids, rows.counted)), strict=True
     )
     with kept.shelves(preflight.places(asked.units(), given)) as shelves:
         streams = blocks.embed(decoder, opened, list(batches), shelves)

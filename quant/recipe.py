@@ -46,7 +46,8 @@ class Recipe(BaseModel):
     `samples` x `length` tokens of calibration: 48 x 256 is seven times the widest input of the
     embedded model, and its self-written text takes about half a minute on two cores. `exact` has
     blocks computed in float32 where the machine could do it in 16 bits. `refine` has every row
-    solved in so many more column orders, and the best kept.
+    solved in so many more column orders, and the best kept. `assistant_only` counts no calibration
+    tokens but the assistant's; the others are still what those attend to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +62,7 @@ class Recipe(BaseModel):
     device: str = "cpu"
     exact: bool = False
     refine: int = Field(default=0, ge=0, le=256)
+    assistant_only: bool = False
 
     @field_validator("scheme", mode="before")
     @classmethod

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -32,7 +31,7 @@ from transformers import (
 from transformers.utils import logging as chatter
 
 from quant import interrupt, tokens
-from quant.errors import CalibrationError, SourceError
+from quant.errors import CalibrationError, SourceError, TemplateRefusal
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
 from quant.intake.spelling import Part
@@ -47,7 +46,7 @@ _ROWS_AT_ONCE = 128
 _FLOAT32_LIMIT = 4 << 30  # bytes of parent up to which a CPU decodes in float32: it is faster
 # Files beside weights and tokenizer that decide the text: rotary base, scales, end tokens.
 _DECIDING = ("config.json", "generation_config.json")
-_METHOD = 1  # raised when the same inputs would give other text
+_METHOD = 2  # raised when the same inputs would give other text
 
 Say = Callable[[str], None]
 
@@ -149,7 +148,7 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> 
     turns = ([{"role": "user", "content": texts[place]}] for place in order)
     try:
         prompts = [tokens.of_chat(turn, tokenizer, asks=True) for turn in turns]
-    except (jinja2.TemplateError, TypeError) as fault:
+    except TemplateRefusal as fault:
         raise CalibrationError(
             f"the chat template refuses a user's question ({fault}), so the model cannot write its"
             " own calibration text; give a calibration file"

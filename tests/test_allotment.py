@@ -165,7 +165,8 @@ def test_layers_of_one_unit_have_one_format_at_every_budget() -> None:
 def rows(count: int, length: int = 32) -> Batches:
     ids = torch.randint(4, tiny.VOCAB, (count, length), generator=torch.Generator().manual_seed(5))
     report = CalibrationReport(digest="c" * 64, origin="file", samples=count, tokens=ids.numel())
-    return Batches(ids, torch.ones_like(ids, dtype=torch.bool), report)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    return Batches(ids, every, every, report)
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("w4a16", 5.0), ("w8a8", 10.0)])

@@ -148,8 +148,12 @@ def test_empty_lines_and_texts_are_passed_over(made: Path, file: Path) -> None:
         ({"messages": []}, "malformed line: messages: "),
         ({"messages": "hi"}, "malformed line: messages: "),
         ({"messages": ["hi"]}, "malformed line: messages: 0: "),
-        ({"prompt": "hi"}, 'a line has either "text" or "messages"'),
-        ({"text": "hi", "messages": [{}]}, 'a line has either "text" or "messages"'),
+        ({"prompt": "hi"}, 'malformed line: its keys are "prompt"; expected "text", "messages", '),
+        (
+            {"text": "hi", "messages": [{}]},
+            'malformed line: a line has either "text" or "messages"',
+        ),
+        ({"messages": [{}]}, "malformed line: messages: 0: a role is expected"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number(
@@ -167,7 +171,7 @@ def test_bytes_that_are_no_text_are_named_by_their_line(made: Path, file: Path) 
 @pytest.mark.parametrize("lines", [[], ["", " "], [{"text": ""}, {"text": "\n "}]])
 def test_a_file_with_no_usable_line_is_refused(made: Path, file: Path, lines: list[Any]) -> None:
     write(file, *lines)
-    assert refused(made, file).startswith(f"{file} has no usable line: ")
+    assert refused(made, file).startswith(f"{file} has no usable line; expected ")
 
 
 def test_a_file_that_cannot_be_read_is_named(made: Path, file: Path) -> None:
@@ -176,20 +180,111 @@ def test_a_file_that_cannot_be_read_is_named(made: Path, file: Path) -> None:
     assert refused(made, file) == f"{file} cannot be read: Is a directory"
 
 
-@pytest.mark.parametrize(
-    "turn", [{"role": "user"}, {"role": "user", "content": None}, {"role": "bot", "content": "x"}]
-)
-def test_messages_that_the_template_refuses_are_named(model: Path, file: Path, turn: Any) -> None:
+def test_messages_that_the_template_refuses_are_named(model: Path, file: Path) -> None:
     strict = "{% if messages[0].role == 'bot' %}{{ raise_exception('no bots') }}{% endif %}"
     (model / "chat_template.jinja").write_text(strict + tiny.CHAT_TEMPLATE)
-    write(file, "", {"messages": [turn]})
-    assert refused(model, file).startswith(f"{file}:2: the chat template refuses these messages: ")
+    write(file, "", {"messages": [{"role": "bot", "content": "x"}]})
+    assert refused(model, file) == (
+        f"{file}:2: the chat template refuses these messages: no bots; mend the line or take it out"
+    )
+
+
+@pytest.mark.parametrize("turn", [{"role": "user"}, {"role": "user", "content": None}])
+def test_a_message_without_content_says_nothing(made: Path, file: Path, turn: Any) -> None:
+    write(file, {"messages": [turn]})
+    (row,) = real(prepare(made, file))
+    silent = tokens.of_chat(
+        [{"role": "user", "content": ""}], tokens.load_tokenizer(made), asks=False
+    )
+    assert row == silent
+
+
+def test_the_template_sees_all_that_belongs_to_a_line(model: Path, file: Path) -> None:
+    shows = "{{ tools | tojson }}{{ documents | tojson }}{{ tone }}{{ messages | tojson }}"
+    (model / "chat_template.jinja").write_text(shows)
+    call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
+    turn = {"role": "assistant", "content": None, "reasoning_content": "so", "tool_calls": [call]}
+    write(
+        file,
+        {
+            "messages": [turn],
+            "tools": json.dumps([{"function": {"name": "f"}}]),
+            "documents": [{"title": "d"}],
+            "chat_template_kwargs": {"tone": "dry"},
+        },
+    )
+    (row,) = real(prepare(model, file, Recipe(samples=1, length=512)))
+    text = tokens.load_tokenizer(model).decode(row)
+    assert '"name": "f", "description": null' in text and '[{"title": "d"}]dry[' in text
+    assert '"arguments": {"a": 1}' in text and '"reasoning": "so"' in text
+    assert '"content": ""' in text
+
+
+def test_lines_that_are_seen_or_heard_are_left_out_and_counted(made: Path, file: Path) -> None:
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    write(file, {"messages": [image]}, {"text": "a fox"}, {"messages": [image]})
+    said: list[str] = []
+    (row,) = real(prepare(made, file, said=said))
+    assert row == tokens.of_text("a fox", tokens.load_tokenizer(made))
+    assert said[0].startswith(f"2 of 3 lines of {file} are left out: they have images")
+    write(file, {"messages": [image]})
+    assert refused(made, file).startswith(f"{file} has no usable line without an image or a sound")
 
 
 def test_a_template_that_writes_nothing_is_refused(model: Path, file: Path) -> None:
     (model / "chat_template.jinja").write_text("{# silence #}")
     write(file, {"messages": [{"role": "user", "content": "hi"}]})
     assert "the chat template writes nothing" in refused(model, file)
+
+
+CHATS = [
+    [{"role": "user", "content": asked + " well" * more}, {"role": "assistant", "content": answer}]
+    for asked, more, answer in (("what is it?", 12, "a fox"), ("who runs?", 30, "the dog"))
+]
+ANSWERS = Recipe(samples=4, length=16, assistant_only=True)
+
+
+def test_only_answers_count_and_every_row_has_one(made: Path, file: Path) -> None:
+    write(file, {"text": TEXT}, *({"messages": chat} for chat in CHATS))
+    batches = prepare(made, file, ANSWERS)
+    tokenizer = tokens.load_tokenizer(made)
+    counted = batches.input_ids[batches.counted].tolist()
+    assert sorted(tokenizer.decode(counted).split("<|im_end|>")) == ["", "a fox", "the dog"]
+    assert batches.counted.any(dim=1).all() and not (batches.counted & ~batches.mask).any()
+    assert batches.report.tokens == len(counted)
+    # What is before an answer is still there for it to attend to.
+    whole = real(prepare(made, file, Recipe(samples=64, length=16)))
+    assert all(row in whole for row in real(batches)) and len(whole) > len(batches.input_ids)
+
+
+def test_without_the_option_every_real_token_counts(made: Path, file: Path) -> None:
+    write(file, *({"messages": chat} for chat in CHATS))
+    batches = prepare(made, file)
+    assert torch.equal(batches.counted, batches.mask)
+    other = prepare(made, file, ANSWERS)
+    assert other.report.digest != batches.report.digest
+
+
+def test_answers_are_asked_of_a_file_that_has_some(made: Path, file: Path) -> None:
+    with pytest.raises(RecipeError, match="assistant-only counts the answers in a file of chats"):
+        prepare(made, None, ANSWERS)
+    write(file, {"text": TEXT})
+    assert (
+        refused(made, file, ANSWERS) == f"{file} has no answer of an assistant in any of its lines"
+    )
+
+
+def test_fewer_tokens_than_the_widest_layer_reads_are_warned_of(made: Path, file: Path) -> None:
+    write(file, {"text": TEXT * 3})
+    batches, said = prepare(made, file), list[str]()
+    held = calibration.held_against(batches, [64, 128, 64], said.append)
+    assert held.report.widest_input == 128 and held.report.tokens == 64
+    (line,) = said
+    assert line.startswith(
+        "calibration has 64 tokens, and the widest layer 128 inputs: give at lea"
+    )
+    calibration.held_against(batches, [64], said.append)
+    assert len(said) == 1
 
 
 def test_rows_longer_than_the_model_reads_are_refused(made: Path, file: Path) -> None:
@@ -224,7 +319,7 @@ def test_without_a_file_the_model_writes_the_rows(made: Path, tmp_path: Path) ->
 def test_packing_loses_nothing_and_marks_every_cut(
     documents: list[list[int]], length: int, samples: int
 ) -> None:
-    rows = pack(iter(documents), length, samples, bos=[0])
+    rows = list(itertools.islice(pack(iter(documents), length, bos=[0]), samples))
     assert len(rows) <= samples
     assert all(len(row) == length for row in rows[:-1])
     assert all(0 < len(row) <= length for row in rows)

@@ -70,6 +70,7 @@ def test_a_short_text_is_used_whole_and_that_is_said(opened: Source, tmp_path: P
         (None, "cannot be read"),
         (b"  \n", "holds no text"),
         (b"ab\xff\xfe", "not UTF-8 text: byte 2"),
+        ("the fox".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
     ],
 )
 def test_a_file_without_text_is_refused(
@@ -80,6 +81,12 @@ def test_a_file_without_text_is_refused(
         file.write_bytes(content)
     with pytest.raises(CalibrationError, match=says):
         held_out.from_text(opened, file, ROWS, quiet)
+
+
+def test_a_mark_is_no_part_of_the_text(opened: Source, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(text.read_text(), "utf-8-sig")
+    marked = held_out.from_text(opened, tmp_path / "book.txt", ROWS, quiet)
+    assert marked.digest == held_out.from_text(opened, text, ROWS, quiet).digest
 
 
 def test_windows_longer_than_the_model_reads_are_refused(opened: Source, text: Path) -> None:

@@ -79,7 +79,7 @@ def run(asked: Compensation, adapter: Adapter, base: Base, progress: Progress) -
     solver = Compensator(base, own, adapter.rank + asked.rank, asked.rows.damping)
     together = max(1, STREAM_TOKENS[decoder.device.type] // rows.input_ids.shape[1])
     batches = zip(
-        *(torch.split(each, together) for each in (rows.input_ids, rows.mask)), strict=True
+        *(torch.split(each, together) for each in (rows.input_ids, rows.counted)), strict=True
     )
     streams = blocks.embed(decoder, opened, list(batches))
     for place in range(len(decoder.blocks)):

@@ -10,12 +10,11 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Self
 
-import jinja2
 from pydantic import BaseModel, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from quant import jsonl, tokens
-from quant.errors import CalibrationError
+from quant.errors import CalibrationError, TemplateRefusal
 from quant.proof.fidelity import Question, Quiz
 
 
@@ -41,7 +40,7 @@ def read(file: Path, tokenizer: PreTrainedTokenizerBase, positions: int) -> Quiz
     for number, record in jsonl.read(file, Record):
         try:
             question = _encode(record, tokenizer)
-        except (jinja2.TemplateError, TypeError) as fault:
+        except TemplateRefusal as fault:
             raise CalibrationError(
                 f"{file}:{number}: the chat template refuses this question: {fault}"
             ) from fault

@@ -53,7 +53,7 @@ class Gate:
 
 def rows(opened: Source, recipe: Recipe, file: Path | None, say: Say) -> Sample:
     """Self-written with another seed, or the part of `file` that calibration leaves out."""
-    fewer = recipe.model_copy(update={"samples": _ROWS})
+    fewer = recipe.model_copy(update={"samples": _ROWS, "assistant_only": False})
     if file is None:
         return held_out.self_written(opened, fewer, recipe.seed, say)
     return held_out.from_lines(opened, file, fewer, say, "held-out")

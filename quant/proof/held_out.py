@@ -6,13 +6,14 @@ Owns how a text becomes windows and which of them are drawn. Refuses a text that
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quant import calibration, tokens
+from quant import calibration, textfile, tokens
 from quant.calibration import Batches, Part
 from quant.errors import CalibrationError
 from quant.intake.source import Say, Source
@@ -32,7 +33,7 @@ def from_text(source: Source, file: Path, rows: Recipe, say: Say) -> Sample:
     tokenizer = tokens.load_tokenizer(source.folder)
     ids = tokens.of_text(_read(file), tokenizer)
     tokens.check_vocabulary(ids, source.config.get_text_config().vocab_size)
-    cut = calibration.pack(iter([ids]), rows.length, len(ids), calibration.opening(tokenizer))
+    cut = calibration.pack(iter([ids]), rows.length, calibration.opening(tokenizer))
     usable = [torch.tensor(row) for row in cut if len(row) >= 2]
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(rows.seed))
     chosen = sorted(order[: rows.samples].tolist())
@@ -57,9 +58,7 @@ def self_written(source: Source, rows: Recipe, calibrated: int, say: Say) -> Sam
 
 def _read(file: Path) -> str:
     try:
-        text = file.read_text("utf-8")
-    except OSError as fault:
-        raise CalibrationError(f"{file} cannot be read: {fault.strerror}") from fault
+        text = io.TextIOWrapper(io.BytesIO(textfile.read(file)), "utf-8").read()
     except UnicodeDecodeError as fault:
         raise CalibrationError(f"{file} is not UTF-8 text: byte {fault.start}") from fault
     if not text.strip():

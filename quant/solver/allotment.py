@@ -129,7 +129,7 @@ def within(recipe: Recipe, decoder: Decoder, source: Source, rows: Batches, say:
 def streams(rows: Batches) -> sensitivity.Rows:
     """The first of the rows, as they are measured on."""
     each = together(*rows.input_ids.shape)
-    ids, masks = (torch.split(of, each)[:STREAMS] for of in (rows.input_ids, rows.mask))
+    ids, masks = (torch.split(of, each)[:STREAMS] for of in (rows.input_ids, rows.counted))
     return list(zip(ids, masks, strict=True))
 
 

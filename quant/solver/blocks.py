@@ -34,8 +34,8 @@ class Stream:
     `hidden` [rows, length, width] is behind the blocks chosen so far, `parent` behind the parent's
     own; with a shelf they lie there, and are read whenever they are asked for. `gap`, float32, is
     the parent's less the served one, inside a block wherever a layer is about to add to both.
-    `mask` [rows, length] is true where a token is real; `calls` is what each block gets beside the
-    states.
+    `mask` [rows, length] is true where a token counts, which padding never does; `calls` is what
+    each block gets beside the states.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Stream:
         self._gap = None if states is None else Kept(states, self.shelf)
 
     def real(self, inputs: Tensor) -> Tensor:
-        """Inputs [rows, length, columns] or flat, of real tokens only: [tokens, columns]."""
-        flat, real = inputs.flatten(0, -2), self.mask.flatten()
-        return flat if bool(real.all()) else flat[real]
+        """Inputs [rows, length, columns] or flat, of tokens that count: [tokens, columns]."""
+        flat, counts = inputs.flatten(0, -2), self.mask.flatten()
+        return flat if bool(counts.all()) else flat[counts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +292,8 @@ def _record(decoder: Decoder, ids: Tensor, mask: Tensor, shelf: Shelf | None = N
             block.forward = note
             undo.callback(delattr, block, "forward")
         try:
-            # Real tokens are a prefix of each row: causal attention hides the padding from them.
+            # Real tokens are a prefix of each row: causal attention hides the padding from them,
+            # and shows them all to one another, whichever of them count.
             decoder.text(inputs_embeds=embedded, use_cache=False)
         except _Enough:
             return stream

@@ -150,13 +150,13 @@ def reading(inputs: Tensor) -> Reading:
 
 
 def real(reading: Reading, mask: Tensor) -> Tensor:
-    """Where a reading is of real tokens, `mask` [rows, length]: bool, to index it with."""
+    """Where a reading is of tokens that count, `mask` [rows, length]: bool, to index it with."""
     return mask if reading.rows is None else mask.flatten()[reading.rows.tokens]
 
 
 def paired(served: Rows, parent: Rows, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows of either model are of tokens that both show an expert, `mask` [rows, length]
-    where they are real; and which of those the served model's router chose."""
+    where they count; and which of those the served model's router chose."""
     real = mask.flatten()
     ours = real[served.tokens] & torch.isin(served.tokens, parent.tokens)
     theirs = real[parent.tokens] & torch.isin(parent.tokens, served.tokens)

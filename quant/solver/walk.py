@@ -182,11 +182,14 @@ def _forward(block: nn.Module, stream: Stream, place: int, *, parent: bool = Fal
 
 
 def _sample(stream: Stream, probe: Stream) -> Stream:
-    """The first tokens of a stream's first row, as the parent has them."""
+    """The first tokens of a stream's first row, as the parent has them.
+
+    Where none of them counts, as in the question before an answer, all do.
+    """
     length = probe.hidden.shape[1]
     device = probe.mask.device  # a copy, since a part would hold the whole of them
     hidden, mask = (part[:1, :length].clone().to(device) for part in (stream.parent, stream.mask))
-    return Stream(hidden, mask, probe.calls)
+    return Stream(hidden, mask if bool(mask.any()) else torch.ones_like(mask), probe.calls)
 
 
 def _outcome(
