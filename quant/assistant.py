@@ -32,9 +32,10 @@ def written(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
         start = tokens.common(asked, ids) if document.prompt else len(ids)
         return ids, [place >= start for place in range(len(ids))]
     ids = tokens.of_chat(document, tokenizer, asks=False)
-    if tokenizer.chat_template is None:
+    if not tokens.writes_chats(tokenizer):
         return ids, [False] * len(ids)
-    if _MARKED.search(tokens.template_of(document, tokenizer)):
+    marks = tokenizer.chat_template is not None
+    if marks and _MARKED.search(tokens.template_of(document, tokenizer)):
         return _marked(document, tokenizer)
     own = [False] * len(ids)
     for start, end in _answers(document, tokenizer, ids):
@@ -59,9 +60,9 @@ def _answers(
         if message["role"] != "assistant":
             continue
         start, limit = _bounds(chat, place, tokenizer, ids)
-        stops = (
-            at + 1 for at in range(start, limit or len(ids)) if ids[at] == tokenizer.eos_token_id
-        )
+        # mistral-common leaves an answer open that is the last, and ends it with the next token.
+        until = len(ids) if limit is None else min(limit + 1, len(ids))
+        stops = (at + 1 for at in range(start, until) if ids[at] == tokenizer.eos_token_id)
         end = next(stops, limit)
         if end is None or start < done:
             raise TemplateRefusal(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quant import assistant, conversation, jsonl, scribe, tokens
+from quant import assistant, jsonl, scribe, tokens
 from quant.artifact import CalibrationReport
 from quant.conversation import Chat
 from quant.errors import CalibrationError, RecipeError, TemplateRefusal
@@ -134,14 +134,17 @@ def pack(streams: Iterator[list[int]], length: int, bos: list[int]) -> Iterator[
 
 
 def _part(file: Path, part: Part, say: Callable[[str], None]) -> Sequence[tuple[int, Document]]:
-    found = ((number, record.document) for number, record in jsonl.read(file, Record))
-    there = [(number, document) for number, document in found if not _is_blank(document)]
-    usable = [each for each in there if not _has_media(each[1])]
+    there, usable = 0, []
+    for number, record in jsonl.read(file, Record):
+        blank = _is_blank(record.document)
+        there += not blank
+        if not blank and not record.has_media:
+            usable.append((number, record.document))
     if not usable:
         media = " without an image or a sound" if there else ""
         raise CalibrationError(f"{file} has no usable line{media}; expected {EXPECTED}")
-    if len(usable) < len(there):
-        say(f"{len(there) - len(usable)} of {len(there)} lines of {file} are left out: they have"
+    if len(usable) < there:
+        say(f"{there - len(usable)} of {there} lines of {file} are left out: they have"
             " images or sounds, and calibration reads text")  # fmt: skip
     if part == "whole":
         return usable
@@ -196,10 +199,6 @@ def _encoded(document: Document, tokenizer: PreTrainedTokenizerBase, recipe: Rec
 
 def _is_blank(document: Document) -> bool:
     return not isinstance(document, Chat) and not document.text.strip()
-
-
-def _has_media(document: Document) -> bool:
-    return isinstance(document, Chat) and conversation.has_media(document.messages)
 
 
 def _batches(

@@ -8,10 +8,11 @@ Refuses what vLLM would refuse; follows vLLM 0.32, and tests hold it to that.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pydantic_core
 
 from quant.content_format import ContentFormat
 
@@ -182,8 +183,8 @@ def _arguments(given: object) -> dict[str, Any]:
     """Of what is no object, vLLM makes an empty one."""
     if isinstance(given, str):
         try:
-            given = json.loads(given)
-        except (ValueError, RecursionError):
+            given = pydantic_core.from_json(given)
+        except ValueError:
             return {}
     return given if isinstance(given, dict) else {}
 

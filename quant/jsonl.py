@@ -37,7 +37,8 @@ def reason(fault: ValidationError) -> str:
     """The first of what is wrong, and where, on one line."""
     first = fault.errors(include_url=False)[0]
     place = "".join(f"{part}: " for part in first["loc"])
-    return place + first["msg"].removeprefix("Value error, ")
+    whole = "; one JSON object on a line is expected" if first["type"] == "json_invalid" else ""
+    return place + first["msg"].removeprefix("Value error, ") + whole
 
 
 def _array(file: Path, content: bytes) -> list[Any]:

@@ -7,11 +7,11 @@ record in none of them by the keys that are there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
+import pydantic_core
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,13 +22,14 @@ from pydantic import (
     model_validator,
 )
 
-from quant import jsonl
+from quant import conversation, jsonl
 from quant.conversation import Chat, Malformed, Message
 
 EXPECTED = (
     '"text", "messages", "conversations" (ShareGPT), "prompt" and "completion", or "instruction"'
     ' and "output" (Alpaca)'
 )
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "system": "system",
@@ -58,6 +59,13 @@ class Record(BaseModel):
     def document(self) -> Document:
         return self._document
 
+    @property
+    def has_media(self) -> bool:
+        """Whether it is a chat about something seen or heard, in its messages or beside them."""
+        beside = any((self.model_extra or {}).get(key) for key in _MEDIA)
+        chat = self.document
+        return isinstance(chat, Chat) and (beside or conversation.has_media(chat.messages))
+
     @model_validator(mode="after")
     def _is_recognized(self) -> Self:
         fields = {key: v for key, v in (self.model_extra or {}).items() if v is not None}
@@ -79,8 +87,8 @@ def _listed(tools: object) -> object:
     if not isinstance(tools, str):
         return tools
     try:
-        return json.loads(tools) if tools.strip() else None
-    except (ValueError, RecursionError) as fault:
+        return pydantic_core.from_json(tools) if tools.strip() else None
+    except ValueError as fault:
         raise ValueError("the text is no JSON") from fault
 
 
@@ -186,8 +194,8 @@ def _turn(turn: Mapping[str, Any], place: int) -> Message:
 def _call(value: str) -> dict[str, Any] | None:
     """None where the text is no JSON of a call: then it is what the model said."""
     try:
-        function = json.loads(value)
-    except (ValueError, RecursionError):
+        function = pydantic_core.from_json(value)
+    except ValueError:
         return None
     named = isinstance(function, dict) and isinstance(function.get("name"), str)
     return {"type": "function", "function": function} if named else None

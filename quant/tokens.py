@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from quant import content_format, conversation, foreign_json
 from quant.conversation import Chat, Message
@@ -52,10 +53,12 @@ def of_chat(
 ) -> list[int]:
     """Through the chat template, which writes BOS itself; `asks` opens the answer's turn.
 
-    Without a template, the turns' contents one under the other. No more than the first `most`.
-    TemplateRefusal for turns that the template does not take.
+    Without a template, the turns' contents one under the other; mistral-common needs none. No more
+    than the first `most`. TemplateRefusal for turns that are not taken.
     """
     chat = turns if isinstance(turns, Chat) else Chat(turns)
+    if _is_mistrals(tokenizer):
+        return _by_mistral(chat, tokenizer)[:most]
     if tokenizer.chat_template is None:
         said = (turn["content"] for turn in conversation.shown(chat.messages, "string", ""))
         return of_text("".join(f"{content}\n" for content in said), tokenizer, most)
@@ -87,6 +90,11 @@ def applied(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, asks: bool, **set
         RecursionError,
     ) as fault:  # fmt: skip # whatever a template's expressions may raise
         raise TemplateRefusal(" ".join(str(fault).split())[:300] or repr(fault)) from fault
+
+
+def writes_chats(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it tells turns apart at all."""
+    return tokenizer.chat_template is not None or _is_mistrals(tokenizer)
 
 
 def template_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -135,6 +143,30 @@ def _ids(
             return ids[:most]
         near *= 2
     return encoded(text)[:most]
+
+
+def _is_mistrals(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return isinstance(tokenizer, MistralCommonBackend)
+
+
+def _by_mistral(chat: Chat, tokenizer: MistralCommonBackend) -> list[int]:
+    """As vLLM has mistral-common write it: from the messages as they came.
+
+    An answer at the end is left open, since nothing else may be there in what a server is asked.
+    """
+    from mistral_common.exceptions import MistralCommonException  # noqa: PLC0415 # if installed
+
+    answered = chat.messages[-1]["role"] == "assistant"
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [dict(message) for message in chat.messages],
+            tools=conversation.functions(chat.tools),
+            continue_final_message=answered,
+            return_dict=False,
+        )
+    except (MistralCommonException, AssertionError, ValueError, TypeError, LookupError) as fault:
+        raise TemplateRefusal(" ".join(str(fault).split())[:300] or repr(fault)) from fault
+    return ids
 
 
 def _processors_template(folder: Path) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import mistral_common
 import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -126,6 +128,15 @@ def test_of_a_text_the_completion_counts(tokenizer: PreTrainedTokenizerBase) -> 
     # A token across the boundary is the completion's: the prompt alone does not have it.
     (counted,) = answers(Text("the quick brown", prompt=len("the qui")), tokenizer)
     assert counted.endswith("ck brown") and len(counted) < len("the quick brown")
+
+
+def test_mistral_commons_answers_are_told_too(tmp_path: Path) -> None:
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json",
+                tmp_path / "tekken.json")  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    made = tokens.load_tokenizer(tmp_path)
+    chat = Chat([QUESTION, ANSWER, QUESTION, said("assistant", "the dog")])
+    assert answers(chat, made) == ["a fox</s>", "the dog"]
 
 
 def test_without_a_template_nobody_answers(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from quant.errors import CalibrationError, RecipeError
 from quant.intake import source
 from quant.recipe import Recipe
 from tests import tiny
+from tests.test_pipeline import letters, quantize
 
 RECIPE = Recipe(samples=4, length=16)
 TEXT = "the quick brown fox jumps over the lazy dog and runs through the forest"
@@ -272,6 +273,33 @@ def test_answers_are_asked_of_a_file_that_has_some(made: Path, file: Path) -> No
     assert (
         refused(made, file, ANSWERS) == f"{file} has no answer of an assistant in any of its lines"
     )
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
+def test_answers_alone_make_an_artifact_and_the_manifest_says_how_many(
+    made: Path, file: Path, scheme: str
+) -> None:
+    """Whose questions are longer than what the solver samples of a row."""
+    turns = [
+        [{"role": "user", "content": line}, {"role": "assistant", "content": line[:40]}]
+        for line in letters(seed=2)
+    ]
+    write(file, *({"messages": chat} for chat in turns))
+    asked: dict[str, Any] = {"scheme": scheme, "assistant_only": True}
+    found = quantize(made, file.parent / "out", texts=file, samples=24, length=200, **asked)
+    report = found.manifest.calibration
+    assert 128 < report.tokens < 24 * 200 / 2 and report.widest_input == 128
+    assert found.manifest.recipe["assistant_only"] is True
+    assert all(0 <= layer.loss < 1 for layer in found.manifest.layers)
+    assert not [line for line in found.told.lines if "widest layer" in line]
+
+
+def test_a_run_on_too_few_tokens_says_so(made: Path, file: Path) -> None:
+    write(file, {"text": "a"})
+    found = quantize(made, file.parent / "out", texts=file)
+    assert found.manifest.calibration.tokens == 2
+    assert found.manifest.calibration.widest_input == 128
+    assert [line for line in found.told.lines if "has 2 tokens, and the widest layer 128" in line]
 
 
 def test_fewer_tokens_than_the_widest_layer_reads_are_warned_of(made: Path, file: Path) -> None:

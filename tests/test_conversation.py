@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import mistral_common
 import pytest
+from mistral_common.exceptions import MistralCommonException
 from transformers import PreTrainedTokenizerBase
 from vllm.config import ModelConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -14,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import hf
 from vllm.renderers.chat_utils import parse_chat_messages
 from vllm.renderers.params import merge_kwargs
+from vllm.tokenizers.mistral import MistralTokenizer
 
 from quant import conversation, tokens
 from quant.conversation import Chat
@@ -70,6 +74,39 @@ def test_a_chat_has_the_tokens_that_vllm_gives_it(
             ours(chats.request(name), tokenizer, asks=asks)
         return
     assert expected and ours(chats.request(name), tokenizer, asks=asks) == expected
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as Mistral's own: mistral-common writes its chats, and no template."""
+    folder = tmp_path_factory.mktemp("mistral")
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", folder)
+    (folder / "tekken_240911.json").rename(folder / "tekken.json")
+    (folder / "config.json").write_text('{"model_type": "mistral"}')
+    return folder
+
+
+def test_mistral_common_writes_what_it_writes_for_vllm(mistral: Path) -> None:
+    served, tokenizer = (
+        MistralTokenizer.from_pretrained(str(mistral)),
+        tokens.load_tokenizer(mistral),
+    )
+    taken = 0
+    for name in chats.CONVERSATIONS:
+        asked = ChatCompletionRequest.model_validate(chats.request(name))
+        tools = asked.tools and [tool.model_dump() for tool in asked.tools]
+        ends = asked.messages[-1]["role"] == "assistant"
+        try:
+            expected = served.apply_chat_template(
+                asked.messages, tools=tools, continue_final_message=ends
+            )
+        except (MistralCommonException, AssertionError, ValueError):
+            with pytest.raises(TemplateRefusal):
+                ours(chats.request(name), tokenizer, asks=not ends)
+            continue
+        taken += 1
+        assert ours(chats.request(name), tokenizer, asks=not ends) == expected, name
+    assert taken > 10
 
 
 def test_the_table_shows_every_conversation_to_some_template(

@@ -66,6 +66,14 @@ def test_sharegpts_calls_are_calls_and_its_history_turns() -> None:
     assert [message["content"] for message in older.messages] == ["1", "a", "2", "b"]
 
 
+@pytest.mark.parametrize("key", ["image", "images", "videos", "audio"])
+def test_a_chat_beside_an_image_is_about_it(key: str) -> None:
+    for beside, expected in ((["a.png"], True), ("a.png", True), ([], False), (None, False)):
+        record = Record.model_validate({"messages": CHAT, key: beside})
+        assert record.has_media is expected
+    assert not Record.model_validate({"text": "a fox", key: "a.png"}).has_media
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [

@@ -397,6 +397,34 @@ def test_masked_tokens_are_neither_shown_nor_matter(tmp_path: Path) -> None:
             assert all(torch.equal(a, b) for a, b in zip(mine[:2], theirs[:2], strict=True))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_tokens_that_do_not_count_are_attended_to_and_not_shown(
+    family: str, tmp_path: Path
+) -> None:
+    model, every, some = opened(tmp_path, family), Watching(), Watching()
+    counts = torch.zeros(3, 24, dtype=torch.bool)
+    counts[0, 5:9] = counts[1, 20:] = counts[2, [3, 11]] = True
+    given = rows()
+    _, whole, _ = walked(model, given, every)
+    answers = [(ids, mask) for (ids, _), mask in zip(given, torch.split(counts, 2), strict=True)]
+    _, states, _ = walked(model, answers, some)
+    assert all(torch.equal(a, b) for a, b in zip(chain(*states), chain(*whole), strict=True))
+    assert [each.parent.shape[0] for each in some.inputs[0]] == [8, 2]
+    for all_of_them, shown in zip(every.inputs[0], some.inputs[0], strict=True):
+        mask = counts[:2] if len(all_of_them.parent) == 48 else counts[2:]
+        assert torch.equal(shown.parent, all_of_them.parent[mask.flatten()])
+
+
+def test_a_question_longer_than_the_sample_leaves_an_outcome_to_go_by(tmp_path: Path) -> None:
+    """Of a row whose first tokens do not count, all that are looked at do."""
+    solver, mask = Trying(), torch.zeros(3, 80, dtype=torch.bool)
+    mask[:, 70:] = True
+    walked(opened(tmp_path), [(ids, mask[: len(ids)]) for ids, _ in rows(length=80)], solver)
+    for exact, silenced in zip(solver.exact, solver.silenced, strict=True):
+        assert exact.shape == (2 * 64, 64) and exact.isfinite().all()
+        assert not torch.allclose(silenced, exact, atol=1e-3)
+
+
 def test_a_block_is_left_empty_and_as_it_was(tmp_path: Path) -> None:
     decoder, _, _ = walked(opened(tmp_path), rows(), Scaling())
     assert {parameter.device.type for parameter in decoder.model.parameters()} == {"meta"}

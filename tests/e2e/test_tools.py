@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import tiny
+from quant import tokens
+from quant.conversation import Chat
+from quant.records import Record
+from tests import chats, tiny
 from tests.e2e.server import APP_KEY, Server, serving
 from tests.test_parsers import HERMES
 
@@ -115,6 +118,25 @@ def test_the_model_is_told_of_the_tools(caller: Server) -> None:
     counts = [post(caller, "/v1/chat/completions", **body | {"max_tokens": 1}).json()["usage"]
               for body in (ASK, without)]  # fmt: skip
     assert counts[0]["prompt_tokens"] > counts[1]["prompt_tokens"] + 50
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["told", "asked"])
+def test_calibration_has_the_tokens_that_the_server_sees(
+    caller: Server, model: Path, server: Server, w4a16: Path, asks: Any
+) -> None:
+    """Of every conversation, through the template of a model with tools and of one without."""
+    for running, folder in ((caller, model), (server, w4a16)):
+        tokenizer = tokens.load_tokenizer(folder)
+        for name in chats.CONVERSATIONS:
+            body = chats.request(name)
+            chat = Record.model_validate(body).document
+            assert isinstance(chat, Chat)
+            more = body.pop("chat_template_kwargs", {}), {"documents": body.pop("documents", None)}
+            asked = {**body, "chat_template_kwargs": more[0] | more[1], "model": "base"}
+            answer = post(running, "/tokenize", **asked, add_generation_prompt=asks)
+            assert answer.status_code == httpx.codes.OK, answer.text
+            expected = tokens.of_chat(chat, tokenizer, asks=asks)
+            assert answer.json()["tokens"] == expected, (name, folder)
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "name": "weather"}])
