@@ -31,6 +31,7 @@ _FUSED = {
 
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.[^.]+$")
+_BLOCK = re.compile(r"\.(\d+)\.")  # between the list of blocks and what lies inside one
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -143,29 +144,39 @@ def listed(forms: Iterable[Format]) -> str:
     )
 
 
-def section(scheme: Scheme, plan: Plan, towers: Sequence[str] = ()) -> dict[str, Any]:
+def section(
+    scheme: Scheme, plan: Plan, towers: Sequence[str] = (), drafts: Sequence[str] = ()
+) -> dict[str, Any]:
     """The `quantization_config` of a plan; every key is one that vLLM reads.
 
     `towers` are parts of the model, by name, that stay as they are: vision beside language.
+    `drafts` are where layers lie that the model's own code does not run, and that stay, too: those
+    that predict further tokens.
     """
     base = most_common(scheme, plan)
-    beside = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, towers))})\."
+    beside = [rf"(?:.*\.)?(?:{'|'.join(map(re.escape, towers))})\."] if towers else []
+    beside += [_beyond(plan, drafts)] if drafts else []
     if scheme == "w8a8":
         full = sorted(name for name, form in plan.items() if form == FULL)
-        kept = [f"re:{beside}"] if towers else []
-        return _INT8_SECTION | {"ignore": ["lm_head", *kept, *full]}
+        parts = [part for name in full for part in _parts(name)]
+        kept = [f"re:{pattern}" for pattern in beside]
+        return _INT8_SECTION | {"ignore": ["lm_head", *kept, *full, *parts]}
     others = {name: form for name, form in plan.items() if form != base}
-    rules: dict[str, dict[str, int]] = {f"-:{beside}": {}} if towers else {}
+    rules: dict[str, dict[str, int]] = {f"-:{pattern}": {} for pattern in beside}
     rules |= _rules(others, anywhere=bool(towers))
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": base.bits,
-        "group_size": base.group,
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
-    } | ({"dynamic": rules} if rules else {})
+    return (
+        {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": base.bits,
+            "group_size": base.group,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+        }
+        | ({"dynamic": rules} if rules else {})
+        | _fused_in_files(plan)
+    )
 
 
 def of_layer(told: Mapping[str, Any], name: str) -> Format:
@@ -197,15 +208,48 @@ def _names(entry: str, name: str) -> bool:
     return bool(re.match(entry[3:], name)) if entry.startswith("re:") else entry == name
 
 
+def _beyond(plan: Plan, drafts: Sequence[str]) -> str:
+    """A pattern of what lies in `drafts`, or in blocks of a higher number than the plan has.
+
+    vLLM gives the layers that predict further tokens such numbers, whatever their files say.
+    """
+    blocks, places = "", set()
+    for name in plan:
+        blocks, place, _ = _BLOCK.split(name, maxsplit=1)
+        places.add(int(place))
+    numbers = "|".join(map(str, sorted(places)))
+    among = rf"{blocks.rpartition('.')[2]}\.(?!(?:{numbers})\.)\d+"
+    ends = {name.rpartition(".")[2] for name in drafts if not name.startswith(f"{blocks}.")}
+    return rf"(?:.*\.)?(?:{'|'.join([*map(re.escape, sorted(ends)), among])})(?:\.|$)"
+
+
+def _fused_in_files(plan: Plan) -> dict[str, list[list[str]]]:
+    """Names all quantized layers of a block where some lie in the files as vLLM loads them.
+
+    It looks for the parts of such a layer otherwise, finds none, and takes it for one that is not
+    quantized.
+    """
+    inside = {_BLOCK.split(name, maxsplit=1)[2] for name, form in plan.items() if form != FULL}
+    parts = {part for name in inside for part in _parts(name)}
+    return {"modules_in_block_to_quantize": [sorted(inside | parts)]} if parts else {}
+
+
+def _parts(name: str) -> list[str]:
+    """What a layer that lies fused in the files would be apart."""
+    home, dot, leaf = name.rpartition(".")
+    return [f"{home}{dot}{part}" for part in _FUSED.get(leaf, ())]
+
+
 def _rules(plan: Plan, *, anywhere: bool) -> Iterator[tuple[str, dict[str, int]]]:
     """A rule for each format and set of siblings, all blocks where they have it in one pattern.
 
     `anywhere` leaves open what stands before the list of blocks: servers move a language model
-    that stands behind a vision tower, and look rules up by their own name for it.
+    that stands behind a vision tower, or in a place of its own, and look rules up by their name
+    for it.
     """
     siblings: dict[tuple[str, str, str, Format], set[str]] = defaultdict(set)
     for name, form in plan.items():
-        blocks, place, inside = re.split(r"\.(\d+)\.", name, maxsplit=1)
+        blocks, place, inside = _BLOCK.split(name, maxsplit=1)
         parent, _, leaf = f".{inside}".rpartition(".")
         home = mixture(f".{inside}") or f"{parent}."
         siblings[blocks, place, home, form].add(leaf)
@@ -214,7 +258,8 @@ def _rules(plan: Plan, *, anywhere: bool) -> Iterator[tuple[str, dict[str, int]]
         places[blocks, parent, "|".join(sorted(leaves | _fused(leaves))), form].append(place)
     for (blocks, parent, choice, form), found in places.items():
         numbers = "|".join(sorted(found, key=int))
-        start = rf"(?:.*\.)?{blocks.rpartition('.')[2]}" if anywhere else re.escape(blocks)
+        free = anywhere or blocks != "model.layers"
+        start = rf"(?:.*\.)?{blocks.rpartition('.')[2]}" if free else re.escape(blocks)
         # vLLM looks for a mixture as a whole, others for each layer of each expert.
         inner = rf"(?:{choice})" if parent.endswith(".") else rf"(?:\.\d+\.(?:{choice}))?"
         pattern = rf"{start}\.(?:{numbers}){re.escape(parent)}{inner}$"

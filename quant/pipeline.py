@@ -209,8 +209,10 @@ def _finished(
     folder: Path, name: str, layers: Layers, asked: estimate.Run, manifest: Manifest
 ) -> Manifest:
     """Adds what a server needs beside the tensors, reads every layer back, and seals."""
-    section = formats.section(manifest.scheme, layers.plan, asked.decoder.towers())
-    parent = asked.opened.folder
+    decoder, opened = asked.decoder, asked.opened
+    drafts = decoder.drafts(opened.tensors.names())
+    section = formats.section(manifest.scheme, layers.plan, decoder.towers(), drafts)
+    parent = opened.folder
     try:
         checkpoint.write_config(parent, folder, section, layers.dtype)
         checkpoint.copy_companions(parent, folder)

@@ -30,6 +30,15 @@ def test_every_linear_layer_is_listed_with_its_shape(tmp_path: Path) -> None:
     assert shapes["model.layers.0.self_attn.k_proj"] == (32, 64)
 
 
+def test_layers_that_the_model_does_not_run_are_found(tmp_path: Path) -> None:
+    decoder = blocks.skeleton(opened(tmp_path), CPU)
+    own = list(decoder.stored)
+    assert not decoder.drafts([*own, "model.layers.1.self_attn.rotary_emb.inv_freq"])
+    further = ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.0.up_proj.weight",
+               "mtp.fc.weight", "model.mtp_layers.0.mlp.up_proj.weight"]  # fmt: skip
+    assert decoder.drafts([*own, *further]) == ["model.layers.2", "model.mtp_layers", "mtp"]
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_embedding_gives_what_the_first_block_is_given(family: str, tmp_path: Path) -> None:
     model = opened(tmp_path, family)

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.model_executor.layers.quantization.utils.gptq_utils import (
     get_dynamic_override,
+    is_layer_gptq_quantized,
     override_config,
 )
 from vllm.model_executor.models import ModelRegistry
@@ -91,6 +92,88 @@ def test_vllm_leaves_out_whole_fused_layers_of_w8a8(seed: int) -> None:
         )
         assert skipped == (form == FULL)
         assert formats.of_layer(section, name) == form
+
+
+IN_FILES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+# GLM-4's, where the parts are looked up; Phi-3's; a model that vLLM knows no fused layers of.
+MAPPINGS: tuple[dict[str, list[str]], ...] = (
+    {k: list(v) for k, v in FUSED.items()},
+    {k: [k] for k in FUSED},
+    {},
+)
+
+
+def in_files(forms: dict[str, Format]) -> dict[str, Format]:
+    """Of layers that lie fused in the files, by their names inside a block."""
+    return {
+        f"model.layers.{place}.{name}": form for place in (0, 1) for name, form in forms.items()
+    }
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=["parts", "whole", "unknown"])
+def test_what_lies_fused_in_the_files_is_quantized_whatever_vllm_thinks_it_fuses(
+    mapping: dict[str, list[str]],
+) -> None:
+    mixed = {**dict.fromkeys(IN_FILES, Format(4, 64)), "mlp.down_proj": FULL}
+    for forms in (dict.fromkeys(IN_FILES, Format(4, 64)), mixed):
+        plan = in_files(forms)
+        config = AutoGPTQConfig.from_config(formats.section("w4a16", plan))
+        config.maybe_update_config("no folder is looked at")
+        for name, form in plan.items():
+            there = is_layer_gptq_quantized(name, config.modules_in_block_to_quantize, mapping)
+            left = get_dynamic_override(config, layer_name=name) == False  # noqa: E712 - None differs
+            assert (there and not left) == (form != FULL), name
+        for other in ("lm_head", "model.layers.0.mlp.gate"):
+            assert not is_layer_gptq_quantized(other, config.modules_in_block_to_quantize, mapping)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=["parts", "whole", "unknown"])
+def test_what_lies_fused_in_the_files_is_left_out_of_w8a8_whole(
+    mapping: dict[str, list[str]],
+) -> None:
+    plan = in_files({name: FULL if "_up_" in name else INT8 for name in IN_FILES})
+    ignore = formats.section("w8a8", plan)["ignore"]
+    for name, form in plan.items():
+        assert should_ignore_layer(name, ignore, mapping) == (form == FULL), name
+
+
+def test_layers_that_lie_apart_in_the_files_need_no_list() -> None:
+    """vLLM finds those by itself, and artifacts stay as they were."""
+    assert "modules_in_block_to_quantize" not in formats.section("w4a16", drawn(GROUPED, 0))
+
+
+# Where the files have layers that predict further tokens -> the names that vLLM builds them under.
+DRAFTS = {
+    "model.layers.13": "model.layers.13",  # GLM-4.5, DeepSeek-V3
+    "mtp": "mtp.layers.0",  # Qwen3-Next, EXAONE
+    "model.mtp_layers": "model.layers.13",  # MiMo
+}
+
+
+@pytest.mark.parametrize(("drafts", "home"), DRAFTS.items())
+def test_layers_that_predict_further_tokens_are_left_as_they_are(drafts: str, home: str) -> None:
+    plan = drawn([Format(4, 64)], 0)
+    section = formats.section("w4a16", plan, drafts=[drafts])
+    ignore = formats.section("w8a8", dict.fromkeys(plan, INT8), drafts=[drafts])["ignore"]
+    parts = {fused: list(parts) for fused, parts in FUSED.items()}
+    inside = ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.experts", "mlp.experts.0.down_proj")
+    for name in [f"{home}.{layer}" for layer in inside] + [f"{drafts}.fc"] * (drafts == "mtp"):
+        assert vllm_reads(section, name) == FULL
+        assert should_ignore_layer(name, ignore, parts), name
+    for name in (*plan, *map(loaded_as, plan)):
+        assert vllm_reads(section, name) == Format(4, 64)
+        assert not should_ignore_layer(name, ignore, parts), name
+
+
+@pytest.mark.parametrize("home", ["gpt_neox.layers", "transformer.h", "model.decoder.layers"])
+def test_rules_hold_for_blocks_that_vllm_has_in_another_place(home: str) -> None:
+    """Its Transformers backend has all of them behind `model.`."""
+    plan = {f"{home}.{place}.mlp.up": Format(4, 64) for place in range(3)}
+    plan[f"{home}.2.mlp.up"] = Format(8, 64)
+    section, moved = formats.section("w4a16", plan), f"model.{home.rpartition('.')[2]}"
+    for name, form in plan.items():
+        assert vllm_reads(section, name) == form
+        assert vllm_reads(section, name.replace(home, moved)) == form
 
 
 @pytest.mark.parametrize(

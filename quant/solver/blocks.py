@@ -7,7 +7,7 @@ passes to its blocks is recorded. Knows no module names; refuses models whose bl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,6 +114,15 @@ class Decoder:
         before = f"{self.model.base_model_prefix}."
         return sorted({name.removeprefix(before).partition(".")[0] for name in beside})
 
+    def drafts(self, stored: Iterable[str]) -> list[str]:
+        """Where weights lie among the tensors `stored` that the model has no place for, as layers
+        that predict further tokens: the beginning of their names that none of its own has."""
+        own = {self.stored_as(name) for name in self.model.state_dict()}
+        known = {name[:end] for name in own for end in _ends(name)}
+        beyond = (name for name in stored if name not in own and name.endswith(".weight"))
+        starts = ((name[:end] for end in _ends(name)) for name in beyond)
+        return sorted({next(start for start in found if start not in known) for found in starts})
+
     def names(self, place: int) -> dict[str, str]:
         """The source's name of each tensor of a block, by the block's own."""
         return {
@@ -156,6 +165,11 @@ class Decoder:
             for place, block in enumerate(self.blocks)
             for name, linear in linears(block).items()
         }
+
+
+def _ends(name: str) -> list[int]:
+    """Where each part of a dotted name ends."""
+    return [place for place, letter in enumerate(name) if letter == "."] + [len(name)]
 
 
 def spread(
