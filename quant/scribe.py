@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,13 +27,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as chatter
 
 from quant import interrupt, tokens
-from quant.errors import CalibrationError, SourceError, TemplateRefusal
-from quant.intake import architecture, spelling
+from quant.errors import CalibrationError, TemplateRefusal
+from quant.intake import loaded
 from quant.intake.source import Source
-from quant.intake.spelling import Part
 from quant.lora import starts
 from quant.recipe import Recipe
 from quant.solver import devices
@@ -69,7 +66,8 @@ def rows(source: Source, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, say
         itertools.chain.from_iterable(prompts), source.config.get_text_config().vocab_size
     )
     say(f"the model writes {recipe.samples} x {recipe.length} tokens of calibration text")
-    model = _load(source, devices.first(recipe.device))
+    device = devices.first(recipe.device)
+    model = loaded.model(source, loaded_as(source, device), device)
     turns = itertools.cycle(prompts)
     parts = [
         _write(model, turns, (count, recipe.length), generator, say)
@@ -108,37 +106,6 @@ def _key(source: Source, recipe: Recipe) -> str:
         [torch.__version__, transformers.__version__],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-
-
-def _load(source: Source, device: torch.device) -> PreTrainedModel:
-    dtype = loaded_as(source, device)
-    bars = chatter.is_progress_bar_enabled()
-    chatter.disable_progress_bar()
-    try:
-        model = architecture.builder(source.config).from_pretrained(
-            source.folder, dtype=dtype, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError) as fault:
-        reason = " ".join(str(fault).split())[:300]
-        raise SourceError(f"{source.folder} cannot be loaded: {reason}") from fault
-    finally:
-        if bars:
-            chatter.enable_progress_bar()
-    _merge(model, source)
-    loaded: PreTrainedModel = model.to(device).eval()
-    architecture.interruptible(loaded)
-    return loaded
-
-
-def _merge(model: PreTrainedModel, source: Source) -> None:
-    """What adapters change, into the loaded model; an expert's layer is rows of a fused tensor."""
-    fused = spelling.expert_parts(model)
-    for name, own in spelling.own_names(model, source.tensors.names()).items():
-        if source.tensors.is_changed(name):
-            part = fused.get(name, Part(own, 0, source.tensors.shape(name)))
-            rows = model.get_parameter(part.of).data.view(-1, part.shape[-1])
-            its = rows[part.first : part.first + math.prod(part.shape[:-1])]
-            its.copy_(source.tensors.get(name).view_as(its))
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> list[list[int]]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from quant import artifact, recipe
 from quant.errors import ArtifactError, CompareError, TooLossy
+from quant.intake.source import Tensors
 from quant.proof import card, compare
 from quant.proof.compare import Found, Order
 from quant.proof.evidence import TextFidelity
@@ -100,6 +102,24 @@ def test_coarser_quantization_is_further_away(home: Path, tmp_path: Path) -> Non
     assert found["w8a8"].mean_kl.high < found["w4a16"].mean_kl.low
     assert found["w8a16"].top1_agreement.value > found["w4a16"].top1_agreement.value
     assert len({figures.parent_perplexity.value for figures in found.values()}) == 1
+
+
+def test_a_fault_of_ours_in_reading_the_parent_is_a_distance(
+    home: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes the artifact and is there when that is measured: as a fault of intake would be."""
+    sound = of_text(run(home, folder, text=home / "book.txt"))
+    read = Tensors.get
+
+    def wrong(tensors: Tensors, name: str) -> Tensor:
+        tensor = read(tensors, name)
+        return tensor.flip(0) if name == "lm_head.weight" else tensor
+
+    monkeypatch.setattr(Tensors, "get", wrong)
+    made = quantize(home / "parent", tmp_path / "wrong", texts=home / "texts.jsonl", samples=8)
+    found = of_text(run(home, made.folder, text=home / "book.txt"))
+    assert found.parent_perplexity == sound.parent_perplexity
+    assert found.mean_kl.low > 10 * sound.mean_kl.high
 
 
 def test_without_a_file_the_model_writes_what_did_not_calibrate_it(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant import checkpoint
-from quant.errors import CompareError
+from quant.errors import SourceError
 from quant.intake import source
-from quant.intake.source import Source
+from quant.intake.source import Source, Tensors
 from quant.proof import replica
 from quant.solver import int8
 from tests import tiny
@@ -93,10 +93,48 @@ def test_a_w8a8_layer_sees_its_input_rounded(tmp_path: Path) -> None:
     assert (found - expected).norm() < 0.05 * (blind - expected).norm()
 
 
+def edited(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def test_a_parameter_without_a_value_is_named(tmp_path: Path) -> None:
     folder = tiny.model_folder(tmp_path / "parent")
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, folder / "model.safetensors")
-    with pytest.raises(CompareError, match=r"lacks model\.norm\.weight, which LlamaForCausalLM"):
+    edited(folder, lambda weights: weights.pop("model.norm.weight"))
+    with pytest.raises(SourceError, match=r"lacks model\.norm\.weight"):
         replica.of_parent(opened(folder), CPU)
+
+
+def test_a_parameter_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
+    folder = tiny.model_folder(tmp_path / "parent")
+    tiny.edit_json(folder / "config.json", intermediate_size=256)
+    with pytest.raises(SourceError, match=r"\.mlp\.\w+\.weight .*128.*256"):
+        replica.of_parent(opened(folder), CPU)
+
+
+def _flipped(tensors: Tensors, name: str) -> Tensor:
+    tensor = _READ(tensors, name)
+    return tensor.flip(0) if name.endswith("lm_head.weight") else tensor
+
+
+_READ = Tensors.get
+
+
+def test_what_our_own_reader_gets_wrong_is_right_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.model_folder(tmp_path / "parent")
+    parent = opened(folder)
+    monkeypatch.setattr(Tensors, "get", _flipped)
+    assert torch.equal(logits(replica.of_parent(parent, CPU)), logits(plain(folder)))
+
+
+def test_a_head_that_config_json_ties_and_the_file_does_not_is_as_transformers_has_it(
+    tmp_path: Path,
+) -> None:
+    folder = tiny.model_folder(tmp_path / "parent")
+    tiny.edit_json(folder / "config.json", tie_word_embeddings=True)
+    expected = logits(plain(folder))
+    assert torch.equal(logits(replica.of_parent(opened(folder), CPU)), expected)

@@ -80,9 +80,13 @@ class Tensors:
     def _get(self, name: str, header: TensorHeader) -> Tensor:
         kind = _dtype(self.folder, name, header)
         tensor = Stored.plain(self.folder / header.file, header.begin, kind, header.shape).read()
+        return self.changed(name, tensor)
+
+    def changed(self, name: str, stored: Tensor) -> Tensor:
+        """What training's rounding and the adapters make of `stored`, the parent's own tensor."""
         if name in self.rounded:
-            tensor = self.training.seen(tensor, turned=self.rounded[name])
-        return merge.merged(tensor, self.adapters, name) if self._is_merged(name) else tensor
+            stored = self.training.seen(stored, turned=self.rounded[name])
+        return merge.merged(stored, self.adapters, name) if self._is_merged(name) else stored
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that `get` returns."""

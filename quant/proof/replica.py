@@ -1,7 +1,9 @@
 """A whole model in float32 that computes what a server of it computes, rounding aside.
 
-The parent with its adapters merged, or an artifact with its weights dequantized and, for W8A8,
-its layers' inputs rounded. Refuses folders that leave a parameter without a value.
+The parent as transformers opens it, with its adapters merged; or an artifact with its weights
+dequantized and, for W8A8, its layers' inputs rounded. The two are read by different code, so that a
+fault of ours in reading the parent is a distance between them. Refuses folders that leave a
+parameter without a value.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from transformers import PreTrainedModel
 from quant import checkpoint, formats
 from quant.artifact import Manifest
 from quant.errors import CompareError
-from quant.intake import architecture, spelling
+from quant.intake import architecture, loaded, spelling
 from quant.intake.source import Source
 from quant.solver import blocks, int8
 
 
 def of_parent(source: Source, device: torch.device) -> PreTrainedModel:
-    tensors = ((name, source.tensors.get(name)) for name in source.tensors.names())
-    return of_tensors(source, tensors, device, str(source.folder))
+    """Read by transformers alone, as `intake.loaded` says. SourceError."""
+    return loaded.model(source, torch.float32, device)
 
 
 def of_artifact(
