@@ -21,6 +21,7 @@ from quant import assistant, jsonl, scribe, tokens
 from quant.artifact import CalibrationReport
 from quant.conversation import Chat
 from quant.errors import CalibrationError, RecipeError, TemplateRefusal
+from quant.intake import architecture
 from quant.intake.source import Source
 from quant.recipe import Recipe
 from quant.records import EXPECTED, Document, Record
@@ -102,7 +103,7 @@ def held_against(rows: Batches, widths: Iterable[int], say: Callable[[str], None
 
 def check_length(source: Source, length: int) -> None:
     """RecipeError for sequences that are longer than the model can read."""
-    positions = source.config.get_text_config().max_position_embeddings
+    positions = architecture.positions(source.config)
     if length > positions:
         raise RecipeError(f"length {length} exceeds the model's {positions} positions")
 

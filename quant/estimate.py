@@ -136,6 +136,8 @@ def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
     outside = [header.end - header.begin for header in read]
     # The largest is mapped from its file while it is copied.
     yield Phase("the embedding", sum(outside) + max(outside), "it has to be read")
+    block = max(sum(unit.weights for unit in block) for block in blocks) * given.dtype.itemsize
+    yield Phase("holding a block against the whole model", sum(outside) + block, "it is read whole")
     yield Phase(
         "solving its largest block",
         preflight.memory(blocks, given),

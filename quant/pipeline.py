@@ -43,7 +43,7 @@ from quant.lora.training import AS_STORED, Training
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe
-from quant.solver import allotment, blocks, devices, heap, preflight, walk
+from quant.solver import allotment, blocks, devices, heap, preflight, selfcheck, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, half
 from quant.solver.layers import Progress as Watching
@@ -150,11 +150,12 @@ def _gate(recipe: Recipe, order: Order, opened: Source, progress: Progress) -> G
 
 def _journal(asked: estimate.Run, order: Order, stage: Stage, progress: Progress) -> Journal:
     """Of the same command's earlier run, or a new one with the rows that calibrate."""
-    recipe, opened = asked.recipe, asked.opened
-    file, gated = order.calibration_file, order.max_kl is not None
+    recipe, opened, file = asked.recipe, asked.opened, order.calibration_file
 
     def rows() -> Batches:
-        part: Part = "calibrating" if gated else "whole"
+        progress.say("holding the blocks, one at a time, against the whole model")
+        selfcheck.run(asked.decoder, opened)
+        part: Part = "calibrating" if asked.gated else "whole"
         made = calibration.prepare(opened, recipe, file, progress.say, part)
         widths = (columns for _, columns in asked.decoder.shapes().values())
         return calibration.held_against(made, widths, progress.say)
@@ -162,7 +163,7 @@ def _journal(asked: estimate.Run, order: Order, stage: Stage, progress: Progress
     depth = opened.config.get_text_config().num_hidden_layers
     if order.fresh:
         stage.take(anew=True)
-    facts = command.facts(recipe, opened, file, gated=gated)
+    facts = command.facts(recipe, opened, file, gated=asked.gated)
     return journal.opened(stage, facts, depth, rows, progress.say)
 
 

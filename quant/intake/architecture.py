@@ -7,6 +7,7 @@ behind a vision tower.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ def is_tied(config: PretrainedConfig) -> bool:
 def sees(config: PretrainedConfig) -> bool:
     """True where the language model stands behind a vision tower."""
     return config.architectures[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def positions(config: PretrainedConfig) -> int:
+    """The longest row the model has positions for; no limit where it says none, as with ALiBi."""
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", 0) or sys.maxsize)
 
 
 def builder(config: PretrainedConfig) -> Any:

@@ -14,7 +14,7 @@ from typing import Protocol
 from quant import artifact, tokens
 from quant.artifact import Manifest
 from quant.errors import ArtifactError, CompareError, SpaceError, TooLossy
-from quant.intake import source
+from quant.intake import architecture, source
 from quant.intake.source import Source
 from quant.lora import starts
 from quant.lora.training import AS_STORED, Training
@@ -173,7 +173,8 @@ def quizzes(opened: Source, files: Sequence[Path]) -> list[Quiz]:
         return []
     tokenizer = tokens.load_tokenizer(opened.folder)
     config = opened.config.get_text_config()
-    found = [choices.read(file, tokenizer, config.max_position_embeddings) for file in files]
+    longest = architecture.positions(opened.config)
+    found = [choices.read(file, tokenizer, longest) for file in files]
     for quiz in found:
         for question in quiz.questions:
             ids = (*question.asked, *(token for choice in question.choices for token in choice))
@@ -184,7 +185,7 @@ def quizzes(opened: Source, files: Sequence[Path]) -> list[Quiz]:
 def sample(
     opened: Source, manifest: Manifest, draw: Draw, order: Order, progress: Progress
 ) -> Sample | None:
-    rows = draw.rows(opened.config.get_text_config().max_position_embeddings)
+    rows = draw.rows(architecture.positions(opened.config))
     if order.text is not None:
         return held_out.from_text(opened, order.text, rows, progress.say)
     if order.calibration is not None:

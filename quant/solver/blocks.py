@@ -7,7 +7,7 @@ passes to its blocks is recorded. Knows no module names; refuses models whose bl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -185,19 +185,11 @@ def skeleton(source: Source, device: torch.device, dtype: torch.dtype = torch.fl
 
     SourceError where its blocks cannot be solved.
     """
+    model = hollow(source, device)
+    own = spelling.own_names(model, source.tensors.names())
     with init_empty_weights(include_buffers=False):
-        try:
-            model = architecture.builder(source.config).from_config(
-                source.config, attn_implementation="sdpa", dtype=torch.float32
-            )
-        except ValueError as fault:  # no such attention in this architecture
-            raise SourceError(f"{source.architecture}: {str(fault).partition('. ')[0]}") from fault
-        own = spelling.own_names(model, source.tensors.names())
         experts.unfuse(model, spelling.expert_leaves(model))
     model.eval().requires_grad_(requires_grad=False)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
     stored = {name: its for its, name in own.items()}
     depth, text = source.config.get_text_config().num_hidden_layers, model.get_decoder()
     within = {id(module) for module in text.modules()}
@@ -207,6 +199,28 @@ def skeleton(source: Source, device: torch.device, dtype: torch.dtype = torch.fl
             _check(decoder, source)
             return decoder
     raise SourceError(f"{source.architecture} has no list of {depth} decoder blocks")
+
+
+def hollow(source: Source, device: torch.device) -> PreTrainedModel:
+    """The source's architecture as transformers builds it, evaluating: buffers, and no weights.
+
+    SourceError where transformers cannot build it.
+    """
+    for attention in ("sdpa", "eager"):  # eager is slower, and all that some architectures have
+        try:
+            with init_empty_weights(include_buffers=False):
+                model: PreTrainedModel = architecture.builder(source.config).from_config(
+                    source.config, attn_implementation=attention, dtype=torch.float32
+                )
+            break
+        except ValueError as fault:
+            reason = f"{source.architecture}: {str(fault).partition('. ')[0]}"
+    else:
+        raise SourceError(reason)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def embed(
@@ -223,7 +237,7 @@ def embed(
     """
     copies, streams = decoder.all(), {}
     for number, copy in enumerate(copies):
-        with filled(copy.model, copy.outside(), source, copy.device, copy.dtype):
+        with embedding(copy, copy.model, source):
             for place in range(number, len(rows), len(copies)):
                 ids, mask = (tensor.to(copy.device) for tensor in rows[place])
                 shelf = shelves[place] if shelves else None
@@ -252,13 +266,22 @@ def _check(decoder: Decoder, source: Source) -> None:
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """By name, those of a single output left out: a gate weighs nothing, and vLLM loads it as it
-    is."""
+    """By name, gates left out: those of a single output, and those that put out what they chose
+    (Phi-3.5-MoE's router). They weigh nothing, and vLLM loads them as they are."""
     return {
         name: module
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features > 1
+        if isinstance(module, nn.Linear) and module.out_features > 1 and _multiplies(module)
     }
+
+
+def _multiplies(linear: nn.Linear) -> bool:
+    """Whether it puts out a tensor. That this is the product is for `selfcheck` to find."""
+    forward = type(linear).forward
+    if forward is nn.Linear.forward:
+        return True
+    with torch.no_grad():
+        return isinstance(forward(linear, linear.weight.new_zeros(1, linear.in_features)), Tensor)
 
 
 @contextmanager
@@ -284,22 +307,70 @@ def filled(
         module.load_state_dict(empty, strict=False, assign=True)
 
 
-class _Enough(Exception):
-    """Ends a forward after its last block."""
+class Enough(Exception):
+    """Ends a forward that has shown what it was run for."""
+
+
+@contextmanager
+def embedding(decoder: Decoder, model: PreTrainedModel, source: Source) -> Iterator[None]:
+    """Holds what is outside the blocks inside `model`, which is the decoder's or one like it;
+    embeddings put out what blocks compute in."""
+
+    def cast(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
+        return out.to(decoder.dtype)
+
+    with ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                undo.callback(module.register_forward_hook(cast).remove)
+        where = decoder.device, decoder.dtype
+        undo.enter_context(filled(model, decoder.outside(), source, *where))
+        yield
 
 
 def _record(decoder: Decoder, ids: Tensor, mask: Tensor, shelf: Shelf | None = None) -> Stream:
     """Runs the model around its blocks, noting what it would pass to each."""
-    embedded = decoder.model.get_input_embeddings()(ids).to(decoder.dtype)
-    stream = Stream(embedded, mask, shelf=shelf)
+    for pack in PACKS:
+        try:
+            hidden, calls = _noted(decoder, ids, pack)
+        except _Unpacked:
+            continue
+        return Stream(hidden, mask, calls, shelf)
+    raise SourceError(f"{type(decoder.model).__name__} changes the states between its blocks")
 
-    def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not stream.calls:
-            stream.hidden = stream.parent = hidden
-        stream.calls.append((args, kwargs))
-        if len(stream.calls) == len(decoder.blocks):
-            raise _Enough
-        return hidden
+
+class _Unpacked(Exception):
+    """A block was given a part of what the one before it put out."""
+
+
+def _bare(hidden: Tensor) -> object:
+    return hidden
+
+
+def _packed(hidden: Tensor) -> object:
+    return (hidden,)
+
+
+# How a block puts out its states: alone, or as the first of several things that the model takes
+# apart. Which it is shows in what the next one is given.
+PACKS: tuple[Callable[[Tensor], object], ...] = (_bare, _packed)
+
+
+def _noted(
+    decoder: Decoder, ids: Tensor, pack: Callable[[Tensor], object]
+) -> tuple[Tensor, list[Call]]:
+    """The states before the first block, and what each gets beside them; none computes anything."""
+    states: list[Tensor] = []
+    calls: list[Call] = []
+
+    def note(hidden: Tensor, *args: Any, **kwargs: Any) -> object:
+        if states and hidden.shape != states[0].shape:
+            raise _Unpacked
+        states.append(hidden)
+        calls.append((args, kwargs))
+        if len(calls) == len(decoder.blocks):
+            raise Enough
+        return pack(hidden)
 
     with ExitStack() as undo, torch.no_grad():
         for block in decoder.blocks:
@@ -308,7 +379,8 @@ def _record(decoder: Decoder, ids: Tensor, mask: Tensor, shelf: Shelf | None = N
         try:
             # Real tokens are a prefix of each row: causal attention hides the padding from them,
             # and shows them all to one another, whichever of them count.
-            decoder.text(inputs_embeds=embedded, use_cache=False)
-        except _Enough:
-            return stream
-    raise SourceError(f"only {len(stream.calls)} of {len(decoder.blocks)} blocks were called")
+            # The whole model is asked, by tokens: some look up more than one embedding of each.
+            decoder.model(input_ids=ids, use_cache=False)
+        except Enough:
+            return states[0], calls
+    raise SourceError(f"only {len(calls)} of {len(decoder.blocks)} blocks were called")

@@ -46,11 +46,15 @@ def _of_predictions(
 ) -> Tensor:
     """The model's own head, run on what the blocks put out, and back."""
     final = hidden.detach().requires_grad_()
-    with ExitStack() as undo, torch.enable_grad():
-        for block in decoder.blocks:
-            block.forward = lambda *_args, **_kwargs: final
-            undo.callback(delattr, block, "forward")
-        logits = decoder.model(inputs_embeds=hidden, use_cache=False).logits[mask]
+    for pack in blocks.PACKS:
+        with ExitStack() as undo, torch.enable_grad():
+            for block in decoder.blocks:
+                block.forward = lambda *_args, pack=pack, **_kwargs: pack(final)
+                undo.callback(delattr, block, "forward")
+            every = decoder.model(inputs_embeds=hidden, use_cache=False).logits
+        if every.shape[:2] == hidden.shape[:2]:
+            break
+    logits = every[mask]
     root = logits.detach().float().softmax(dim=-1).sqrt_()  # [tokens, vocabulary]
     back = torch.randn(root.shape, generator=draw).to(root.device).mul_(root)
     back -= root.square_().mul_(back.sum(dim=-1, keepdim=True))
