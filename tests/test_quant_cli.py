@@ -30,7 +30,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nowhere": ((), ("nowhere", "does not exist")),
     "corrupt": ((), ("model.safetensors", "truncated")),
     "unknown": ((), ("config.json", "not of a known architecture")),
-    "quantized": ((), ("quantized already",)),
+    "quantized": ((), ("quantization_config", "remove the section")),
     "foreign-adapter": (("--adapter", "{home}/foreign"), (Q, "64x64", "64x48")),
     "pickle-adapter": (("--adapter", "{home}/pickle"), ("adapter_model.bin", "pickle")),
     "group-size": (("--group-size", "128"), ("group size 128 does not divide", "64")),

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -101,10 +100,11 @@ def edited(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
 
 
 def test_a_parameter_without_a_value_is_named(tmp_path: Path) -> None:
-    folder = tiny.model_folder(tmp_path / "parent")
-    edited(folder, lambda weights: weights.pop("model.norm.weight"))
-    with pytest.raises(SourceError, match=r"lacks model\.norm\.weight"):
-        replica.of_parent(opened(folder), CPU)
+    source = opened(tiny.model_folder(tmp_path / "parent"))
+    names = (name for name in source.tensors.names() if name != "model.norm.weight")
+    tensors = ((name, source.tensors.get(name)) for name in names)
+    with pytest.raises(CompareError, match=r"lacks model\.norm\.weight, which LlamaForCausalLM"):
+        replica.of_tensors(source, tensors, CPU, "there")
 
 
 def test_a_parameter_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
