@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant import checkpoint
-from quant.errors import SourceError
+from quant.errors import CompareError, SourceError
 from quant.intake import source
 from quant.intake.source import Source, Tensors
 from quant.proof import replica
@@ -90,13 +90,6 @@ def test_a_w8a8_layer_sees_its_input_rounded(tmp_path: Path) -> None:
     blind = served(eight, lambda inputs: inputs)
     # A rounding step that falls the other way moves a logit by far less than rounding itself.
     assert (found - expected).norm() < 0.05 * (blind - expected).norm()
-
-
-def edited(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
-    weights = load_file(folder / "model.safetensors")
-    edit(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def test_a_parameter_without_a_value_is_named(tmp_path: Path) -> None:
