@@ -54,6 +54,7 @@ PICKLERS = (
     "torch.distributed.checkpoint",  # its reader unpickles what it finds
 )  # fmt: skip
 UNPICKLER = "quant.intake.unpickle"
+LAST_NET = "quant.cli"
 UNSAFE_CALLS = {"pickle.load", "pickle.loads", "torch.load", "joblib.load", "dill.load"}
 
 
@@ -263,6 +264,7 @@ def test_the_unpickler_imports_nothing_it_is_asked_for() -> None:
     used = {dotted(n) for n in ast.walk(door.tree) if isinstance(n, ast.Attribute)}
     assert {name for name in used if name.startswith("pickle.")} <= {
         "pickle._Unpickler",
+        "pickle._Unpickler.dispatch",
         "pickle.UnpicklingError",
     }, "the door uses pickle for more than to subclass its reader"
     readers = [
@@ -292,8 +294,10 @@ def test_tests_build_real_things() -> None:
 
 
 def test_no_broad_except() -> None:
-    """`except Exception` is allowed only to clean up and raise again."""
-    wrong = []
+    """`except Exception` is allowed only to clean up and raise again, but for the last net, where
+    wrong: list[str] = []
+    nets: list[str] = []
+    wrong, nets = [], []
     for source in sources(*EVERYTHING):
         for node in ast.walk(source.tree):
             if not isinstance(node, ast.ExceptHandler):
@@ -302,8 +306,9 @@ def test_no_broad_except() -> None:
             broad = any(k is None or dotted(k) in {"Exception", "BaseException"} for k in kinds)
             last = node.body[-1]
             if broad and not (isinstance(last, ast.Raise) and last.exc is None):
-                wrong.append(source.at(node.lineno))
+                (nets if source.name == LAST_NET else wrong).append(source.at(node.lineno))
     assert not wrong, f"broad except: {wrong}"
+    assert len(nets) == 1, f"one last net: {nets}"
 
 
 def test_no_file_is_named_after_nothing() -> None:

@@ -32,6 +32,14 @@ _LONGEST_KEY = 64  # of plain values in a tuple
 _KEYS = (str, int, float, bytes, torch.dtype, type(None))
 _HOLDING = (dict, list, tuple, set, frozenset)
 
+# Opcodes that hash, and where the keys lie on the stack: SETITEM; SETITEMS and DICT; ADDITEMS and
+# FROZENSET.
+_HASHING = {
+    ord("s"): slice(-2, -1), ord("u"): slice(None, None, 2), ord("d"): slice(None, None, 2),
+    0x90: slice(None), 0x91: slice(None),
+}  # fmt: skip
+_LONG4 = 0x8B  # an integer of any length
+
 # What the standard library lets fly over bytes that are no pickle, or one built to hurt.
 _UNREADABLE = (
     pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError,
@@ -180,6 +188,19 @@ def _check_keys(keys: Iterable[Any]) -> None:
             raise pickle.UnpicklingError(f"a key is no plain value: {brief(key)}")
 
 
+def _guarded(code: int, step: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The step of an opcode, its keys looked at before it hashes them."""
+    keys = _HASHING.get(code)
+
+    def guarded(reader: Any) -> None:
+        if keys is None:
+            raise pickle.UnpicklingError("it holds an integer of more than 255 bytes")
+        _check_keys(reader.stack[keys])
+        step(reader)
+
+    return guarded if keys is not None or code == _LONG4 else step
+
+
 class _Builder:
     """What a file may call. It has no attributes that the file could set."""
 
@@ -202,7 +223,9 @@ class _Reader(pickle._Unpickler):
     file gives an object, so that five bytes ask for 64 GB and the process is killed.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        code: _guarded(code, step) for code, step in dict(pickle._Unpickler.dispatch).items()
+    }
 
     def __init__(self, path: Path, file: BinaryIO, archive: Archive | None, most: int) -> None:
         super().__init__(file)
@@ -245,35 +268,6 @@ class _Reader(pickle._Unpickler):
         if self._left < 0:
             raise pickle.UnpicklingError("it copies containers over and over")
         return kind(*arguments)
-
-    def load_setitem(self) -> None:
-        _check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        _check_keys(self.stack[::2])
-        super().load_setitems()
-
-    def load_dict(self) -> None:
-        _check_keys(self.stack[::2])
-        super().load_dict()
-
-    def load_additems(self) -> None:
-        _check_keys(self.stack)
-        super().load_additems()
-
-    def load_frozenset(self) -> None:
-        _check_keys(self.stack)
-        super().load_frozenset()
-
-    def load_long4(self) -> None:
-        raise pickle.UnpicklingError("it holds an integer of more than 255 bytes")
-
-    dispatch |= {
-        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict, pickle.ADDITEMS[0]: load_additems,
-        pickle.FROZENSET[0]: load_frozenset, pickle.LONG4[0]: load_long4,
-    }  # fmt: skip
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
