@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
+import torch
 
-from quant import scribe, shards, staging
+from quant import room, scribe, shards, staging
 from quant.errors import RoomError
 from quant.intake.source import Source
 from quant.recipe import Recipe
@@ -22,6 +23,7 @@ from quant.solver.preflight import FLOAT, Calibration
 
 BESIDE = 200 << 20  # bytes that compiled loops, libraries and the allocator come to take
 _OF_A_BLOCK = 40  # times a stream's states: what a block's layers read and make, twice
+_FEW = 16  # threads of libraries, beside the lanes and OpenMP's
 _MARGIN = 32 << 20  # bytes of disk beside the tensors: tokenizer, configuration, headers
 
 
@@ -36,7 +38,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes, seconds, multiply-adds, and multiply-adds a second of this machine in float32.
+    """Bytes, seconds, threads, multiply-adds, and how many a second this machine does in float32.
 
     `memory` is what the phase that needs most takes of `memory_free`, both of the device that
     computes; `disk` is what the folder grows by of `disk_free`.
@@ -49,6 +51,7 @@ class Estimate:
     seconds: float
     operations: int
     speed: float
+    threads: int
 
     def __str__(self) -> str:
         return (
@@ -89,7 +92,8 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
     """The estimate of a run that fits into `free` bytes of memory and on the disk of `target`,
     where `there` bytes of it lie already.
 
-    RoomError names the phase for which the memory does not reach, SpaceError the disk.
+    RoomError names the phase for which the memory does not reach, or says that the threads do not;
+    SpaceError the disk.
     """
     blocks = run.units()
     most = max(phases(run, blocks), key=lambda phase: phase.bytes)
@@ -100,6 +104,7 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
             f"{run.opened.spec}: {most.name} needs {_size(needed)} of memory, and {_size(free)} of"
             f" {run.decoder.device}'s is free; {most.remedy}"
         )
+    threads = _threads(run)
     device, work = run.decoder.device, preflight.operations(blocks, run.given, run.recipe.refine)
     work = replace(work, forwards=work.forwards + _written(run) * _parameters(run.opened))
     speed = preflight.speed(device)
@@ -113,7 +118,19 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
         seconds=preflight.seconds(work, speed, run.given, forwards),
         operations=work.total,
         speed=speed,
+        threads=threads,
     )
+
+
+def _threads(run: Run) -> int:
+    """That exist at once where there are most. RoomError where so many may not be started."""
+    needed, left = run.given.threads + 2 * torch.get_num_threads() + _FEW, room.of_threads()
+    if needed > left:
+        raise RoomError(
+            f"{run.opened.spec}: solving a block needs {needed} threads, and {left} more may be"
+            " started here (the container's limit of processes); fewer --samples need fewer"
+        )
+    return needed
 
 
 def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:

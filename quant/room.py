@@ -1,4 +1,5 @@
-"""How much memory may still be taken: what the machine has left, and what a container allows.
+"""How much memory may still be taken, and how many threads may be started: what the machine has
+left, and what a container allows.
 
 Reads Linux's control groups, both versions; elsewhere the machine's free memory is all there is.
 """
@@ -12,6 +13,7 @@ import psutil
 import torch
 
 _ROOT = Path("/")
+_MOST_THREADS = 1 << 22  # Linux numbers no more
 
 
 def left(device: torch.device) -> int:
@@ -27,26 +29,42 @@ def of_host(root: Path = _ROOT) -> int:
     return min([psutil.virtual_memory().available, *_of_groups(root)])
 
 
+def of_threads(root: Path = _ROOT) -> int:
+    """Threads that this process may still start, by the control groups above it."""
+    left = [_MOST_THREADS]
+    for folder, _ in _groups(root, "pids"):
+        allowed = _read(folder / "pids.max")
+        if allowed not in (None, "max"):
+            left.append(max(int(allowed) - int(_read(folder / "pids.current") or 0), 0))
+    return min(left)
+
+
 def _of_groups(root: Path) -> Iterator[int]:
-    """What each control group above this process leaves, where it has a limit."""
-    table = root / "proc/self/cgroup"
-    if not table.is_file():
-        return
-    for line in table.read_text("utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            names, home = ("memory.max", "memory.current", "inactive_file"), "sys/fs/cgroup"
-        elif "memory" in controllers.split(","):
+    """Bytes that each control group above this process leaves, where it has a limit."""
+    for folder, is_old in _groups(root, "memory"):
+        if is_old:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            home = "sys/fs/cgroup/memory"
         else:
+            names = ("memory.max", "memory.current", "inactive_file")
+        yield from _of_group(folder, *names)
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of the control groups above this process, and whether they are of version 1."""
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
             continue
-        top = root / home
+        top = root / "sys/fs/cgroup" / (controller if controllers else "")
         inner = top / path.strip("/")
         for folder in (inner, *inner.parents):
-            yield from _of_group(folder, *names)
+            yield folder, bool(controllers)
             if folder == top:
                 break
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text("utf-8").strip() if path.is_file() else None
 
 
 def _of_group(folder: Path, limit: str, used: str, cache: str) -> Iterator[int]:

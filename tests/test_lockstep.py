@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -129,6 +130,33 @@ def test_a_lane_that_still_waits_has_no_result() -> None:
     ):
         lane.advance()
         lane.result()
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_there_are_no_more_threads_than_lanes_and_cores() -> None:
+    """Each lane's matrix products had OpenMP workers of their own, which outlived them."""
+    cores, before, stopped = torch.get_num_threads(), threads(), []
+    numbers = torch.randn(512, 512)
+
+    def forward() -> Tensor:
+        for _ in range(2):
+            torch.nn.functional.gelu(numbers)
+            lockstep.stop(None)
+        return torch.nn.functional.gelu(numbers)
+
+    torch.set_num_threads(8)
+    try:
+        with lanes([forward] * 12) as started:
+            for _ in range(3):
+                for lane in started:
+                    lane.advance()
+                stopped.append(threads() - before)
+    finally:
+        torch.set_num_threads(cores)
+    assert max(stopped) <= 12 + 8, stopped
 
 
 # Ctrl-C strikes between any two lines of `advance`, in the queues' and locks' own Python as well.

@@ -3,7 +3,9 @@
 A solver needs a layer's inputs from all batches before it can choose the weights that any of
 them goes on with. Each batch runs its forward on a thread of its own and hands control back at
 every stop; exactly one thread runs at a time, so each matrix product is computed once and only
-what the stopped forwards hold is kept. Refuses batches that do not stop at the same places.
+what the stopped forwards hold is kept. A thread that stops gives its OpenMP workers back, so that
+there are never more threads than lanes and cores. Refuses batches that do not stop at the same
+places.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from quant.solver import openmp
 
 _here = threading.local()
 # cuDNN's would be planned anew in every thread, tens of milliseconds a lane.
@@ -68,9 +72,11 @@ class Lane(Generic[Shown]):
         _here.lane = self
         with torch.no_grad():  # the mode is per thread
             self._returned.append(forward())
+        openmp.give_back()  # the thread waits for the other lanes' ends
 
     def _stop(self, shown: Shown) -> None:
         self.waiting = shown
+        openmp.give_back()
         self._halted.put(None)
         self._wait()
 

@@ -27,6 +27,8 @@ _LOOPS = 4300  # multiply-adds that would take as long as the loops over columns
 _CHECKS = 2  # of them with what is held out
 # Tokens that go through a block together: enough for a full matrix product.
 STREAM_TOKENS = {"cpu": 2048, "cuda": 16_384}
+# Threads wait for each other's at every layer, two for each stream: never more than so many.
+_MOST_STREAMS = 256
 HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
 _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone at the rate of float32: beside them stand norms,
@@ -85,11 +87,17 @@ class Calibration:
     @property
     def per_stream(self) -> int:
         """Rows that go through a block together."""
-        return max(1, STREAM_TOKENS[self.kind] // self.length)
+        least = math.ceil(self.samples / _MOST_STREAMS)
+        return max(1, STREAM_TOKENS[self.kind] // self.length, least)
 
     @property
     def streams(self) -> int:
         return math.ceil(self.samples / self.per_stream)
+
+    @property
+    def threads(self) -> int:
+        """That exist at once inside a block, beside OpenMP's for the one that computes."""
+        return 2 * self.streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +250,7 @@ def _least(blocks: Blocks, given: Calibration) -> int:
 def _of_block(block: Sequence[Unit], given: Calibration) -> int:
     weights = (FLOAT + FLOAT // 2) * sum(unit.weights for unit in block)
     widest = max(unit.columns for unit in block)
-    together = min(max(STREAM_TOKENS[given.kind], given.length), given.tokens)
+    together = min(max(STREAM_TOKENS[given.kind], given.per_stream * given.length), given.tokens)
     batch = together * (8 * given.width + 4 * widest) * FLOAT
     return weights + batch + max(_solving(unit, given) for unit in block)
 
