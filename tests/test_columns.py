@@ -279,3 +279,13 @@ def test_columns_out_of_a_wider_tensor_are_taken_as_they_are() -> None:
     one = columns.quantize((wanted, fed), feedback, cost, offered, INT4)
     other = columns.quantize(parts, feedback, cost, offered, INT4)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept() -> None:
+    """numba finds no place beside code without a file, as beside an install that is read-only, with
+    a home that is."""
+    found: dict[str, Any] = {}
+    exec("def twice(number):\n    return 2 * number\n", found)  # a function of no file
+    with pytest.raises(RuntimeError, match="cannot cache function"):
+        numba.njit(cache=True)(found["twice"])
+    assert columns._built(found["twice"])(21) == 42

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from quant import artifact, command, recipe
@@ -18,6 +18,7 @@ from quant.artifact import TrainingBase
 from quant.cli import app
 from quant.errors import CompareError, QuantError
 from quant.intake import source
+from quant.lora import adapter as lora
 from quant.lora import blend, export, nf4, starts
 from quant.lora.compensate import Compensation
 from quant.lora.mixture import Mixture
@@ -227,3 +228,26 @@ def test_the_commands_take_both(home: Path, tmp_path: Path) -> None:
     done = ran("adapter", "merge", home / "parent", *trained, "--out", tmp_path / "merged")
     assert done.exit_code == 0, done.output
     assert load_file(tmp_path / "merged" / "model.safetensors")
+
+
+def test_a_start_is_read_once_however_many_modules_it_began(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(folder: Path) -> lora.Adapter:
+        read.append(folder)
+        return lora.read_trained(folder)
+
+    monkeypatch.setattr(starts, "read_trained", counted)
+    begun = shutil.copytree(home / "begun", tmp_path / "begun")
+    (adapter,) = Training(initial=begun).adapters((home / "shifted",))
+    assert len(adapter.pairs) > 1
+    first = {module: starts.factors(adapter, module, None) for module in adapter.pairs}
+    assert starts.identity(adapter) == lora.read_trained(begun).digest
+    assert read == [begun.resolve()]
+    weights = load_file(begun / lora.WEIGHTS)  # another start in its place is another
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, begun / lora.WEIGHTS)
+    module = min(adapter.pairs)
+    assert torch.equal(starts.factors(adapter, module, None)[0], 2 * first[module][0])
+    assert starts.identity(adapter) == lora.read_trained(begun).digest

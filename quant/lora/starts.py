@@ -8,13 +8,15 @@ leaves a base that no pair gives back: only the base it saved will do.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from quant.errors import AdapterError
-from quant.lora.adapter import Adapter, read_trained
+from quant.lora.adapter import CONFIG, WEIGHTS, Adapter, read_trained
 
 FROM_BASE = ("pissa", "olora")
 
@@ -48,7 +50,7 @@ def begun(adapter: Adapter) -> Adapter | None:
     """The saved start that is undone; None where none is. AdapterError where it is another's."""
     if adapter.config.start is None or adapter.initial is None:
         return None
-    first = read_trained(adapter.initial)
+    first = _first(adapter.initial)
     for module in adapter.pairs:
         _check_alike(first, adapter, module)
     return first
@@ -77,11 +79,22 @@ def factors(adapter: Adapter, module: str, weight: Tensor | None) -> tuple[Tenso
 
 def _saved(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     assert adapter.initial is not None
-    first = read_trained(adapter.initial)
+    first = _first(adapter.initial)
     _check_alike(first, adapter, module)
     pair = first.pairs[adapter.pairs[module].module]
     with safe_open(first.weights, framework="pt") as file:
         return file.get_tensor(pair.a_key).float(), file.get_tensor(pair.b_key).float()
+
+
+def _first(folder: Path) -> Adapter:
+    """The adapter in a folder, read and hashed once for as long as its files stay as they are."""
+    stats = ((folder / name).stat() for name in (CONFIG, WEIGHTS) if (folder / name).is_file())
+    return _read(folder, tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats))
+
+
+@lru_cache(maxsize=8)
+def _read(folder: Path, _state: tuple[tuple[int, ...], ...]) -> Adapter:
+    return read_trained(folder)
 
 
 def _check_alike(first: Adapter, adapter: Adapter, module: str) -> None:

@@ -3,7 +3,7 @@
 Float32 tensors in and out; tensors on a GPU go to `tiles` instead. Rows run in parallel
 and never meet, so the result does not depend on the number of threads. The innermost loops run
 along memory without branches, which lets the compiler turn them into vector code; numba keeps what
-it compiled for the next run.
+it compiled for the next run where it can.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numba
 import numpy as np
@@ -111,20 +111,26 @@ def _lanes(rows: int) -> int:
     return math.ceil(rows / (threads * math.ceil(rows / (threads * _MOST_LANES))))
 
 
+def _built(loop: _Loop, **how: Any) -> _Loop:
+    """Compiled when it is first called. What was compiled is kept beside this file, or in the home,
+    for the next run; where neither can be written to, each run compiles anew, the same code."""
+    try:
+        return cast(_Loop, njit(cache=True, error_model="numpy", **how)(loop))
+    except RuntimeError:  # numba's, which looks for a place right here
+        return cast(_Loop, njit(error_model="numpy", **how)(loop))
+
+
 def _compiled(loop: _Loop) -> _Loop:
-    built: _Loop = njit(fastmath=_FAST, cache=True, error_model="numpy")(loop)
-    return built
+    return _built(loop, fastmath=_FAST)
 
 
 def _in_order(loop: _Loop) -> _Loop:
     """For sums that decide what is stored: summed in any order they differ from run to run."""
-    built: _Loop = njit(cache=True, error_model="numpy")(loop)
-    return built
+    return _built(loop)
 
 
 def _parallel(loop: _Loop) -> _Loop:
-    built: _Loop = njit(parallel=True, fastmath=_FAST, cache=True, error_model="numpy")(loop)
-    return built
+    return _built(loop, parallel=True, fastmath=_FAST)
 
 
 @_compiled
