@@ -1,19 +1,22 @@
 """`quantserve quantize` and `quantserve inspect`, beside `quantserve compare`.
 
 Every mistake of the user's is one line on stderr and exit status 2, a shut gate one and 3; Ctrl-C
-and SIGTERM are one line and 2, which says where the same command will go on. torch and transformers
-are imported when a command runs, not before.
+and SIGTERM are one line and 2, which says where the same command will go on. What nobody foresaw is
+one line and 1, a traceback above it with `--debug`. torch and transformers are imported when a
+command runs, not before.
 """
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from quant import artifact, bar, interrupt
 from quant.artifact import Manifest
@@ -25,7 +28,46 @@ from quant.lora.adapter_cli import Initial, TrainingBase
 from quant.proof import card, compare_cli, ways_cli
 from quant.recipe import build, check_limit
 
+UNFORESEEN = 1  # exit status
+_LONGEST = 500  # characters of what an exception of somebody else's says
+
+
+class _Debug:
+    """Of this process: whether a traceback is asked for."""
+
+    wanted = False
+
+
+class Commands(TyperGroup):
+    """Takes `--debug` in front of a command's name and behind it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ours = args[: args.index("--")] if "--" in args else args
+        others = [word for word in ours if word != "--debug"]
+        asked = ["--debug"] if len(others) < len(ours) else []
+        return super().parse_args(ctx, [*asked, *others, *args[len(ours) :]])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as fault:
+            if not isinstance(fault, QuantError | Interrupted):
+                fault.add_note(f"in `{ctx.command_path} {ctx.invoked_subcommand}`")
+            raise
+
+
+def debug(
+    wanted: Annotated[
+        bool, typer.Option("--debug", help="show a traceback of an error that nobody foresaw")
+    ] = False,
+) -> None:
+    """What stands before every command."""
+    _Debug.wanted = wanted
+
+
 app = typer.Typer(
+    cls=Commands,
+    callback=debug,
     name="quantserve",
     help="Quantize fine-tuned models into checkpoints that stock vLLM loads.",
     no_args_is_help=True,
@@ -42,8 +84,11 @@ adapter_cli.app.registered_commands += ways_cli.app.registered_commands
 app.add_typer(adapter_cli.app)
 
 
-def main(run: Callable[[], object] = app) -> None:
-    """Run `run`; a QuantError is one line and its exit status, Ctrl-C and SIGTERM one and 2."""
+def main(run: Callable[[], object] = app, known: tuple[type[Exception], ...] = ()) -> None:
+    """Run `run`; a QuantError is one line and its exit status, Ctrl-C and SIGTERM one and 2.
+
+    Any other exception is one line and 1, but those that the caller has `known`.
+    """
     try:
         with interrupt.listening("quantserve"):
             run()
@@ -51,6 +96,21 @@ def main(run: Callable[[], object] = app) -> None:
         _end(fault.exit_status, str(fault), *_notes(fault))
     except Interrupted as stopped:
         _end(interrupt.STATUS, "interrupted", *(_notes(stopped) or ["nothing was written"]))
+    except known:
+        raise
+    except Exception as fault:  # noqa: BLE001 # the last net
+        if _Debug.wanted:
+            traceback.print_exception(fault)
+        _end(UNFORESEEN, *_unforeseen(fault))
+
+
+def _unforeseen(fault: Exception) -> list[str]:
+    """Its kind and own words, cut, where it came up, what was noted on its way, and what to do."""
+    words = " ".join(str(fault).split())
+    said = ": ".join(filter(None, [type(fault).__name__, words[:_LONGEST]]))
+    frame = traceback.extract_tb(fault.__traceback__)[-1]
+    told = f"unexpected {said} ({Path(frame.filename).name}:{frame.lineno})"
+    return [told, *_notes(fault), "with --debug the same command shows how it came to that"]
 
 
 def _notes(fault: Exception) -> list[str]:
@@ -167,6 +227,9 @@ def quantize(
 
     from quant import pipeline
     from quant.lora.training import Training
+    from quant.solver import heap
+
+    heap.share()
 
     order = pipeline.Order(
         spec=source,

@@ -32,7 +32,7 @@ from quant import (
 )
 from quant.artifact import Manifest, MergedAdapter
 from quant.calibration import Batches, Part
-from quant.errors import SpaceError
+from quant.errors import SpaceError, during
 from quant.formats import FULL, Plan
 from quant.intake import architecture, source
 from quant.intake.source import Source
@@ -43,7 +43,7 @@ from quant.lora.training import AS_STORED, Training
 from quant.proof import card, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe
-from quant.solver import allotment, blocks, devices, heap, preflight, selfcheck, walk
+from quant.solver import allotment, blocks, devices, preflight, selfcheck, walk
 from quant.solver.blocks import Decoder
 from quant.solver.layers import Layers, half
 from quant.solver.layers import Progress as Watching
@@ -79,7 +79,6 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     QuantError leaves neither a target nor a partial one behind; an interrupt, a full disk and a
     crash leave what the next run goes on from, once a block is done, and say so in a note.
     """
-    heap.share()
     on = _devices(recipe, progress)
     target = order.target.expanduser().absolute()
     staging.check_target(target, force=order.force)
@@ -87,7 +86,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     opened = _opened(order, progress)
     calibration.check(opened, recipe, order.calibration_file)
     decoder = _decoder(recipe, opened, on)
-    plan = allotment.bound(recipe, decoder.shapes())
+    plan = allotment.bound(recipe, decoder.shapes(), progress.say)
     layers = _layers(recipe, plan, opened, decoder, progress)
     with staging.resumable(target) as stage:
         writes, gated = order.calibration_file is None, order.max_kl is not None
@@ -100,7 +99,8 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         if recipe.bits_per_weight is not None:
             measured = partial(allotment.within, recipe, decoder, opened, rows, progress.say)
             layers = _layers(recipe, kept.plan(measured), opened, decoder, progress)
-        _solve(layers, asked, kept, rows)
+        with layers:
+            _solve(layers, asked, kept, rows)
         if recipe.scheme == "w8a8":
             shards.write(stage.folder / UNITS, kept.units())
         made = kept.assemble()
@@ -185,6 +185,9 @@ def _solve(layers: Layers, asked: estimate.Run, kept: Journal, rows: Batches) ->
     tied = decoder.stored_as("lm_head.weight") if architecture.is_tied(opened.config) else None
     # Loaders make a tied head out of the embedding again.
     outside = [name for name in names if name not in within and name != tied]
+    solved = {f"{name}.weight" for name, form in layers.plan.items() if form != FULL}
+    for name in sorted(within - solved):
+        layers.kept(opened, name)  # refuses what cannot be served before hours are spent
     kept.outside([_unread(layers, opened, name) for name in outside], layers.bytes_after(opened))
     samples, length = rows.input_ids.shape
     given = replace(asked.given, samples=samples, length=length)
@@ -196,7 +199,8 @@ def _solve(layers: Layers, asked: estimate.Run, kept: Journal, rows: Batches) ->
         kept.resume(layers, streams[0])
         for place in range(kept.entry.done, len(decoder.blocks)):
             interrupt.check()
-            walk.run(decoder, place, opened, streams, layers)
+            with during(f"solving block {place + 1} of {len(decoder.blocks)}"):
+                walk.run(decoder, place, opened, streams, layers)
             tensors = dict(pair for name in inside[place] for pair in layers.encoded(opened, name))
             kept.finished(tensors, layers, streams[0])
 

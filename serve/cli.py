@@ -29,6 +29,8 @@ from serve.supervisor import Supervisor
 from serve.vllm_flags import adopt
 
 app = typer.Typer(
+    cls=quant_cli.Commands,
+    callback=quant_cli.debug,
     name="quantserve",
     help="From a fine-tuned model to a quantized, monitored OpenAI-compatible server.",
     no_args_is_help=True,
@@ -44,7 +46,7 @@ app.add_typer(registry_cli.app, name="registry")
 def main() -> None:
     """The console script."""
     try:
-        quant_cli.main(app)
+        quant_cli.main(app, known=(ServeError,))
     except ServeError as fault:
         sys.stderr.write(f"quantserve: {fault}\n")
         sys.exit(2)

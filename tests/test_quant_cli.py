@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from quant import artifact, cli
 from quant.artifact import Manifest
+from quant.solver import blocks
 from tests import tiny, warm
 from tests.lora import write_lora
 from tests.test_artifact import older
@@ -234,3 +235,95 @@ def test_a_manifest_of_an_older_version_is_told_of_where_it_is_verified(tmp_path
     assert done.exit_code == 0 and json.loads(done.stdout)["format"] == 1
     assert "is of an older version and carries no digest of itself" in done.stderr
     assert "older" not in CliRunner().invoke(cli.app, ["inspect", str(tmp_path)]).stderr
+
+
+# What somebody else's code raises, at every stage of a run, and what the line has to tell of it.
+UNFORESEEN: dict[str, tuple[str, Exception, tuple[str, ...]]] = {
+    "a configuration": (
+        "quant.intake.architecture.config",
+        KeyError("model.embed_tokens"),
+        ("KeyError: 'model.embed_tokens'",),
+    ),
+    "a skeleton": (
+        "quant.solver.blocks.skeleton",
+        RuntimeError("size mismatch:\n  copying a param with shape\n" + "long " * 1000),
+        ("RuntimeError: size mismatch: copying a param with shape long",),
+    ),
+    "a tensor": (
+        "quant.intake.stored.Stored.read",
+        MemoryError(),
+        ("unexpected MemoryError (", "while reading model.layers.0.", "parent/model.safetensors"),
+    ),
+    "the estimate": ("quant.solver.preflight.memory", ZeroDivisionError("by zero"), ("by zero",)),
+    "calibration": ("quant.calibration.prepare", RecursionError("maximum depth"), ("maximum",)),
+    "a layer": (
+        "quant.solver.layers.Layers._moments",
+        AssertionError("a part"),
+        ("AssertionError: a part", "while solving model.layers.0.self_attn.q_proj and", "block 1"),
+    ),
+    "the journal": ("quant.journal._keep", TypeError("no"), ("TypeError: no", "in `")),
+    "the end": (
+        "quant.checkpoint.verify",
+        OverflowError("too large"),
+        ("OverflowError: too large", "continues behind the last block when run again"),
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", UNFORESEEN)
+def test_what_nobody_foresaw_is_one_line(
+    stage: str,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place, fault, expected = UNFORESEEN[stage]
+
+    def planted(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(place, planted)
+    texts = ("--calibration", str(home / "texts.jsonl"), "--json")
+    with pytest.raises(SystemExit) as left:
+        cli.main(lambda: cli.app(quantize_words(home / "parent", tmp_path / "out", *texts)))
+    said = capsys.readouterr().err
+    assert left.value.code == 1
+    assert said.startswith("quantserve: unexpected ") and said.count("\n") == 1, said
+    assert len(said) < 1500 and "quantize`" in said and "--debug" in said
+    assert all(word in said for word in expected), said
+
+
+def plant() -> None:
+    def planted(*_: object) -> None:
+        raise RuntimeError("size mismatch")
+
+    blocks.skeleton = planted  # type: ignore[assignment] # of this process, which ends with it
+
+
+@pytest.mark.parametrize("place", ["nowhere", "in front", "behind"])
+def test_a_traceback_is_there_for_who_asks(place: str, home: Path, tmp_path: Path) -> None:
+    words: tuple[str, ...] = quantize_words(home / "parent", tmp_path / "out", "--json")
+    words = {"nowhere": words, "in front": ("--debug", *words), "behind": (*words, "--debug")}[
+        place
+    ]
+    run = warm.begin(*words, said=tmp_path / "said", first=plant)
+    assert run.status() == 1
+    *trace, line = run.stderr.splitlines()
+    assert line.startswith("quantserve: unexpected RuntimeError: size mismatch (test_quant_cli.py:")
+    assert bool(trace) == (place != "nowhere")
+    if trace:
+        assert trace[0] == "Traceback (most recent call last):"
+        assert any("pipeline.py" in frame for frame in trace)
+    assert {path.name for path in tmp_path.iterdir()} == {"said"}
+
+
+def test_what_a_caller_knows_is_left_to_it() -> None:
+    class Known(Exception):
+        pass
+
+    def failing() -> None:
+        raise Known
+
+    with pytest.raises(Known):
+        cli.main(failing, known=(Known,))

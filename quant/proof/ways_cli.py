@@ -94,7 +94,9 @@ def compare(
 
     from quant.lora.training import Training
     from quant.proof import compare, ways
+    from quant.solver import heap
 
+    heap.share()
     training = Training(training_base, initial)
     asked = compare.Order(
         parent, base, (adapter,), training, text, calibration, tuple(choices or ()), cache
