@@ -113,6 +113,13 @@ def loaded_as_one(names: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
+def part(name: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of each of the two that a fused layer's file holds, gate above up: a server takes
+    them apart. Of any other layer its own."""
+    two = name.rpartition(".")[2] in ("gate_up_proj", "w13")
+    return (shape[0] // 2, shape[1]) if two else shape
+
+
 def shared_widths(shapes: Shapes) -> dict[str, int]:
     """The inputs of each layer that groups must divide: of all experts' layers at once, for a
     server loads a mixture as one and has one format for it."""

@@ -85,9 +85,10 @@ def test_a_layer_that_fills_no_words_stays_full_with_all_that_is_loaded_with_it(
     assert [name for name in ODD if plan[name] == FULL] == ATTENTION
     assert {plan[name] for name in ODD if name not in ATTENTION} == {Format(4, 32), Format(4, -1)}
     rows, full = said
-    assert rows.startswith("1 layers have one scale for each row") and "down_proj has 80" in rows
-    assert full.startswith("3 layers stay in full precision")
-    assert f"{BLOCK}.self_attn.k_proj has 160 inputs and 20 outputs" in full
+    assert rows.startswith("one scale for each row") and "1 layer, such as" in rows
+    assert f"{BLOCK}.mlp.down_proj with 80 inputs" in rows
+    assert full.startswith("full precision, since codes fill no whole words: 3 layers, such as")
+    assert f"{BLOCK}.self_attn.k_proj with 160 inputs and 20 outputs" in full
     # In words of four codes they fit.
     assert FULL not in allotment.bound(recipe.build({"scheme": "w8a16"}), ODD).values()
     assert set(allotment.bound(recipe.build({"scheme": "w8a8"}), ODD).values()) == {INT8}
@@ -104,8 +105,15 @@ def test_a_mixture_has_one_format_though_one_expert_fills_no_words() -> None:
     assert {plan[name] for name in SHAPES} == {Format(4, 64)}
 
 
+def test_a_gate_and_an_up_projection_in_one_tensor_fill_words_each() -> None:
+    """Of 100 outputs each: 200 would do."""
+    fused = {f"{BLOCK}.mlp.gate_up_proj": (200, 64), f"{BLOCK}.mlp.down_proj": (64, 128)}
+    plan = allotment.bound(recipe.build({}), fused)
+    assert plan == {f"{BLOCK}.mlp.gate_up_proj": FULL, f"{BLOCK}.mlp.down_proj": Format(4, 64)}
+
+
 def test_a_model_that_fills_no_words_at_all_is_refused_by_name() -> None:
-    with pytest.raises(RecipeError, match=r"q has 100 inputs and 64 outputs.*; take w8a8"):
+    with pytest.raises(RecipeError, match=r"q with 100 inputs and 64 outputs.*; take w8a8"):
         allotment.bound(recipe.build({"group_size": -1}), {"q": (64, 100)})
     with pytest.raises(RecipeError, match="group size 32 does not divide the input width 100"):
         allotment.bound(recipe.build({"group_size": 32}), {"q": (64, 100)})
@@ -119,7 +127,9 @@ def test_a_budget_offers_a_layer_only_what_holds_it() -> None:
     wide = {"odd": (62, 100), **SHAPES}
     assert allotment.offers("w4a16", wide)["odd"] == [FULL]
     plan = allotment.bound(recipe.build({"bits_per_weight": 9}), wide, said.append)
-    assert plan["odd"] == FULL and "1 layers stay in full precision" in said[0]
+    assert plan["odd"] == FULL and said[0].endswith(
+        "odd with 100 inputs and 62 outputs, which 4-bit codes fill by 8"
+    )
 
 
 @pytest.mark.parametrize("bits", [4.4, 4.7, 5.5, 9.0, 15.9])
@@ -262,7 +272,7 @@ def test_what_no_word_or_group_holds_is_left_in_full_precision(tmp_path: Path) -
     for layer in made.manifest.layers:
         if layer.bits == 16:
             assert torch.equal(kept[f"{layer.name}.weight"], before[f"{layer.name}.weight"])
-    assert sum("stay in full precision" in line for line in made.told.lines) == 1
+    assert sum(line.startswith("full precision") for line in made.told.lines) == 1
     budget = quantize(parent, tmp_path / "budget", texts=texts, bits_per_weight=12)
     assert {layer.bits for layer in budget.manifest.layers} > {8}
 

@@ -196,6 +196,34 @@ def test_ranks_fewer_than_the_run_had_are_counted(ranks: Path, plain: Outline) -
     assert "1 ranks of pipeline_model_parallel_size 2" in refused(ranks, plain)
 
 
+def test_layers_that_are_numbered_over_each_other_are_refused(ranks: Path, plain: Outline) -> None:
+    """The next stage's would have taken their places."""
+    for place in ("mp_rank_00_000", "mp_rank_01_000"):
+        model = torch.load(ranks / place / FILE, weights_only=False)["model"]
+        moved = {name.replace(".layers.0.", ".layers.1."): t for name, t in model.items()}
+        edited(ranks / place / FILE, model=moved)
+    assert "numbers its layers [1], not from 0 on" in refused(ranks, plain)
+
+
+def test_a_tensor_under_an_old_and_a_new_name_is_refused(tmp_path: Path, plain: Outline) -> None:
+    home = trainers.megatron_ranks(tmp_path / "m", tensors(), tensor=1, pipeline=1)
+    path = home / "mp_rank_00" / FILE
+    model = torch.load(path, weights_only=False)["model"]
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+    edited(path, model=model | {name.replace("linear_proj", "dense"): model[name]})
+    assert f"holds {name} twice" in refused(tmp_path / "m", plain)
+
+
+def test_a_stack_of_no_layers_is_refused(tmp_path: Path, plain: Outline) -> None:
+    made = trainers.megatron(tensors()) | {"decoder.layers.odd.weight": torch.empty(0, 64)}
+    parts = {name: [((0,) * tensor.dim(), tensor)] for name, tensor in made.items()}
+    trainers.dcp(tmp_path / "m", parts)
+    torch.save({}, tmp_path / "m" / "common.pt")
+    assert "decoder.layers.odd.weight [0, 64] is no stack of layers" in refused(
+        tmp_path / "m", plain
+    )
+
+
 def test_ranks_of_two_steps_are_refused(ranks: Path, plain: Outline) -> None:
     path = ranks / "mp_rank_01_001" / FILE
     edited(path, iteration=6)

@@ -164,3 +164,35 @@ def test_flat_groups_that_are_too_short_are_refused(tmp_path: Path) -> None:
     name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     (home / name).write_bytes((tmp_path / "small" / home.name / name).read_bytes())
     assert "hold less of" in refused(tmp_path) or "do not belong together" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("groups", "share numbers"),
+        ("padding", "is cut twice, or padded by -4"),
+        ("shape", "has the shape [-1, 64]"),
+        ("name", "is cut twice"),
+    ],
+)
+def test_pieces_that_lie_over_each_other_are_refused(
+    tmp_path: Path, change: str, told: str
+) -> None:
+    home = trainers.zero(tmp_path, tiny.model(), stage=2, world=1)
+    optimizer = home / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    model = home / "mp_rank_00_model_states.pt"
+    with trainers.foreign("deepspeed.runtime.zero.config", "ZeroStageEnum"):
+        content, states = (torch.load(path, weights_only=False) for path in (optimizer, model))
+        inner, shapes = content["optimizer_state_dict"], states["param_shapes"]
+        if change == "groups":
+            groups = inner["single_partition_of_fp32_groups"]
+            inner["single_partition_of_fp32_groups"] = [groups[0], *[groups[0][3:]] * len(groups)]
+        if change == "padding":
+            inner["param_alignment_paddings"] = [[-4] * len(group) for group in shapes]
+        if change == "shape":
+            shapes[0][next(iter(shapes[0]))] = (-1, 64)
+        if change == "name":
+            shapes[-1][next(iter(shapes[0]))] = shapes[0][next(iter(shapes[0]))]
+        torch.save(content, optimizer)
+        torch.save(states, model)
+    assert told in refused(tmp_path)

@@ -6,7 +6,7 @@ Owns what is on offer. Refuses budgets that no offer reaches, before anything is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -45,7 +45,8 @@ def offers(scheme: str, shapes: Shapes) -> dict[str, list[Format]]:
     widths = formats.shared_widths(shapes)
     found: dict[str, list[Format]] = {}
     for names in formats.loaded_as_one(shapes):
-        forms = offered(scheme, widths[names[0]], [shapes[name] for name in names])
+        parts = [formats.part(name, shapes[name]) for name in names]
+        forms = offered(scheme, widths[names[0]], parts)
         found |= dict.fromkeys(names, forms)
     return {name: found[name] for name in shapes}
 
@@ -82,14 +83,14 @@ def _uniform(recipe: Recipe, shapes: Shapes, say: Say) -> Plan:
     for names in formats.loaded_as_one(shapes):
         size = group if group > 0 and not widths[names[0]] % group else -1
         form = formats.of_scheme(recipe.scheme, size)
-        held = all(form.holds(shapes[name]) for name in names)
+        held = all(form.holds(formats.part(name, shapes[name])) for name in names)
         chosen |= dict.fromkeys(names, form if held else FULL)
     full = {name for name in shapes if chosen[name] == FULL}
     rows = [name for name in shapes if group > 0 > chosen[name].group and name not in full]
     if rows:
         say(
-            f"{len(rows)} layers have one scale for each row, since no group size divides their"
-            f" inputs: {rows[0]} has {shapes[rows[0]][1]}"
+            f"one scale for each row, since no group size divides the inputs: {_count(rows)}, such"
+            f" as {rows[0]} with {shapes[rows[0]][1]} inputs"
         )
     _tell_full(shapes, full, recipe.bits, say)
     return {name: chosen[name] for name in shapes}
@@ -100,15 +101,19 @@ def _tell_full(shapes: Shapes, full: set[str], bits: int, say: Say) -> None:
     if not full:
         return
     per_word = 32 // bits
-    odd = next(name for name in shapes if name in full and any(n % per_word for n in shapes[name]))
-    rows, columns = shapes[odd]
+    parts = {name: formats.part(name, shapes[name]) for name in shapes if name in full}
+    odd = next(name for name, part in parts.items() if any(size % per_word for size in part))
+    rows, columns = parts[odd]
     why = (
-        f"{odd} has {columns} inputs and {rows} outputs, and {bits}-bit codes are stored by"
-        f" {per_word} in both directions"
+        f"{odd} with {columns} inputs and {rows} outputs, which {bits}-bit codes fill by {per_word}"
     )
     if len(full) == len(shapes):
         raise RecipeError(f"no layer of this model can be stored in {bits} bits: {why}; take w8a8")
-    say(f"{len(full)} layers stay in full precision, since a server needs whole words: {why}")
+    say(f"full precision, since codes fill no whole words: {_count(full)}, such as {why}")
+
+
+def _count(names: Collection[str]) -> str:
+    return f"{len(names)} layer{'s' * (len(names) > 1)}"
 
 
 def within(recipe: Recipe, decoder: Decoder, source: Source, rows: Batches, say: Say) -> Plan:
