@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, dequantize, quantize
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from quant.errors import SourceError
 from quant.intake import gguf, source
@@ -183,8 +188,14 @@ LOST: dict[str, tuple[str, tiny_gguf.Edit, tuple[str, ...]]] = {
                                  ("llama.attention.value_length",)),
     "an unknown scaling": ("rope.scaling.type dynamic",
                            text("llama.rope.scaling.type", "dynamic"), ()),
+    "YaRN without a factor": ("rope.scaling.factor 0.0", text("llama.rope.scaling.type", "yarn"),
+                              ()),
+    "no base": ("rope.freq_base is 0.0", number("llama.rope.freq_base", 0),
+                ("llama.rope.freq_base",)),
     "YaRN without a context": ("no llama.rope.scaling.original_context_length",
-                               text("llama.rope.scaling.type", "yarn"), ()),
+                               lambda writer: (writer.add_rope_scaling_factor(2.0),
+                                               writer.add_rope_scaling_type(RopeScalingType.YARN))[1],
+                               ()),
     "long factors without a context": ("no llama.rope.scaling.original_context_length",
                                        tensor("rope_factors_long.weight", *[2.0] * 8), ()),
     "factors of nobody's": ("factors of rope_freqs.weight are not Llama 3's",
@@ -239,6 +250,20 @@ def test_an_architecture_that_is_not_converted_is_named(tmp_path: Path) -> None:
     tensor("token_embd.weight", 1.0)(writer)
     with pytest.raises(SourceError, match="architecture mamba2, and llama, qwen2"):
         gguf.model(tiny_gguf.finish(writer))
+
+
+def test_what_ends_an_answer_and_how_one_is_drawn_are_kept(
+    llama: PreTrainedModel, vocabulary: Path, tmp_path: Path
+) -> None:
+    def edit(writer: GGUFWriter) -> None:
+        whole("tokenizer.ggml.eot_token_id", 2)(writer)
+        number("general.sampling.temp", 0.6)(writer)
+        whole("general.sampling.top_k", 20)(writer)
+
+    path = tiny_gguf.write(tmp_path / "model.gguf", llama, vocabulary, edit=edit)
+    made = GenerationConfig.from_pretrained(converted(path))
+    assert made.eos_token_id == [3, 2] and made.bos_token_id == 0
+    assert (made.do_sample, made.temperature, made.top_k) == (True, 0.6, 20)
 
 
 def test_keys_on_which_nothing_depends_are_passed_over(

@@ -191,7 +191,8 @@ def _head(keys: Keys, settings: Mapping[str, Any]) -> int:
 
 
 def _caps(keys: Keys) -> dict[str, Any]:
-    return {name: keys.number(key) for key, name in _CAPS.items() if key in keys}
+    """To llama.cpp a cap of 0 is none."""
+    return {name: keys.number(key) or None for key, name in _CAPS.items() if key in keys}
 
 
 def _experts(keys: Keys, settings: Mapping[str, Any]) -> dict[str, Any]:

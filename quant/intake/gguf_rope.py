@@ -62,7 +62,12 @@ def _scaling(keys: Keys, theta: float, rotated: int) -> dict[str, Any]:
     factor = keys.number(".rope.scaling.factor", keys.number(".rope.scale_linear", 0.0))
     # llama.cpp takes a factor without a type for a linear one.
     kind = keys.text(".rope.scaling.type", "linear" if factor else "none")
-    keys.pass_over(".rope.scaling.finetuned")
+    # The trained context is YaRN's and long RoPE's alone, who ask for it.
+    keys.pass_over(".rope.scaling.finetuned", ".rope.scaling.original_context_length")
+    if theta <= 0 or factor < 0 or (kind == "yarn" and not factor):
+        raise keys.header.refused(
+            f"its rope.freq_base is {theta}, its rope.scaling.factor {factor}"
+        )
     long = _SHORT in tensors or _LONG in tensors
     if _FREQS in tensors:
         if long or kind != "none":
