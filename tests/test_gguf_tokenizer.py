@@ -158,6 +158,22 @@ def test_no_mark_of_another_model_comes_along(tmp_path: Path) -> None:
     assert max(tokens.of_text("<|endoftext|> <unk> <pad>", made)) < tiny.VOCAB
 
 
+@pytest.mark.parametrize("mark", ["<\uff5cUser\uff5c>", "<|turn|>", "    ", "<a b>"])
+@pytest.mark.parametrize("kind", [3, 4])
+def test_a_mark_is_never_cut_apart(mark: str, kind: int, tmp_path: Path) -> None:
+    """Whatever letters it is made of, and under the id that the file gives it."""
+    file = File(tmp_path).bytes_(more=(mark,)).ids(bos=tiny.VOCAB if kind == 3 else 0, eos=3)
+    file.writer.kv_data[0]["tokenizer.ggml.token_type"].value[-1] = kind
+    made = file.written()
+    assert len(made) == tiny.VOCAB + 1
+    ids = made.encode(f"fox{mark}dog", add_special_tokens=False)
+    assert ids.count(tiny.VOCAB) == 1
+    assert made.decode(ids) == f"fox{mark}dog"
+    assert made.decode(ids, skip_special_tokens=True) == (
+        "foxdog" if kind == 3 else f"fox{mark}dog"
+    )
+
+
 def test_every_template_of_a_file_is_kept(tmp_path: Path) -> None:
     file = File(tmp_path).bytes_()
     file.writer.add_chat_template(

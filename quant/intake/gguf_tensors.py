@@ -56,7 +56,8 @@ def rows(path: Path, place: Place, first: int, count: int) -> npt.NDArray[np.flo
         with path.open("rb") as file:
             file.seek(place.begin + first * width)
             raw = np.fromfile(file, np.uint8, count * width)
-        values: npt.NDArray[np.float32] = dequantize(raw.reshape(count, width), place.kind)
+        with np.errstate(all="ignore"):  # what is not finite is refused where it is used
+            values: npt.NDArray[np.float32] = dequantize(raw.reshape(count, width), place.kind)
     except (OSError, ValueError) as fault:
         raise SourceError(f"{path} cannot be read as a GGUF model: {fault}") from fault
     except NotImplementedError as fault:

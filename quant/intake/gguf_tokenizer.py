@@ -36,6 +36,8 @@ _ENDS = ("eos", "eot", "eom")
 # Marks that people write into prompts, and those of models with other tasks.
 _UNUSED = ("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix",
            "middle", "mask", "seperator", "cls")  # fmt: skip
+_CONTROL = 3  # the type of a token that is no text; 4 is one that is, and is never cut apart
+_MARKS = (_CONTROL, 4)
 _TEMPLATE = "tokenizer.chat_template"
 _KEY = "tokenizer.ggml."
 
@@ -67,7 +69,7 @@ def write(keys: Keys, folder: Path) -> None:
     except (ValueError, LookupError, TypeError) as fault:
         reason = " ".join(str(fault).split())[:300]
         raise keys.header.refused(f"its tokenizer cannot be built: {reason}") from fault
-    backend = _own(backend, len(vocabulary["tokens"]))
+    backend = _own(backend, vocabulary)
     _split(keys, backend)
     _prefix(keys, backend)
     made = PreTrainedTokenizerFast(
@@ -121,12 +123,31 @@ def _pre(keys: Keys, kind: str) -> str:
     return "qwen2" if name in _AS_QWEN2 else name
 
 
-def _own(backend: Tokenizer, count: int) -> Tokenizer:
-    """Without the marks of another model that its class brought along, beyond `count` tokens."""
-    if backend.get_vocab_size() == count:
-        return backend
+def _own(backend: Tokenizer, vocabulary: Mapping[str, Any]) -> Tokenizer:
+    """With all of the file's marks whole and under their ids, and none that its class brought
+    along.
+
+    transformers spells those of a byte-level vocabulary in bytes that hold other letters
+    (DeepSeek's) or blanks, and cuts them apart.
+    """
+    words, kinds = vocabulary["tokens"], vocabulary.get("token_type", ())
+    marks = {number: kind == _CONTROL for number, kind in enumerate(kinds) if kind in _MARKS}
     told = json.loads(backend.to_str())
-    told["added_tokens"] = [token for token in told["added_tokens"] if token["id"] < count]
+    added = {token["id"]: token for token in told["added_tokens"]}
+    lost = {n: words[n] for n in marks if n not in added or added[n]["content"] != words[n]}
+    if not lost and len(added) == len(marks) and backend.get_vocab_size() == len(words):
+        return backend
+    spelled = told["model"]["vocab"]
+    for word, number in [entry for entry in spelled.items() if entry[1] in lost]:
+        del spelled[word]
+        spelled[lost[number]] = number
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added |= {n: {"id": n, "content": word, **plain} for n, word in lost.items()}
+    told["added_tokens"] = [
+        {**added[number], "special": marks.get(number, True)}
+        for number in sorted(added)
+        if number < len(words)
+    ]
     return Tokenizer.from_str(json.dumps(told))
 
 
