@@ -56,7 +56,7 @@ def folder(path: Path, cache: Path, say: Callable[[str], None]) -> Path:
     """
     beside = companions.found(path.parent, _BESIDE)
     if beside:
-        say(f"{', '.join(beside)} beside {path.name} is not used: the file has its own")
+        say(f"not used: {', '.join(beside)} beside {path.name}, which has its own")
     digest = _digest(path)
     version = f"format-{FORMAT}-transformers-{transformers.__version__}"
     target = cache / "gguf" / f"{path.stem}-{digest}-{version}"

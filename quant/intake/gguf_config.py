@@ -200,6 +200,7 @@ def _experts(keys: Keys, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: count for name, count in told.items() if count}
     if not found:
         return {}
+    keys.whole(".expert_used_count", least=1)
     normed = settings.get("norm_topk_prob", True)
     if keys.flag(".expert_weights_norm", normed) != normed:
         raise keys.header.refused("its expert_weights_norm is not what its architecture does")
@@ -229,7 +230,7 @@ def _attention(keys: Keys, settings: Mapping[str, Any]) -> dict[str, Any]:
         scalar = (
             settings["hidden_size"] // settings["num_attention_heads"] if by_hidden else _SCALAR
         )
-    stated = keys.number(".attention.scale", 0.0) or scalar**-0.5
+    stated = abs(keys.number(".attention.scale", 0.0)) or scalar**-0.5
     if keys.architecture in _BY_HIDDEN:
         found["query_pre_attn_scalar"] = round(stated**-2)
     elif not math.isclose(stated, scalar**-0.5, rel_tol=1e-5):

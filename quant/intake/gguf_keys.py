@@ -10,7 +10,7 @@ import numpy as np
 
 from quant.intake.gguf_header import Header
 
-_MOST = 1 << 31
+_MOST, _LARGEST = 1 << 31, 1e30
 
 
 class Keys:
@@ -36,7 +36,7 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """The shortest decimal that is the file's float32: 1e-06, not 9.99999997e-07."""
         found = self._of(key, "a number", (int, float), default)
-        if not math.isfinite(found):
+        if not math.isfinite(found) or abs(found) > _LARGEST:
             raise self.header.refused(f"{self.full(key)} is {found}")
         return float(str(np.float32(found)))
 

@@ -47,10 +47,8 @@ class _Llama3(NamedTuple):
 
 def parameters(keys: Keys, head: int) -> dict[str, Any]:
     """What the keys and tensors of a file say of heads of so many numbers. SourceError."""
-    theta, rotated = (
-        keys.number(".rope.freq_base", _THETA),
-        keys.whole(".rope.dimension_count", head, 2),
-    )
+    theta = keys.number(".rope.freq_base", _THETA)
+    rotated = keys.whole(".rope.dimension_count", head, least=2)
     found: dict[str, Any] = {"rope_theta": theta, **_scaling(keys, theta, rotated)}
     if rotated != head or keys.architecture in _PARTIAL:
         found["partial_rotary_factor"] = rotated / head
@@ -107,17 +105,15 @@ def _longrope(keys: Keys, rotated: int) -> dict[str, Any]:
     stretch = keys.whole(".context_length", least=1) / trained
     usual = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 < trained else 1.0
     attention = keys.number(".rope.scaling.attn_factor", usual)
-    return {
+    found = {
         "rope_type": "longrope",
         "short_factor": _factors(keys, _SHORT, rotated).tolist(),
         "long_factor": _factors(keys, _LONG, rotated).tolist(),
         "original_max_position_embeddings": trained,
-        **(
-            {}
-            if math.isclose(attention, usual, rel_tol=_CLOSE)
-            else {"attention_factor": attention}
-        ),
     }
+    if math.isclose(attention, usual, rel_tol=_CLOSE):
+        return found
+    return found | {"attention_factor": attention}
 
 
 def _llama3(keys: Keys, theta: float, rotated: int) -> dict[str, Any]:
