@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
 from quant import calibration, tokens
+from quant.artifact import CalibrationReport
 from quant.calibration import Batches, pack
 from quant.errors import CalibrationError, RecipeError
 from quant.intake import source
@@ -313,6 +314,8 @@ def test_fewer_tokens_than_the_widest_layer_reads_are_warned_of(made: Path, file
     )
     calibration.held_against(batches, [64], said.append)
     assert len(said) == 1
+    older = batches.report.model_dump(exclude={"widest_input"})
+    assert CalibrationReport.model_validate(older).widest_input is None
 
 
 def test_rows_longer_than_the_model_reads_are_refused(made: Path, file: Path) -> None:

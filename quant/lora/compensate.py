@@ -74,8 +74,10 @@ def run(asked: Compensation, adapter: Adapter, base: Base, progress: Progress) -
     )
     if opened.fingerprint != base.parent:
         raise AdapterError(f"{asked.parent} is not what {base.folder} was made from")
-    rows = calibration.prepare(opened, asked.rows, asked.texts, progress.say)
     decoder = blocks.skeleton(opened, device)
+    widths = (columns for _, columns in decoder.shapes().values())
+    rows = calibration.prepare(opened, asked.rows, asked.texts, progress.say)
+    rows = calibration.held_against(rows, widths, progress.say)
     solver = Compensator(base, own, adapter.rank + asked.rank, asked.rows.damping)
     together = max(1, STREAM_TOKENS[decoder.device.type] // rows.input_ids.shape[1])
     batches = zip(
