@@ -18,8 +18,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/?]+))?")
-TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/?]+)")
-FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^/?]+)")
+TREE = re.compile(
+    r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/?]+)(/(?P<inner>[^?]+))?"
+)
+FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^?]+)")
 LARGE = re.compile(r"/large/(?P<oid>[0-9a-f]{64})")
 TOKEN = "hf_of_somebody_who_may"
 
@@ -37,7 +39,8 @@ class Hub:
 
     def push(self, repo: str, folder: Path, branch: str = "main") -> str:
         """A commit of a folder's files; returns its hash."""
-        files = {file.name: file.read_bytes() for file in folder.iterdir()}
+        plain = (file for file in folder.rglob("*") if file.is_file())
+        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in plain}
         told = json.dumps([*self.commits.get(repo, ()), *sorted(files)]).encode()
         commit = hashlib.sha1(told + b"".join(files.values())).hexdigest()
         self.commits.setdefault(repo, {})[commit] = files
@@ -81,7 +84,26 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             files = self.hub.commits[repo][commit]
             told = {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-            self._answer(200, json.dumps(told if asked.re is COMMIT else _tree(files)).encode())
+            if asked.re is TREE:
+                self._tree(files, asked["inner"])
+            else:
+                self._answer(200, json.dumps(told).encode())
+
+    def _tree(self, files: dict[str, bytes], inner: str | None) -> None:
+        """What lies in one folder of the repository, other folders too."""
+        start = f"{inner}/" if inner else ""
+        below = {name: content for name, content in files.items() if name.startswith(start)}
+        if not below:
+            self._answer(404, X_Error_Code="EntryNotFound")
+            return
+        told: dict[str, dict[str, object]] = {}
+        for name, content in below.items():
+            first, deeper, _ = name.removeprefix(start).partition("/")
+            kind = "directory" if deeper else "file"
+            size = 0 if deeper else len(content)
+            about = {"type": kind, "path": start + first, "size": size, "oid": _oid(content)[:40]}
+            told[first] = about
+        self._answer(200, json.dumps(list(told.values())).encode())
 
     def _file(self, repo: str, commit: str, name: str) -> None:
         content = self.hub.commits[repo][commit].get(name)
@@ -109,13 +131,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *told: object) -> None:
         """`asked` keeps what there is to tell."""
-
-
-def _tree(files: dict[str, bytes]) -> list[dict[str, object]]:
-    return [
-        {"type": "file", "path": name, "size": len(content), "oid": _oid(content)[:40]}
-        for name, content in files.items()
-    ]
 
 
 @contextmanager

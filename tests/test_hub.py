@@ -43,6 +43,15 @@ def test_an_id_is_fetched_at_the_commit_it_names_now(
     assert all(f"/resolve/{commit}/" in path for path in read)
 
 
+def test_a_template_for_tools_comes_along(hub: Hub, legal: Path, into: Path) -> None:
+    beside = "additional_chat_templates/tool_use.jinja"
+    (legal / beside).parent.mkdir()
+    (legal / beside).write_text("{{ tools }}")
+    hub.push("owner/legal", legal)
+    ALLOWED.fetch("owner/legal", into)
+    assert (into / beside).read_text() == "{{ tools }}"
+
+
 def test_a_commit_stays_what_it_was_and_a_branch_does_not(
     hub: Hub, legal: Path, into: Path
 ) -> None:
