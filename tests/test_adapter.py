@@ -344,6 +344,9 @@ def test_what_nothing_here_computes_is_refused(folder: Path, field: str, value: 
         ("trainable_token_indices", [5, 6], "merge"),
         ("init_lora_weights", "pissa", "export"),
         ("init_lora_weights", "olora", "export"),
+        ("rank_pattern", {r"(self_attn\.)+q_proj": 4}, "export"),
+        ("alpha_pattern", {"l?a?y?e?r?s?.?0?.?q_proj": 4}, "export"),
+        ("alpha_pattern", {r"layers\.[0-9]+\..*\.(q|k)_proj.*": 4}, "export"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_what_works(

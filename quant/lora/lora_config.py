@@ -39,12 +39,16 @@ _REASONS = {
 # published base, unless PEFT converted it while saving (it then stores `true` here).
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _MOST_PATTERNS, _LONGEST_PATTERN = 16384, 300  # a mixture of experts may name each of its modules
-_MOST_EXPRESSIONS = 64  # of those that are more than a name
+_MOST_EXPRESSIONS = 32  # of those that are more than a name
 _MOST_PARAMETERS = 1024
 _NAME = re.compile(r"[\w.^$\\-]*")
-# Counts of one character or class, as in [0-9]{1,2}: a larger one, or one of a group, makes a
-# pattern of a few letters into an automaton of millions of states.
-_COUNT = re.compile(r"(?<![)\\])\{\d{1,2}(,\d{0,2})?\}")
+# Counts of one character or class, as in [0-9]{1,2}: every state of the automaton may be alive at
+# every character of a name, and larger counts, or those of a group, are many states.
+_COUNT = re.compile(r"(?<![)\\])\{(\d{1,2})(?:,(\d{0,2}))?\}")
+_MOST_COUNTED = 20
+# What an engine that backtracks does with a pattern: it multiplies its choices.
+_REPEATED_GROUP, _REPEAT, _CHOICE = (re.compile(p) for p in (r"\)[*+{]", r"[*+{]", r"[?|]"))
+_MOST_REPEATS, _MOST_CHOICES = 2, 8
 # Inside of a class these are operators to one engine and characters to the other.
 _AMBIGUOUS = ("&&", "--", "~~", "||", "[[")
 
@@ -79,6 +83,13 @@ class LoraConfig(BaseModel):
         """The starting point that changed the base, as `pissa_niter_4`; None where none did."""
         start = str(self.init_lora_weights).lower()
         return start if start.startswith(_MUTATING) else None
+
+    @property
+    def endless(self) -> str | None:
+        """The field with a pattern that a backtracking engine, which vLLM's is, may search for
+        longer than anybody waits; None where there is none."""
+        fields = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return next((name for name, given in fields.items() if any(map(_is_endless, given))), None)
 
     def rank_of(self, name: str) -> int:
         """The rank of what the adapter calls so: r, unless rank_pattern says otherwise."""
@@ -156,15 +167,22 @@ def _matcher(pattern: str) -> Callable[[str], object]:
     return adapter.validator.isinstance_python
 
 
+def _is_endless(pattern: str) -> bool:
+    repeats, choices = len(_REPEAT.findall(pattern)), len(_CHOICE.findall(pattern))
+    many = repeats > _MOST_REPEATS or choices > _MOST_CHOICES
+    return many or _REPEATED_GROUP.search(pattern) is not None
+
+
 def _refuse_unbounded(path: Path, field: str, pattern: str) -> None:
     if len(pattern) > _LONGEST_PATTERN:
         raise AdapterError(
             f"{path}: {field}: a pattern of {len(pattern)} characters, at most {_LONGEST_PATTERN}",
             field=field,
         )
-    reason = "it counts a group, or beyond 99, or has an operator within a class"
+    counted = sum(int(most or least) for least, most in _COUNT.findall(pattern))
+    reason = f"it counts a group, or beyond {_MOST_COUNTED}, or has an operator within a class"
     odd = re.search(r"(?<!\\)\{", _COUNT.sub("", pattern))
-    if not odd and not any(mark in pattern for mark in _AMBIGUOUS):
+    if not odd and counted <= _MOST_COUNTED and not any(mark in pattern for mark in _AMBIGUOUS):
         try:
             re.compile(rf"(.*\.)?({pattern})$")
             _matcher(pattern)
