@@ -32,6 +32,7 @@ _QUANTIZED = re.compile(
     r"|(?:weight|input|output)_(?:scale|scale_inv|zero_point|packed|shape|format)"
     r"|scale_(?:weight|input)|_data|_scale)\b"
 )
+_MOST_PARTS = 8  # of a name, that a trainer put before the model's own
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Layers that predict further tokens: servers load them for speculation, transformers does not.
 _FURTHER = re.compile(r"(?:^|\.)mtp(?:\b|_)")
@@ -161,7 +162,7 @@ def _prefix(names: Iterable[str], outline: Outline) -> str | None:
     for anchor in (outline.embedding, *tied):
         leaf = anchor.rpartition(".")[2]
         whole = [name.split(".") for name in names if name.endswith(f".{leaf}")]
-        for cut in range(max(map(len, whole), default=0)):
+        for cut in range(min(max(map(len, whole), default=0), _MOST_PARTS)):
             tails = {".".join(parts[cut:]): parts[:cut] for parts in whole if len(parts) > cut}
             keys = outline.spelling.keys(tails)
             if at := [tail for tail, key in keys.items() if key.name == anchor]:
