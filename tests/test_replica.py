@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,18 @@ def test_a_head_that_config_json_ties_and_the_file_does_not_is_as_transformers_h
     tiny.edit_json(folder / "config.json", tie_word_embeddings=True)
     expected = logits(plain(folder))
     assert torch.equal(logits(replica.of_parent(opened(folder), CPU)), expected)
+
+
+def test_what_we_made_of_a_folder_comes_after_the_folder(tmp_path: Path) -> None:
+    folder, other = (tiny.model_folder(tmp_path / f"{n}", seed=n) for n in range(2))
+    misled = replace(opened(folder), folder=other)
+    assert torch.equal(logits(replica.of_parent(misled, CPU)), logits(plain(folder)))
+
+
+def test_a_folder_that_transformers_cannot_open_is_read_as_we_corrected_it(tmp_path: Path) -> None:
+    folder = tiny.model_folder(tmp_path / "parent")
+    expected = logits(plain(folder))
+    tiny.edit_json(folder / "config.json", vocab_size=tiny.VOCAB - 8)
+    parent = opened(folder)
+    assert parent.folder != folder
+    assert torch.equal(logits(replica.of_parent(parent, CPU)), expected)

@@ -9,19 +9,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from quant.errors import SourceError
 from quant.intake import source
 from quant.intake.source import Source
-from quant.solver import blocks, selfcheck
+from quant.proof import replica
+from quant.solver import blocks, grid, selfcheck
 from quant.solver.blocks import Call, Decoder
 from quant.solver.experts import Expert
 from tests import tiny
+from tests.test_gptq import plainly_rounded
+from tests.test_pipeline import Crash, Told, calibration_file, quantize
 
 pytestmark = pytest.mark.arithmetic
 
 CPU = torch.device("cpu")
+LEVELS = grid.full_range(4, torch.bfloat16)
 HEADS: Mapping[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
 PLAIN: Mapping[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 OLD: Mapping[str, Any] = {"n_embd": 32, "n_layer": 5, "n_head": 2, "rotary_dim": 8}
@@ -176,3 +180,45 @@ def test_a_walk_that_is_not_the_model_is_refused(
     broken(monkeypatch)
     with pytest.raises(SourceError, match=says):
         check(model)
+
+
+def test_quantize_refuses_before_anything_is_solved_and_leaves_nothing(tmp_path: Path) -> None:
+    parent, told = folder(tmp_path / "parent", "gemma4_text", num_kv_shared_layers=2), Told()
+    with pytest.raises(SourceError, match="Gemma4ForCausalLM is not supported"):
+        quantize(parent, tmp_path / "out", told, texts=calibration_file(tmp_path))
+    assert told.layers == []
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_run_that_goes_on_has_been_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = tiny.model_folder(tmp_path / "parent")
+    asked: dict[str, Any] = {"texts": calibration_file(tmp_path), "samples": 8}
+    with pytest.raises(Crash):
+        quantize(parent, tmp_path / "out", Told(crash_after=8), **asked)
+    monkeypatch.setattr(selfcheck, "run", lambda *_: pytest.fail("it was checked again"))
+    assert len(quantize(parent, tmp_path / "out", Told(before=7), **asked).told.layers) == 7
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "phimoe", "falcon"])
+def test_what_is_walked_rightly_is_quantized_well(kind: str, tmp_path: Path) -> None:
+    parent = folder(tmp_path / "parent", kind)
+    asked: dict[str, Any] = {"texts": calibration_file(tmp_path), "group_size": 32, "samples": 8}
+    made = quantize(parent, tmp_path / "out", **asked)
+    names = {f"{layer.name}.weight" for layer in made.manifest.layers}
+    assert not [name for name in names if name.endswith((".gate.weight", ".router.weight"))]
+    model = source.open(str(parent), cache=tmp_path / "cache")
+    held = ((name, model.tensors.get(name)) for name in model.tensors.names())
+    rounded = {n: plainly_rounded(t.float(), 32, LEVELS) if n in names else t for n, t in held}
+    whole = replica.of_parent(model, CPU)
+    solved = distance(whole, replica.of_artifact(model, made.folder, made.manifest, CPU))
+    assert 0 < solved < distance(whole, replica.of_tensors(model, rounded.items(), CPU, kind))
+
+
+@torch.no_grad()
+def distance(parent: PreTrainedModel, other: PreTrainedModel) -> float:
+    """Mean KL in nats over tokens that calibrated neither."""
+    ids = torch.randint(9, tiny.VOCAB, (4, 48), generator=torch.Generator().manual_seed(1))
+    before, after = (model(input_ids=ids).logits.log_softmax(-1) for model in (parent, other))
+    return float((before.exp() * (before - after)).sum(-1).mean())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.sensitivity import behind, true_kl
@@ -14,9 +15,10 @@ from quant.errors import SolveError
 from quant.formats import FULL, INT8, Format
 from quant.intake import source
 from quant.intake.source import Source
-from quant.solver import allotment, blocks, sensitivity
+from quant.solver import allotment, blocks, fisher, sensitivity
 from quant.solver.sensitivity import Offers, Rows, Unit
 from tests import tiny
+from tests.test_selfcheck import folder
 
 pytestmark = pytest.mark.arithmetic
 
@@ -80,6 +82,26 @@ def test_the_prediction_is_the_kl_of_storing_that_unit_so(
     assert min(ratios) > 0.65 and max(ratios) < 1.35
     assert sum(told) == pytest.approx(sum(true), rel=0.2)
     assert max(true) > 4 * min(true), "nothing to tell apart"
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon", "gemma4_text"])
+def test_what_is_sent_back_is_of_the_models_own_logits(kind: str, tmp_path: Path) -> None:
+    """Whose blocks put out states, or tuples, or get embeddings of their own."""
+    model = source.open(str(folder(tmp_path / "parent", kind)), cache=tmp_path)
+    decoder, whole = blocks.skeleton(model, CPU), plain(model)
+    (stream,), _ = blocks.embed(decoder, model, streams()[:1])
+    states: list[Tensor] = []
+    whole.get_submodule(f"{decoder.prefix}{len(decoder.blocks) - 1}").register_forward_hook(
+        lambda _block, _given, out: states.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        expected = whole(input_ids=streams()[0][0], use_cache=False).logits
+    stream.hidden = states[0]
+    where = CPU, torch.float32
+    with blocks.filled(decoder.model, fisher._outside(decoder, model), model, *where):
+        found = fisher._predicted(decoder, stream.hidden, blocks.PACKS[kind == "falcon"])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert fisher.gradient(decoder, model, stream).abs().sum() > 0
 
 
 def test_int8_units_are_weighed_with_their_inputs_rounded(tmp_path: Path) -> None:

@@ -10,17 +10,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as chatter
 
+from quant import artifact
 from quant.errors import SourceError
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
 from quant.intake.spelling import Part
+
+_UNREADABLE = (OSError, ValueError, RuntimeError, AttributeError, LookupError, TypeError)
+
+
+def parent(source: Source, device: torch.device) -> PreTrainedModel:
+    """The whole parent in float32 on `device`, adapters merged, evaluating.
+
+    Out of the user's own folder wherever transformers can open it; what we made of that comes after
+    it. SourceError.
+    """
+    given = Path(source.spec).expanduser()
+    plain = any((given / name).is_file() for name in (artifact.SINGLE, artifact.INDEX))
+    if plain and not source.adapters and given.resolve() != source.folder.resolve():
+        with suppress(SourceError):
+            return model(replace(source, folder=given), torch.float32, device)
+    return model(source, torch.float32, device)
 
 
 def model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -38,7 +57,7 @@ def model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTraine
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
             )
-    except (OSError, ValueError, RuntimeError) as fault:
+    except _UNREADABLE as fault:
         reason = " ".join(str(fault).split())[:300]
         raise SourceError(f"{source.folder} cannot be loaded: {reason}") from fault
     _check(source, told)

@@ -26,7 +26,7 @@ from quant.solver import blocks, int8
 
 def of_parent(source: Source, device: torch.device) -> PreTrainedModel:
     """Read by transformers alone, as `intake.loaded` says. SourceError."""
-    return loaded.model(source, torch.float32, device)
+    return loaded.parent(source, device)
 
 
 def of_artifact(

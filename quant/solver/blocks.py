@@ -26,6 +26,7 @@ from quant.solver.aside import Kept, Shelf
 _PROBE_TOKENS = 64
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Pack = Callable[[Tensor], object]  # from a block's states to what it puts out
 
 
 class Stream:
@@ -333,13 +334,13 @@ def _record(decoder: Decoder, ids: Tensor, mask: Tensor, shelf: Shelf | None = N
     for pack in PACKS:
         try:
             hidden, calls = _noted(decoder, ids, pack)
-        except _Unpacked:
+        except Unpacked:
             continue
         return Stream(hidden, mask, calls, shelf)
     raise SourceError(f"{type(decoder.model).__name__} changes the states between its blocks")
 
 
-class _Unpacked(Exception):
+class Unpacked(Exception):
     """A block was given a part of what the one before it put out."""
 
 
@@ -353,19 +354,17 @@ def _packed(hidden: Tensor) -> object:
 
 # How a block puts out its states: alone, or as the first of several things that the model takes
 # apart. Which it is shows in what the next one is given.
-PACKS: tuple[Callable[[Tensor], object], ...] = (_bare, _packed)
+PACKS: tuple[Pack, ...] = (_bare, _packed)
 
 
-def _noted(
-    decoder: Decoder, ids: Tensor, pack: Callable[[Tensor], object]
-) -> tuple[Tensor, list[Call]]:
+def _noted(decoder: Decoder, ids: Tensor, pack: Pack) -> tuple[Tensor, list[Call]]:
     """The states before the first block, and what each gets beside them; none computes anything."""
     states: list[Tensor] = []
     calls: list[Call] = []
 
     def note(hidden: Tensor, *args: Any, **kwargs: Any) -> object:
         if states and hidden.shape != states[0].shape:
-            raise _Unpacked
+            raise Unpacked
         states.append(hidden)
         calls.append((args, kwargs))
         if len(calls) == len(decoder.blocks):
