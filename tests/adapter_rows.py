@@ -186,7 +186,8 @@ TABLE = (
     Row(
         "the same on the language part of a vision-language model",
         "yes",
-        "yes; after `adapter export` where the base's files have other names for its layers",
+        "as vLLM does it (not measured); after `adapter export` where the base's files have other"
+        " names for its layers",
         {
             f"language-{family}": Case(
                 family, settings={"targets": _LANGUAGE}, served="after export"

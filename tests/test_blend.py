@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quant import artifact
 from quant.artifact import TrainingBase
 from quant.errors import AdapterError, QuantError, RecipeError, TargetExists
 from quant.intake import source
 from quant.lora import adapter as lora
-from quant.lora import blend, combine, merge, suitability
+from quant.lora import blend, combine, export, merge, suitability
 from quant.lora.adapter import LINEAGE, WEIGHTS
 from quant.lora.blend import Blended, Order
 from quant.lora.mixture import Mixture
@@ -120,6 +121,28 @@ def test_a_row_of_the_table_is_what_peft_computes(
     assert set(read.names()) == set(written)
     for tensor in written:
         torch.testing.assert_close(read.get(tensor), written[tensor], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.served == "after export"])
+def test_what_is_exported_is_what_peft_computes_too(
+    bases: Callable[[Case], Path], tmp_path: Path, name: str
+) -> None:
+    """By names that the base has, at which a server takes it."""
+    case = CASES[name]
+    base = bases(case)
+    folder, theirs = adapter_rows.trained(case, base, tmp_path / "lora")
+    with pytest.raises(AdapterError):
+        lora.validate(
+            lora.read(folder),
+            artifact.linear_shapes(base),
+            max_rank=None,
+            base_weights_fingerprint=None,
+        )
+    export.run(export.Order(folder, base, tmp_path / "ready", torch.float32), Heard())
+    ready = lora.read(tmp_path / "ready")
+    assert ready.pairs.keys() <= artifact.linear_shapes(base).keys()
+    merged(base, tmp_path / "out", ready.folder)
+    torch.testing.assert_close(variants.loaded(tmp_path / "out"), theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,9 @@ class LoraConfig(BaseModel):
     def endless(self) -> str | None:
         """The field with a pattern that a backtracking engine, which vLLM's is, may search for
         longer than anybody waits; None where there is none."""
-        fields = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return next((name for name, given in fields.items() if any(map(_is_endless, given))), None)
+        fields = {"rank_pattern": [*self.rank_pattern], "alpha_pattern": [*self.alpha_pattern]}
+        found = (name for name, given in fields.items() if any(_is_endless(p) for p in given))
+        return next(found, None)
 
     def rank_of(self, name: str) -> int:
         """The rank of what the adapter calls so: r, unless rank_pattern says otherwise."""
