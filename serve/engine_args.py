@@ -33,6 +33,7 @@ class Facts:
     on_cpu: bool
     cpu_flags: frozenset[str]
     quantization: str | None  # `quant_method` of its config.json
+    adapted: bool = True  # whether vLLM's code of it takes adapters
     causal: bool = True  # a plain language model, as far as its config.json says
     parsers: Parsers = field(default_factory=Parsers)
 
@@ -50,10 +51,11 @@ def inspect(settings: Settings) -> Facts:
         told = json.loads(config.read_text())
         method = told.get("quantization_config", {}).get("quant_method")
         causal = all(name.endswith("ForCausalLM") for name in told.get("architectures") or ())
+        adapted = bool(served.targets(settings.artifact))
     except (json.JSONDecodeError, AttributeError) as fault:
         raise SettingsError(f"{config} is not a model configuration: {fault}") from fault
     _, on_cpu = vllm_release.installed_version()
-    facts = Facts(on_cpu, _cpu_flags(Path("/proc/cpuinfo")), method, causal)
+    facts = Facts(on_cpu, _cpu_flags(Path("/proc/cpuinfo")), method, adapted, causal)
     if facts.on_cpu:
         _refuse(facts)
     return replace(facts, parsers=parsers.choose(settings))

@@ -20,6 +20,11 @@ STAGES = (
     ("Explicitly set", "allocating the KV cache"),
     ("Starting vLLM server", "starting the API"),
 )
+# What it computes with, and an operator would not think of.
+NOTES = {
+    "Using Transformers modeling backend": "vLLM has no code of its own for this model, and runs"
+    " that of transformers in its Transformers backend",
+}
 QUIET = re.compile(r"\b(INFO|DEBUG|WARNING)\b|Loading safetensors|^\s*$|^\[?W\d{4} ")
 CAUSE = re.compile(r"(?:^|\s)(?:[\w.]*\.)?(\w*(?:Error|Exception|Refused)): (.+)$")
 EFFECTS = ("Engine core initialization failed", "EngineDeadError", "cancelled")
@@ -35,7 +40,7 @@ class Progress:
     def __init__(self, say: Callable[[str], None], *, verbose: bool) -> None:
         self._say, self._verbose = say, verbose
         self._began = self.logged = time.monotonic()
-        self._stages = list(STAGES)
+        self._stages, self._notes = list(STAGES), dict(NOTES)
         self._line = b""  # what has come of it, and how long it is by now
         self._length = 0
         self._causes: deque[tuple[float, str]] = deque(maxlen=CAUSES)
@@ -63,6 +68,8 @@ class Progress:
                 self._stages.remove((mark, stage))
                 self._say(f"waiting for: {stage} ({time.monotonic() - self._began:.1f} s)")
                 break
+        for mark in [mark for mark in self._notes if mark in text]:
+            self._say(self._notes.pop(mark))
         cause = CAUSE.search(text)
         if cause and not any(effect in text for effect in EFFECTS):
             self._causes.append((time.monotonic(), f"{cause[1]}: {cause[2]}"))

@@ -72,6 +72,9 @@ class Supervisor:
         limits = Limits(step_s=settings.step_timeout)
         self._command, self._pace = command, pace or Pace(limits=limits)
         self._facts = engine_args.inspect(settings)
+        if not self._facts.adapted and settings.max_adapters:
+            say("LoRA is off: vLLM's code of this architecture takes no adapters")
+            self._settings = settings.model_copy(update={"max_adapters": 0})
         self._keys = keys.load(settings.api_key_file)
         self._encryption = listening.encryption(settings)
         self._stop, self._forced = asyncio.Event(), asyncio.Event()

@@ -369,6 +369,11 @@ PLACES: Final[dict[str, tuple[Place, ...]]] = {
         Place("vllm.model_executor.custom_op:CustomOp.__new__", uses="op_registry_oot"),
         Place("vllm._custom_ops:rms_norm", takes="out input weight epsilon"),
         Place("vllm._custom_ops:fused_add_rms_norm", takes="input residual weight epsilon"),
+        # rotate_parts
+        Place(
+            f"{_LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_cpu",
+            takes="self positions query key",
+        ),
         # zero_new_blocks
         Place("vllm.v1.kv_cache_interface:KVCacheConfig", has="needs_kv_cache_zeroing"),
         Place(

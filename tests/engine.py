@@ -8,9 +8,11 @@ each model: its engine, its faults and its memory are its own.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,10 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from serve import engine_args, forkserver
 from serve.settings import Settings
 
-MODELS = "vllm.model_executor.models"
 CACHE_BYTES = 1 << 26  # of keys and values
 SPOKEN = 8  # tokens, each a step that reads what those before have left
 
@@ -40,24 +43,27 @@ class Answer:
     fault: str = ""
 
 
+_ANSWER = TypeAdapter(Answer)
+
+
 class Engines:
     """The warm process."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self._process, self._log = process, log
 
-    def ask(self, folder: Path, ids: Sequence[int], *, adapters: int = 4) -> Answer:
+    def ask(self, folder: Path, ids: Sequence[int]) -> Answer:
         """Of the model in `folder`, started for this."""
         told, asked = self._process.stdout, self._process.stdin
         assert told is not None and asked is not None
-        asked.write(json.dumps([str(folder), list(ids), adapters]) + "\n")
+        asked.write(json.dumps([str(folder), list(ids)]) + "\n")
         asked.flush()
         line = told.readline()
         assert line, f"the process that has vLLM imported has ended:\n{self._log.read_text()}"
         if not line.strip():
-            return Answer(fault=self._log.read_text().strip().rpartition("\n")[2])
-        found = json.loads(line)
-        return Answer(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+            found = re.findall(r"\b\w+Error: .+", self._log.read_text())
+            return Answer(fault=found[-1] if found else "the engine's process ended")
+        return _ANSWER.validate_json(line)
 
 
 @contextmanager
@@ -72,7 +78,8 @@ def engines(log: Path) -> Iterator[Engines]:
             stdout=subprocess.PIPE,
             stderr=sink,
             text=True,
-            env=engine_args.environment(chosen, facts),
+            # Compiling what ranks a log-probability takes longer than all else of a tiny model.
+            env=engine_args.environment(chosen, facts) | {"TORCHDYNAMO_DISABLE": "1"},
         )
     with process:
         yield Engines(process, log)
@@ -85,8 +92,12 @@ def main() -> None:
     os.dup2(2, 1)  # vLLM logs to stdout
     for module in (*forkserver.ENGINE_MODULES, "vllm.v1.engine.llm_engine"):
         importlib.import_module(module)
+    registry = importlib.import_module("vllm.model_executor.models.registry")
     # What vLLM would import itself again for, in a process apart from CUDA.
-    importlib.import_module(f"{MODELS}.registry")._run_in_subprocess = lambda look: look()
+    vars(registry)["_run_in_subprocess"] = lambda look: look()
+    importlib.import_module("vllm.plugins").load_general_plugins()
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if not child:
@@ -94,12 +105,13 @@ def main() -> None:
             os.write(answers, f"{json.dumps(asdict(answer))}\n".encode())
             os._exit(0)
         _, status, used = os.wait4(child, 0)
-        sys.stderr.write(f"{used.ru_utime + used.ru_stime:.1f} s of CPU\n")
         if status:
             os.write(answers, b"\n")
+        else:
+            sys.stderr.write(f"{used.ru_utime + used.ru_stime:.1f} s of CPU\n")
 
 
-def _answer(folder: str, ids: list[int], adapters: int) -> Answer:
+def _answer(folder: str, ids: list[int]) -> Answer:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -107,10 +119,11 @@ def _answer(folder: str, ids: list[int], adapters: int) -> Answer:
     from serve import vllm_compat
     from serve.kernel_report import METHOD
 
-    chosen = Settings(
-        artifact=Path(folder), max_cpu_isa="avx2", kv_cache_bytes=CACHE_BYTES, max_adapters=adapters
-    )
-    args = vllm_compat.parse(engine_args.flags(chosen, engine_args.inspect(chosen)))
+    chosen = Settings(artifact=Path(folder), max_cpu_isa="avx2", kv_cache_bytes=CACHE_BYTES)
+    facts = engine_args.inspect(chosen)
+    if not facts.adapted:
+        chosen = chosen.model_copy(update={"max_adapters": 0})
+    args = vllm_compat.parse(engine_args.flags(chosen, facts))
     engine: Any = LLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
     greedy = SamplingParams(
         temperature=0, max_tokens=SPOKEN, ignore_eos=True, logprobs=0, prompt_logprobs=0

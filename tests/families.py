@@ -51,19 +51,31 @@ _WINDOW: Mapping[str, Any] = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_GEMMA: Mapping[str, Any] = {
+    "head_dim": HEAD,
+    "query_pre_attn_scalar": HEAD,
+    "tie_word_embeddings": True,  # all that vLLM has a place for
+}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "apertus": {},
     "arcee": {},
     "cohere": {"tie_word_embeddings": True},
     "cohere2": {"tie_word_embeddings": True, **_WINDOW},
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": {"n_group": 2, "topk_group": 1, **_LATENT},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, **_LATENT},
+    "deepseek_v3": {
+        "n_group": 2,
+        "topk_group": 1,
+        # As the hub's config.json has them; transformers keeps them, and writes none of its own.
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        **_LATENT,
+    },
     "ernie4_5": {"head_dim": HEAD},
     "exaone4": _WINDOW,
-    "falcon": {"ffn_hidden_size": 2 * HIDDEN, "tie_word_embeddings": True},
+    "falcon": {"tie_word_embeddings": True},
     "gemma": {"head_dim": HEAD, "tie_word_embeddings": True},
-    "gemma2": {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, **_WINDOW},
-    "gemma3_text": {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, **_WINDOW},
+    "gemma2": {**_GEMMA, **_WINDOW},
+    "gemma3_text": {**_GEMMA, **_WINDOW},
     "glm": {"head_dim": HEAD},
     "glm4": {"head_dim": HEAD},
     "glm4_moe": {"head_dim": HEAD, **_ROUTED},
@@ -73,6 +85,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "n_layer": LAYERS,
         "n_head": HIDDEN // HEAD,
         "n_inner": 2 * HIDDEN,
+        "num_key_value_heads": 1,
         "tie_word_embeddings": True,
     },
     "gpt_neox": {},
@@ -124,7 +137,10 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 def model(family: str, *, seed: int = 0) -> PreTrainedModel:
     """Float32."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**_ALL, **FAMILIES[family]})
+    known = CONFIG_MAPPING[family]()
+    # vLLM believes whatever stands in config.json, be it a name that the family does not have.
+    common = {name: value for name, value in _ALL.items() if hasattr(known, name)}
+    config = CONFIG_MAPPING[family](**{**common, **FAMILIES[family]})
     made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in made.parameters():

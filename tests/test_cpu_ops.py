@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from serve import cpu_ops
 
@@ -50,6 +51,20 @@ def test_it_hides_nothing(norm: cpu_ops.CpuRMSNorm, stranger: float) -> None:
 def test_strided_input_goes_the_stock_way(norm: cpu_ops.CpuRMSNorm) -> None:
     x = torch.randn(4, 1152)[:, :576]
     torch.testing.assert_close(norm.forward_cpu(x), norm.forward_native(x.contiguous()))
+
+
+@pytest.mark.parametrize("neox", [True, False])
+def test_a_part_of_each_head_is_turned_as_the_stock_code_does(*, neox: bool) -> None:
+    cpu_ops.rotate_parts()
+    with set_current_vllm_config(VllmConfig()):
+        rotary = RotaryEmbedding(64, 64, 128, 10000, neox, torch.float32)
+    heads, shared = torch.randn(9, 4, 96), torch.randn(9, 576)
+    query, key, places = heads[..., 32:], shared[:, None, 512:], torch.arange(9)
+    wanted = rotary.forward_native(places, query.clone(), key.clone())
+    got = rotary.forward_cpu(places, query, key)
+    assert [one.shape for one in got] == [query.shape, key.shape]
+    for one, its in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.reshape(9, -1), its.reshape(9, -1))
 
 
 def test_registering_twice_is_harmless() -> None:

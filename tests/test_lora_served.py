@@ -149,3 +149,15 @@ def test_the_engine_is_told_what_the_store_takes(tmp_path: Path) -> None:
     named = flags[flags.index("--lora-target-modules") + 1 :]
     adapted = base_of(base, 16).adapted
     assert tuple(named[: len(adapted)]) == adapted and "lm_head" in adapted
+
+
+@pytest.mark.parametrize("architecture", ["FalconForCausalLM", "StableLmForCausalLM", "LlamaForCausalLM",
+                                          "OPTForCausalLM"])  # fmt: skip
+def test_adapters_are_off_exactly_where_vllms_code_takes_none(
+    architecture: str, tmp_path: Path
+) -> None:
+    model = ModelRegistry._try_load_model_cls(architecture)
+    assert model is not None
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    assert bool(served.targets(tmp_path)) == supports_lora(model)
+    assert engine_args.inspect(Settings(artifact=tmp_path)).adapted == supports_lora(model)

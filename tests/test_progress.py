@@ -27,6 +27,14 @@ def test_stages_are_told_once_and_chatter_is_dropped(said: list[str]) -> None:
     assert "configuring the engine" in said[0] and said[1].endswith("broken")
 
 
+def test_who_computes_a_model_that_vllm_has_no_code_for_is_told_once(said: list[str]) -> None:
+    progress = Progress(said.append, verbose=False)
+    for _ in range(2):
+        progress.line("(EngineCore) INFO [base.py:123] Using Transformers modeling backend.")
+    (line,) = said
+    assert "Transformers backend" in line and "INFO" not in line
+
+
 def test_the_first_cause_is_kept_and_its_effects_are_not(said: list[str]) -> None:
     progress = Progress(said.append, verbose=False)
     progress.line("(EngineCore pid=1) ERROR 11-24 [core.py:1] ValueError: group 48 has no kernel")

@@ -26,6 +26,8 @@ _MORE = {
     "Qwen3ForCausalLM": (HEAD,),
     "Qwen3MoeForCausalLM": (HEAD, ROUTER),
 }
+# vLLM's code of these takes no adapters, and it ends at start where they are switched on.
+_NONE = ("FalconForCausalLM", "StableLmForCausalLM")
 ANYWHERE = (*LAYERS, HEAD, ROUTER)
 _LARGEST_HEAD = 258048  # tokens: with more, vLLM ends at start
 # Of the language model (not of a tower for images), and not one of many experts.
@@ -33,9 +35,12 @@ _LAYER = re.compile(r"^(model\.|language_model\.)*layers\.\d+\.(?!(.+\.)?experts
 
 
 def targets(folder: Path) -> tuple[str, ...]:
-    """What `--lora-target-modules` has to name for the model in `folder`."""
+    """What `--lora-target-modules` has to name for the model in `folder`; empty where vLLM's code
+    of it takes no adapters."""
     config = foreign_json.read(folder / "config.json")
     named = config.get("architectures") or [""]
+    if named[0] in _NONE:
+        return ()
     more = _MORE.get(named[0], ())
     return (*LAYERS, *(name for name in more if name != HEAD or _plain_head(config)))
 
