@@ -174,6 +174,17 @@ def test_a_mark_is_never_cut_apart(mark: str, kind: int, tmp_path: Path) -> None
     )
 
 
+def test_blanks_among_pieces_are_told_as_the_pieces_are(tmp_path: Path) -> None:
+    """Gemma's runs of blanks are marks, stored with real blanks; they count as other pieces do."""
+    file = File(tmp_path, "gemma3").pieces()
+    held = file.writer.kv_data[0]
+    held["tokenizer.ggml.tokens"].value[-2] = "  "
+    held["tokenizer.ggml.token_type"].value[-2] = 4
+    made = file.flags(add_bos_token=False, add_space_prefix=False).written()
+    assert len(made) == len(PIECES) + len(WORDS)
+    assert made.tokenize("a  b") == ["a", "\u2581\u2581", "b"]
+
+
 def test_every_template_of_a_file_is_kept(tmp_path: Path) -> None:
     file = File(tmp_path).bytes_()
     file.writer.add_chat_template(

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_PRE_TOKENIZER_SPLITS,
     convert_gguf_tokenizer,
@@ -36,8 +37,7 @@ _ENDS = ("eos", "eot", "eom")
 # Marks that people write into prompts, and those of models with other tasks.
 _UNUSED = ("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix",
            "middle", "mask", "seperator", "cls")  # fmt: skip
-_CONTROL = 3  # the type of a token that is no text; 4 is one that is, and is never cut apart
-_MARKS = (_CONTROL, 4)
+_MARKS = (3, 4)  # types of tokens that are never cut apart: control marks, and what users defined
 _TEMPLATE = "tokenizer.chat_template"
 _KEY = "tokenizer.ggml."
 
@@ -64,12 +64,14 @@ def ends(keys: Keys) -> list[int]:
 def write(keys: Keys, folder: Path) -> None:
     """The files that AutoTokenizer reads. SourceError names what is not followed."""
     vocabulary = _vocabulary(keys)
+    odd = _odd(vocabulary)
+    words = [odd.get(number, word) for number, word in enumerate(vocabulary["tokens"])]
     try:
-        backend, _ = convert_gguf_tokenizer(keys.architecture, vocabulary)
+        backend, _ = convert_gguf_tokenizer(keys.architecture, {**vocabulary, "tokens": words})
     except (ValueError, LookupError, TypeError) as fault:
         reason = " ".join(str(fault).split())[:300]
         raise keys.header.refused(f"its tokenizer cannot be built: {reason}") from fault
-    backend = _own(backend, vocabulary)
+    backend = _own(backend, vocabulary, odd)
     _split(keys, backend)
     _prefix(keys, backend)
     made = PreTrainedTokenizerFast(
@@ -123,30 +125,32 @@ def _pre(keys: Keys, kind: str) -> str:
     return "qwen2" if name in _AS_QWEN2 else name
 
 
-def _own(backend: Tokenizer, vocabulary: Mapping[str, Any]) -> Tokenizer:
-    """With all of the file's marks whole and under their ids, and none that its class brought
-    along.
+def _odd(vocabulary: Mapping[str, Any]) -> dict[int, str]:
+    """Marks of a byte-level vocabulary that hold other letters (DeepSeek's) or blanks, with what
+    stands in for them: transformers would spell them in bytes, and cut them apart."""
+    if vocabulary["tokenizer_type"] != _BYTES:
+        return {}
+    letters = set(bytes_to_unicode().values())
+    kinds = enumerate(vocabulary.get("token_type", ()))
+    marks = [number for number, kind in kinds if kind in _MARKS]
+    words = vocabulary["tokens"]
+    return {n: f"<stands-in-for-{n}>" for n in marks if not set(words[n]) <= letters}
 
-    transformers spells those of a byte-level vocabulary in bytes that hold other letters
-    (DeepSeek's) or blanks, and cuts them apart.
-    """
-    words, kinds = vocabulary["tokens"], vocabulary.get("token_type", ())
-    marks = {number: kind == _CONTROL for number, kind in enumerate(kinds) if kind in _MARKS}
-    told = json.loads(backend.to_str())
-    added = {token["id"]: token for token in told["added_tokens"]}
-    lost = {n: words[n] for n in marks if n not in added or added[n]["content"] != words[n]}
-    if not lost and len(added) == len(marks) and backend.get_vocab_size() == len(words):
+
+def _own(backend: Tokenizer, vocabulary: Mapping[str, Any], odd: Mapping[int, str]) -> Tokenizer:
+    """With the `odd` marks themselves, and without those that its class brought along, which would
+    stand beyond the vocabulary."""
+    words = vocabulary["tokens"]
+    if not odd and backend.get_vocab_size() == len(words):
         return backend
-    spelled = told["model"]["vocab"]
-    for word, number in [entry for entry in spelled.items() if entry[1] in lost]:
-        del spelled[word]
-        spelled[lost[number]] = number
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added |= {n: {"id": n, "content": word, **plain} for n, word in lost.items()}
+    told = json.loads(backend.to_str())
+    for number, word in odd.items():
+        del told["model"]["vocab"][word]
+        told["model"]["vocab"][words[number]] = number
     told["added_tokens"] = [
-        {**added[number], "special": marks.get(number, True)}
-        for number in sorted(added)
-        if number < len(words)
+        {**token, "content": words[token["id"]]} if token["id"] in odd else token
+        for token in told["added_tokens"]
+        if token["id"] < len(words)
     ]
     return Tokenizer.from_str(json.dumps(told))
 
