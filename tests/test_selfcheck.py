@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from quant.errors import SourceError
 from quant.intake import source
@@ -122,6 +123,14 @@ def test_states_that_are_no_vector_a_token_are_refused(tmp_path: Path) -> None:
     sparse = {"activation_sparsity_pattern": [0.0, 0.0]}
     made = opened(tmp_path, "gemma3n_text", **PLAIN, **HEADS, **settings, **ple, **kinds, **sparse)
     assert "not a vector a token" in refused(made)
+
+
+def test_what_transformers_cannot_run_either_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opened(tmp_path, "llama")
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", lambda *_, **__: [])
+    assert "transformers itself cannot run it on text (ValueError" in refused(model)
 
 
 Break = Callable[[pytest.MonkeyPatch], None]

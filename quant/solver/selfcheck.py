@@ -62,11 +62,12 @@ def run(decoder: Decoder, source: Source) -> None:
     """
     alone = replace(decoder, others=())
     ids = _drawn(source).to(decoder.device)
-    try:
+    with _said(source, "transformers itself cannot run it on text"):
         passed = _plain(alone, source, ids)
-        if passed[0].before.ndim != 3:  # Gemma-3n has four streams of states
-            shape = list(passed[0].before.shape)
-            raise _refused(alone, f"between its blocks are {shape} numbers, not a vector a token")
+    if passed[0].before.ndim != 3:  # Gemma-3n has four streams of states
+        shape = list(passed[0].before.shape)
+        raise _refused(alone, f"between its blocks are {shape} numbers, not a vector a token")
+    with _said(source, "its blocks cannot be run one at a time"):
         (stream,), _ = blocks.embed(alone, source, [(ids, torch.ones_like(ids, dtype=torch.bool))])
         _check_states(alone, "what the first block is given", stream.hidden, passed[0].before)
         for place, states in enumerate(passed):
@@ -75,11 +76,18 @@ def run(decoder: Decoder, source: Source) -> None:
                 between = f"what goes on to {_named(alone, place)}"
                 _check_states(alone, between, passed[place - 1].behind, states.before)
             _check_block(alone, source, place, states, stream.calls)
+
+
+@contextmanager
+def _said(source: Source, what: str) -> Iterator[None]:
+    """One line for whatever a model's own code lets fly; memory that ran out is no fault of it."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except _FOREIGN as fault:
         reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
-        raise _refused(alone, f"its blocks cannot be run one at a time ({reason})") from fault
+        raise SourceError(f"{source.architecture} is not supported: {what} ({reason})") from fault
 
 
 def _drawn(source: Source) -> Tensor:
