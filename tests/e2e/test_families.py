@@ -42,16 +42,13 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
 def test_a_family_is_served_as_its_weights_say(family: str, warm: Engines, tmp_path: Path) -> None:
     row = bench.measure(family, warm, tmp_path, models=tuple(LIMITS))
     assert not row.faults
-    assert {name: getattr(row, name) < limit for name, limit in LIMITS.items()} == dict.fromkeys(
-        LIMITS, True
-    ), row
+    assert row.w4a16 is not None and row.w4a16 < LIMITS["w4a16"]
+    assert row.w8a8 is not None and row.w8a8 < LIMITS["w8a8"]
 
 
 def test_readme_has_what_was_found_of_every_family() -> None:
     found = bench.kept()
-    assert {row.family for row in found.rows} == set(FAMILIES)
-    assert not [row for row in found.rows if row.faults]
-    for row in found.rows:
-        assert row.parent is not None and row.parent < LIMITS["w4a16"], row
-    readme = Path(bench.__file__).parents[1].joinpath("README.md").read_text()
-    assert "\n".join(bench.table(found)) in readme
+    assert [row.family for row in found.rows] == list(FAMILIES)
+    wrong = [row for row in found.rows if row.faults or (row.parent or 0) > LIMITS["w4a16"]]
+    assert not wrong
+    assert "\n".join(bench.table(found)) in bench.README.read_text()
