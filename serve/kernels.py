@@ -47,6 +47,7 @@ from serve.kernels_experts import PackedGPTQExperts
 
 GPTQ = "quantserve_gptq"
 Layer = Any  # a vLLM module: its parameters appear at run time
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,9 +90,11 @@ class PackedGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: Layer, prefix: str) -> object:
         home, _, leaf = prefix.rpartition(".")
-        # vLLM's Qwen3-MoE says what its dense blocks fuse only after it has passed this on.
-        if leaf == "gate_up_proj" and f"{home}.gate_proj" in self.modules_in_block_to_quantize:
-            self.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]
+        # vLLM's Qwen3-MoE says what its dense blocks fuse only after it has passed this on, and its
+        # StableLM never does.
+        parts = _FUSED.get(leaf, ())
+        if parts and f"{home}.{parts[0]}" in self.modules_in_block_to_quantize:
+            self.packed_modules_mapping[leaf] = list(parts)
         if isinstance(layer, LinearBase | VocabParallelEmbedding):
             return get_linear_quant_method(self, layer, prefix, PackedGPTQMethod)
         if isinstance(layer, RoutedExperts):

@@ -199,7 +199,7 @@ def test_a_pack_quantized_layer_is_ours_and_right(bits: int) -> None:
 
 
 def test_a_fused_layer_is_known_by_its_parts_though_the_model_tells_of_them_too_late() -> None:
-    """As vLLM's Qwen3-MoE does of the dense blocks among its mixtures."""
+    """As vLLM's Qwen3-MoE does of dense blocks among its mixtures; its StableLM tells of none."""
     config = config_of("w4a16")
     config.packed_modules_mapping = {}
     name = "model.layers.0.mlp.{}_proj".format
@@ -213,6 +213,10 @@ def test_a_fused_layer_is_known_by_its_parts_though_the_model_tells_of_them_too_
         INPUTS, [64, 64], bias=False, quant_config=config, prefix=name("gate_up")
     )
     assert isinstance(other.quant_method, UnquantizedLinearMethod)
+    attention = "model.layers.0.self_attn.{}_proj".format
+    config.modules_in_block_to_quantize = [attention(part) for part in "qkv"]
+    both = qkv(config, torch.float32, name=attention("qkv"))
+    assert isinstance(both.quant_method, kernels.PackedGPTQMethod)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])

@@ -28,6 +28,7 @@ CHOSEN = {
     "olmoe": "experts",
     "opt": "learned positions, no gate",
     "phi3": "everything fused in the files",
+    "stablelm": "fused by vLLM without a word of it; no adapters",
 }
 LIMITS = {"w4a16": 0.005, "w8a8": 0.3}  # nats; rounded inputs tip, a wrong layer shows as 1
 
