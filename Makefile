@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 ARTIFACT ?= .demo/smollm2-w4a16
+# Two at a time, of a thread each: small tensors gain nothing from more, and lose where cores are busy.
+UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup setup-dev demo serve test check lint bench
 
@@ -46,12 +48,13 @@ test: lint
 	@tests/setup-prometheus.sh
 	@tests/setup-azurite.sh
 	@tests/setup-triton.sh
-	@$(BIN)/python -m pytest
+	@$(UNITS) -m "not e2e"
+	@$(BIN)/python -m pytest -m e2e
 endif
 
 ## check   what to run before a commit: lint, types, unit tests
 check: lint
-	@$(BIN)/python -m pytest -m "not e2e"
+	@$(UNITS) -m "not e2e"
 
 lint: setup-dev
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy

@@ -10,6 +10,7 @@ as a process of its own.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 import torch
@@ -41,8 +42,12 @@ def main() -> None:
         sys.stdout.write(f"ISA={level}: skipped, this processor has no {', '.join(missing)}\n")
         return
     # Before anything asks torch: vLLM picks its C++ extension on import.
-    command = [sys.executable, "-m", "pytest", "-p", "serve.isa", "-m", "arithmetic", *words]
-    os.execve(sys.executable, command, {**os.environ, **environment(level)})
+    pytest = [sys.executable, "-m", "pytest", "-p", "serve.isa", *words]
+    env = {**os.environ, **environment(level)}
+    units = [*pytest, "-m", "arithmetic and not e2e", "-n", "2", "--dist", "loadfile"]
+    if status := subprocess.run(units, env=env | {"OMP_NUM_THREADS": "1"}, check=False).returncode:
+        sys.exit(status)
+    os.execve(sys.executable, [*pytest, "-m", "arithmetic and e2e"], env)
 
 
 if __name__ == "__main__":
