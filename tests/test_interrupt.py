@@ -30,6 +30,7 @@ from tests.test_pipeline import calibration_file
 from tests.test_resume import Bench, done, gone_on, same
 
 INTERRUPTS = 50
+SECOND = ".model-00003-of-00004.safetensors.growing"  # block; the first part is outside of all
 KINDS = (signal.SIGINT, signal.SIGTERM)
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -109,7 +110,7 @@ def test_interrupts_at_random_moments_all_end_with_2_and_lose_nothing(
 def test_the_flag_is_looked_at_between_steps_and_the_next_run_goes_on(
     number: signal.Signals, bench: Bench, whole: Path
 ) -> None:
-    name, moment = f"between-{number.name}", ("os.rename", ".block-00002.safetensors.growing")
+    name, moment = f"between-{number.name}", ("os.rename", SECOND)
     (bench.home / name).mkdir()
     run = bench.ran(name, first=partial(signal_at, bench.kept(name), moment, [number]))
     assert run.status == 2
@@ -121,7 +122,7 @@ def test_the_flag_is_looked_at_between_steps_and_the_next_run_goes_on(
 def test_a_second_signal_ends_at_once_and_leaves_what_a_crash_does(
     bench: Bench, whole: Path
 ) -> None:
-    moment = ("open", ".block-00002.safetensors.growing")
+    moment = ("open", SECOND)
     (bench.home / "twice").mkdir()
     run = bench.ran("twice", first=partial(signal_at, bench.kept("twice"), moment, KINDS))
     assert run.status == 2

@@ -44,7 +44,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "device": (("--device", "cuda:63"), ("cuda:63",)),
     "disk": (
         ("--calibration", "{home}/texts.jsonl"),
-        ("cannot hold activations", "File too large"),
+        ("cannot hold ", "File too large"),
     ),
     "taken": ((), ("out-taken exists already", "--force")),
 }
@@ -252,7 +252,7 @@ UNFORESEEN: dict[str, tuple[str, Exception, tuple[str, ...]]] = {
     "a tensor": (
         "quant.intake.stored.Stored.read",
         MemoryError(),
-        ("unexpected MemoryError (", "while reading model.layers.0.", "parent/model.safetensors"),
+        ("unexpected MemoryError (", "while reading model.", "parent/model.safetensors"),
     ),
     "the estimate": ("quant.solver.preflight.memory", ZeroDivisionError("by zero"), ("by zero",)),
     "calibration": ("quant.calibration.prepare", RecursionError("maximum depth"), ("maximum",)),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from quant import tokens
 from quant.errors import SourceError
 from quant.intake import source
 from quant.intake.source import Source
@@ -21,7 +22,7 @@ from quant.solver.blocks import Call, Decoder
 from quant.solver.experts import Expert
 from tests import tiny
 from tests.test_gptq import plainly_rounded
-from tests.test_pipeline import Crash, Told, calibration_file, quantize
+from tests.test_pipeline import Crash, Told, calibration_file, letters, quantize
 
 pytestmark = pytest.mark.arithmetic
 
@@ -221,13 +222,15 @@ def test_what_is_walked_rightly_is_quantized_well(kind: str, tmp_path: Path) -> 
     held = ((name, model.tensors.get(name)) for name in model.tensors.names())
     rounded = {n: plainly_rounded(t.float(), 32, LEVELS) if n in names else t for n, t in held}
     whole = replica.of_parent(model, CPU)
-    solved = distance(whole, replica.of_artifact(model, made.folder, made.manifest, CPU))
-    assert 0 < solved < distance(whole, replica.of_tensors(model, rounded.items(), CPU, kind))
+    plain = replica.of_tensors(model, rounded.items(), CPU, kind)
+    text = "\n".join(letters(seed=1))  # of the kind that calibrated, and none of it
+    ids = torch.tensor(tokens.of_text(text, tokens.load_tokenizer(parent))[:256]).view(4, 64)
+    solved = distance(whole, replica.of_artifact(model, made.folder, made.manifest, CPU), ids)
+    assert 0 < solved < distance(whole, plain, ids)
 
 
 @torch.no_grad()
-def distance(parent: PreTrainedModel, other: PreTrainedModel) -> float:
-    """Mean KL in nats over tokens that calibrated neither."""
-    ids = torch.randint(9, tiny.VOCAB, (4, 48), generator=torch.Generator().manual_seed(1))
+def distance(parent: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
+    """Mean KL in nats over `ids`."""
     before, after = (model(input_ids=ids).logits.log_softmax(-1) for model in (parent, other))
     return float((before.exp() * (before - after)).sum(-1).mean())

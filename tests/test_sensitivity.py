@@ -163,7 +163,8 @@ def test_the_same_is_measured_twice(tmp_path: Path) -> None:
 def test_layers_that_cannot_be_solved_are_named(tmp_path: Path) -> None:
     folder = tiny.model_folder(tmp_path / "parent", tied=False)
     held = load_file(folder / "model.safetensors")
-    held["model.layers.1.mlp.up_proj.weight"].zero_()
+    held["model.layers.1.post_attention_layernorm.weight"].fill_(3e38)
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SolveError, match=r"^model\.layers\.1\.mlp\.down_proj could not be solved"):
+    named = r"^model\.layers\.1\.mlp\.gate_proj and .*up_proj could not be solved: its inputs"
+    with pytest.raises(SolveError, match=named):
         measured(source.open(str(folder), cache=tmp_path))

@@ -288,6 +288,7 @@ def test_another_commands_work_is_left_alone_until_it_is_taken(target: Path) -> 
 
 
 def hold(target: Path, ready: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with staging.staged(target) as folder:
         (folder / "theirs").write_text("x")
         (folder / "deep").mkdir()
