@@ -88,6 +88,9 @@ def report(log: Log) -> int:
     held = [_claim(*row) for row in _claims(log)]
     for request in log.failures()[:10]:
         print(f"\n{request}")
+    start = log.samples[0].at
+    for each in (asked for asked in log.livez if asked.status != 200):
+        print(f"\n/livez at {each.at - start:.2f} s: {each.status} after {each.seconds:.2f} s")
     return 0 if all(held) else 1
 
 

@@ -19,7 +19,6 @@ from importlib import metadata
 
 from serve import engine_args, keys, lifeline, listening, vllm_release, watch
 from serve.errors import Draining, EngineDied, EngineStalled, Forbidden, NotReady
-from serve.heartbeat import BEAT_EVERY_S
 from serve.metrics import Lifetimes
 from serve.progress import Progress
 from serve.settings import Settings
@@ -219,8 +218,13 @@ class Supervisor:
         """Have its clients told that their answers end, as far as it can still tell them."""
         self._room.fault = NotReady("the model is being started again; try again shortly")
         await self._answer_alone()
+        await self._end_answers(worker, why)
+
+    async def _end_answers(self, worker: WorkerProcess, why: str) -> None:
+        """Until it has told them, by a beat that it sent after it was asked to."""
         worker.pulse.order("end", why)
-        await self._until(lambda: worker.quiet, self._pace.farewell_s)
+        asked = time.monotonic()
+        await self._until(lambda: worker.quiet_since(asked), self._pace.farewell_s)
 
     async def _drain(self, worker: WorkerProcess) -> None:
         """New requests are refused at once, running ones get `drain_timeout` seconds."""
@@ -230,14 +234,8 @@ class Supervisor:
         drain_s, began = self._settings.drain_timeout, time.monotonic()
         self._say(f"draining: up to {drain_s:g} s for running requests")
         worker.pulse.order("drain")
-
-        def drained() -> bool:
-            heard = worker.pulse.heard > began + BEAT_EVERY_S or not worker.alive
-            return heard and worker.quiet
-
-        if not await self._until(drained, drain_s):
-            worker.pulse.order("end", Draining.code)
-            await self._until(lambda: worker.quiet, self._pace.farewell_s)
+        if not await self._until(lambda: worker.quiet_since(began), drain_s):
+            await self._end_answers(worker, Draining.code)
         worker.terminate()
         left = began + drain_s + self._pace.stop_grace_s - time.monotonic()
         await self._until(lambda: not worker.alive, left)

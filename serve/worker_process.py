@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
-from serve.heartbeat import Pulse
+from serve.heartbeat import BEAT_EVERY_S, Pulse
 from serve.progress import Progress
 
 POLL_S = 0.02
@@ -91,11 +91,12 @@ class WorkerProcess:
         beat = self.pulse.beat
         return self.ready_at is not None and beat is not None and not beat.engine_dead
 
-    @property
-    def quiet(self) -> bool:
-        """Whether no client waits for it any more."""
-        beat = self.pulse.beat
-        return not self.alive or beat is None or beat.open == 0
+    def quiet_since(self, ordered: float) -> bool:
+        """Whether no client waits for it any more, by a beat after an order of that time."""
+        beat, heard = self.pulse.beat, self.pulse.heard
+        if not self.alive or beat is None:
+            return True
+        return heard > ordered + BEAT_EVERY_S and beat.open == 0
 
     @property
     def status(self) -> str:
