@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
+TIED = (
+    "import os, sys; from serve import lifeline; lifeline.die_with(int(sys.argv[1]));"
+    " os.execv(sys.argv[2], sys.argv[2:])"
+)
 # So small a model wavers at many questions (France: 0.155 for "The", 0.141 for a French word), and
 # there any rounding decides. Here each token leads the next likeliest by 2.5 nats and more, up to
 # the answer; INT4 moves that by a tenth (tests/e2e/test_demo.py).
@@ -103,8 +107,8 @@ def run(folder: Path) -> None:
 
 
 def _ran(*words: str) -> None:
-    """`quantserve WORDS` to its end. In a session of its own: a signal reaches it once, by us."""
-    child = subprocess.Popen([QUANTSERVE, *words], start_new_session=True)
+    """`quantserve WORDS` to its end."""
+    child = _begun(*words)
     passed_on = False
     while child.poll() is None:
         if interrupt.asked() and not passed_on:
@@ -115,6 +119,15 @@ def _ran(*words: str) -> None:
     interrupt.check()
     if child.returncode:
         sys.exit(child.returncode)  # it said why
+
+
+def _begun(*words: str) -> subprocess.Popen[bytes]:
+    """`quantserve WORDS`, which does not outlive this process, however that ends.
+
+    In a session of its own: a signal of the terminal's reaches it once, by us.
+    """
+    command = [sys.executable, "-c", TIED, str(os.getpid()), QUANTSERVE, *words]
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def _train(target: Path) -> None:
@@ -176,8 +189,7 @@ def _served(artifact: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [QUANTSERVE, "serve", str(artifact), "--port", str(port)]
-    server = subprocess.Popen(command, start_new_session=True)
+    server = _begun("serve", str(artifact), "--port", str(port))
     try:
         while not _ready(url):
             interrupt.check()

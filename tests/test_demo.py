@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.test_interrupt import until_it_listens
@@ -26,16 +29,7 @@ PROGRAM = "import sys; from bench import demo; demo.QUANTSERVE = sys.argv.pop(1)
 def test_a_signal_reaches_the_command_that_runs_and_both_say_a_line(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    (tmp_path / "pirate").mkdir()  # trained already
-    command = tmp_path / "quantserve"
-    command.write_text(COMMAND.format(home=tmp_path))
-    command.chmod(0o755)
-    words = [sys.executable, "-c", PROGRAM, str(command), "--folder", str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
-        end = time.monotonic() + 60
-        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
-            assert demo.poll() is None and time.monotonic() < end
-            time.sleep(0.02)
+    with quantizing(tmp_path) as demo:
         demo.send_signal(number)
         _, err = demo.communicate(timeout=60)
     assert demo.returncode == 2
@@ -45,6 +39,30 @@ def test_a_signal_reaches_the_command_that_runs_and_both_say_a_line(
     ]
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "started").read_text()), 0)
+
+
+def test_a_demo_that_is_killed_takes_its_command_along(tmp_path: Path) -> None:
+    """So does a second signal, which ends it on the spot."""
+    with quantizing(tmp_path) as demo:
+        command = psutil.Process(int((tmp_path / "started").read_text()))
+        demo.kill()
+        assert not psutil.wait_procs([command], timeout=60)[1]
+
+
+@contextmanager
+def quantizing(home: Path) -> Iterator[subprocess.Popen[str]]:
+    """A demo whose command has begun."""
+    (home / "pirate").mkdir()  # trained already
+    command = home / "quantserve"
+    command.write_text(COMMAND.format(home=home))
+    command.chmod(0o755)
+    words = [sys.executable, "-c", PROGRAM, str(command), "--folder", str(home)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        end = time.monotonic() + 60
+        while not (home / "started").exists() or not (home / "started").read_text():
+            assert demo.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        yield demo
 
 
 def test_a_signal_while_it_trains_is_one_line(tmp_path: Path) -> None:
