@@ -300,6 +300,13 @@ def filled(
     for own, name in names.items():
         stored = source.tensors.get(name).to(device)
         tensors[own] = stored if own in sparse else stored.to(dtype)
+    with holding(module, tensors):
+        yield
+
+
+@contextmanager
+def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """These tensors, by the own names of `module`, inside it; it is empty again afterwards."""
     module.load_state_dict(tensors, strict=False, assign=True)
     try:
         yield

@@ -167,12 +167,8 @@ def _filled(
             rows = joined[own[part.of]].view(-1, part.shape[-1])
             its = rows[part.first : part.first + part.shape[0]]
             its.copy_(source.tensors.get(name))
-        block.load_state_dict(joined, strict=False, assign=True)
-        try:
+        with blocks.holding(block, joined):
             yield
-        finally:
-            empty = {leaf: tensor.to("meta") for leaf, tensor in joined.items()}
-            block.load_state_dict(empty, strict=False, assign=True)
 
 
 def _check_block(
