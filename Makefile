@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 ARTIFACT ?= .demo/smollm2-w4a16
 # Two at a time, of a thread each: small tensors gain nothing from more, and lose where cores are busy.
-UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+UNITS := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup setup-dev demo serve test check lint bench
 

@@ -221,9 +221,7 @@ def quantize(
         raise RecipeError(
             "--training-base and --initial say how an adapter was trained; give it with --adapter"
         )
-    # Every batch's thread has OpenMP workers of its own; those that spin take the cores from the
-    # next one's. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    hold_threads()
 
     from quant import pipeline
     from quant.lora.training import Training
@@ -272,6 +270,17 @@ def inspect(
     console.print(_facts(manifest))
     if layers:
         console.print(_layers(manifest))
+
+
+def hold_threads() -> None:
+    """Before torch and numba are loaded, which read this then.
+
+    Every batch's thread has OpenMP workers of its own; those that spin take the cores from the next
+    one's. numba's loops set OpenMP's number of threads for everybody, whatever the user gave.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        os.environ.setdefault("NUMBA_NUM_THREADS", given)
 
 
 def _told(manifest: Manifest, out: Path) -> None:

@@ -45,7 +45,9 @@ def main() -> None:
     pytest = [sys.executable, "-m", "pytest", "-p", "serve.isa", *words]
     env = {**os.environ, **environment(level)}
     units = [*pytest, "-m", "arithmetic and not e2e", "-n", "2", "--dist", "loadfile"]
-    if status := subprocess.run(units, env=env | {"OMP_NUM_THREADS": "1"}, check=False).returncode:
+    if status := subprocess.run(
+        units, env=env | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}, check=False
+    ).returncode:
         sys.exit(status)
     os.execve(sys.executable, [*pytest, "-m", "arithmetic and e2e"], env)
 

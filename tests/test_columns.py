@@ -10,8 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +110,6 @@ def descended(
     return moved, (moved * left).sum(dim=1), ((moved @ dense) * moved).sum(dim=1)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = numba.get_num_threads()
-    numba.set_num_threads(count)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
-
-
 @each_loop
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_steps_and_errors_are_those_of_the_slow_loop(loops: Any, levels: Levels) -> None:
@@ -215,33 +204,31 @@ def everything() -> list[Tensor]:
     ]
 
 
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one processor")
-def test_the_number_of_threads_does_not_matter() -> None:
-    with threads(1):
-        one = everything()
-    with threads(2):
-        two = everything()
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
 def digest() -> str:
     """Of what each loop gives."""
     numbers = b"".join(tensor.contiguous().numpy().tobytes() for tensor in everything())
     return hashlib.sha256(numbers).hexdigest()
 
 
+def digest_elsewhere(**settings: str) -> str:
+    """In a process of its own, with these in its environment."""
+    program = "from tests.test_columns import digest; print(digest())"
+    command = [sys.executable, "-c", program]
+    digest = subprocess.check_output(command, env={**os.environ, **settings}, text=True)
+    assert len(digest) > 60
+    return digest
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    one, two = (digest_elsewhere(NUMBA_NUM_THREADS=count) for count in "12")
+    assert one == two
+
+
 def test_code_out_of_the_cache_computes_what_just_compiled_code_does(tmp_path: Path) -> None:
     """To the bit: a run goes on where another process was stopped, and makes the same files."""
-    program = "from tests.test_columns import digest; print(digest())"
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    compiled, cached = (
-        subprocess.run(
-            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(2)
-    )
+    compiled, cached = (digest_elsewhere(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
     assert list(tmp_path.rglob("*.nbc")), "numba kept nothing"
-    assert compiled == cached and len(compiled) > 60
+    assert compiled == cached
 
 
 @each_loop

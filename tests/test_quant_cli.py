@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,3 +328,20 @@ def test_what_a_caller_knows_is_left_to_it() -> None:
 
     with pytest.raises(Known):
         cli.main(failing, known=(Known,))
+
+
+def test_a_number_of_threads_that_the_user_gave_holds_in_every_loop() -> None:
+    """numba's own default would raise torch's too, and with it what a run is known by."""
+    code = (
+        "from quant import cli; cli.hold_threads()\n"
+        "import torch; from quant.solver import gptq\n"
+        "from quant.solver.grid import full_range\n"
+        "w, h = torch.randn(8, 32), torch.eye(32)\n"
+        "factor, levels = gptq.factorize(h.clone(), 0.01, 32), full_range(4, torch.bfloat16)\n"
+        "gptq.solve(w, h, factor, 32, levels); print(torch.get_num_threads())"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
+    printed = subprocess.check_output(
+        [sys.executable, "-c", code], env=env | {"OMP_NUM_THREADS": "1"}, text=True
+    )
+    assert printed == "1\n"
