@@ -40,6 +40,7 @@ def test_a_mark_is_no_part_of_the_text(encoding: str, tmp_path: Path) -> None:
         (zipped(), "is a zip archive; unpack it first"),
         (b"PAR1...", "is a Parquet file; write its rows as JSON lines first"),
     ],
+    ids=["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-be", "gzip", "zip", "parquet"],
 )
 def test_what_is_no_text_is_named(content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(content)
