@@ -99,10 +99,11 @@ def test_codes_are_the_textbooks(levels: Levels, group: int, dead: list[int]) ->
 def test_reported_losses_are_those_of_the_outputs(levels: Levels, group: int) -> None:
     weight, inputs = drawn(ROWS, COLUMNS, seed=9) * 0.05, correlated()
     solution = solved(weight, hessian_of(inputs), group, levels)
-    told = (solution.loss.double(), solution.rounding_loss.double())
     rounded = plainly_rounded(weight, group, levels)
     found = (output_loss(inputs, weight, solution.weight()), output_loss(inputs, weight, rounded))
-    torch.testing.assert_close(told, found, rtol=1e-3, atol=0)
+    torch.testing.assert_close(solution.loss.double(), found[0], rtol=1e-3, atol=0)
+    # Rounding's is a product of bfloat16 factors on a CPU that multiplies those.
+    torch.testing.assert_close(solution.rounding_loss.double(), found[1], rtol=2**-7, atol=0)
     assert float(solution.loss.sum()) < 0.5 * float(solution.rounding_loss.sum())
 
 

@@ -315,11 +315,15 @@ def test_what_is_left_to_vllms_int4_kernel_keeps_activations_at_16_bits(
         for shard, part in parts.items():
             load(layer, checkpoint.encode(formats.of_scheme("w4a16", 16), part, dtype), shard)
         finish(layer)
-        assert kernel_of(layer) == "vLLM's CPUWNA16LinearKernel"
+        names.append(kernel_of(layer))
         return distance(layer(x)[0], x.float() @ weight.t())
 
+    names: list[str] = []
     served = error(engine_args.environment(Settings(), facts)[engine_args.ROUNDS])
     assert served <= min(2 * LOSS[dtype], 1.1 * error("1"))
+    assert names[0] == "vLLM's CPUWNA16LinearKernel"
+    rounded = "vLLM's CPUWNA16LinearKernel, activations rounded to 8 bits"
+    assert names[1] in (names[0], rounded)  # by whether there is AMX
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8"])
