@@ -22,7 +22,7 @@ AZURITE = Path(__file__).parent.parent / ".cache/azurite/node_modules/.bin/azuri
 AZURITE_KEY = (
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 )
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 300
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from uuid import uuid4
 import psycopg
 
 NOBODY = 65534
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 300
 OPTIONS = ("fsync=off", "full_page_writes=off", "max_connections=50")
 
 

@@ -68,7 +68,7 @@ def scraping(target: str, key: str, folder: Path) -> Iterator[Prometheus]:
             yield Prometheus(client)
         finally:
             process.terminate()
-            process.wait(timeout=20)
+            process.wait(timeout=300)
 
 
 def _configuration(target: str, key: str, folder: Path, *, own: str) -> Path:

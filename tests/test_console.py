@@ -23,7 +23,7 @@ sys.stdout.write("went on")
 def said(flush_s: str, lines: str, stderr: int) -> str:
     done = subprocess.run(
         [sys.executable, "-c", CODE, flush_s, lines],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, timeout=60, check=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, timeout=300, check=True,
     )  # fmt: skip
     return done.stdout.decode()
 

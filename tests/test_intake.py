@@ -53,7 +53,7 @@ async def ask(intake: Intake, hanging: type[Hanging], sources: list[str]) -> lis
     """Fetches of these sources, each of which hangs when this returns."""
     tasks = [asyncio.create_task(intake.take_in(source)) for source in sources]
     for _ in sources:
-        assert await asyncio.to_thread(hanging.asked.acquire, timeout=30)
+        assert await asyncio.to_thread(hanging.asked.acquire, timeout=300)
     return tasks
 
 

@@ -64,7 +64,7 @@ def whole(bench: Bench) -> Path:
 
 def until_it_listens(pid: int) -> None:
     """Waits for the process to handle SIGTERM; Python itself does not."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while time.monotonic() < end:
         told = Path(f"/proc/{pid}/status").read_text()
         caught = re.search(r"^SigCgt:\s*(\w+)$", told, re.MULTILINE)
@@ -145,7 +145,7 @@ def test_a_signal_while_it_imports_is_one_line_too(delay: float, tmp_path: Path)
         until_it_listens(process.pid)
         time.sleep(delay)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, b"")
     assert err == b"quantserve: interrupted; nothing was written\n"
 

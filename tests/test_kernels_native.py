@@ -177,7 +177,7 @@ def test_two_processes_that_start_together_share_one_compilation(workshop: Works
     workshop.compiler(f'sleep 1\nexec {COMPILER} "$@"')
     command = [sys.executable, "-c", BUILD, str(workshop.folder), str(workshop.source)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [process.communicate(timeout=60)[0].strip() for process in both]
+    printed = [process.communicate(timeout=300)[0].strip() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert printed[0] == printed[1]
     assert answer_of(Path(printed[0])) == 42

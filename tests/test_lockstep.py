@@ -198,6 +198,6 @@ print(after)
 
 def test_ctrl_c_anywhere_in_a_step_ends_every_lane() -> None:
     command = [sys.executable, "-c", _INTERRUPTED]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 3

@@ -119,7 +119,7 @@ def cold(home: Path) -> Ran:
     """One run without any help: a new interpreter, imports and all, and its own calibration."""
     words = quantize_words(home / "parent", home / "out-json", "--json")
     done = subprocess.run(
-        [QUANTSERVE, *words], capture_output=True, text=True, timeout=120, check=False
+        [QUANTSERVE, *words], capture_output=True, text=True, timeout=300, check=False
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -200,7 +200,7 @@ def signalled(deep: Path, folder: Path, number: signal.Signals) -> Ran:
     """A run into `folder`/out that got a signal while it solved layers."""
     texts = ("--calibration", str(deep.parent / "texts.jsonl"))
     run = warm.begin(*quantize_words(deep, folder / "out", "--json", *texts), said=folder / "said")
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while run.stdout.count('"layer"') < 20:
         assert run.process.is_alive() and time.monotonic() < until, run.stderr
         time.sleep(0.01)

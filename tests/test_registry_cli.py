@@ -18,7 +18,7 @@ def call(*words: str | Path, **env: str) -> tuple[int, str]:
     """The exit status, and all that is said."""
     done = subprocess.run(
         [QUANTSERVE, "registry", *map(str, words)],
-        capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False,
+        capture_output=True, text=True, timeout=300, env={**os.environ, **env}, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr

@@ -36,7 +36,7 @@ def refused(*words: str | Path, **env: str) -> str:
         [QUANTSERVE, "serve", *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=300,
         env={**os.environ, **env},
         check=False,
     )

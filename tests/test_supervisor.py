@@ -27,7 +27,7 @@ class Stream(threading.Thread):
         assert self.begun.wait(60)
 
     def run(self) -> None:
-        with httpx.stream("GET", self._address, timeout=60) as reply:
+        with httpx.stream("GET", self._address, timeout=300) as reply:
             for line in reply.iter_lines():
                 self.told = line or self.told
                 self.begun.set()

@@ -39,7 +39,7 @@ class Running:
 
     def status(self) -> int:
         """Waits; the exit status, or minus the number of the signal that ended it."""
-        self.process.join(timeout=120)
+        self.process.join(timeout=300)
         assert self.process.exitcode is not None, "still running after two minutes"
         return self.process.exitcode
 

@@ -111,7 +111,7 @@ class Server:
         while time.monotonic() < end:
             assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=30).status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=300).status_code == 200:
                     return
             except httpx.TransportError:
                 pass

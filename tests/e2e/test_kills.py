@@ -72,7 +72,7 @@ def descendants(server: Server) -> list[psutil.Process]:
 
 
 def until_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=300)
     assert not alive
 
 

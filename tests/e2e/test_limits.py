@@ -20,7 +20,7 @@ from tests.e2e.server import APP_KEY, START_TIMEOUT_S, Server
 pytestmark = pytest.mark.e2e
 
 logger = logging.getLogger(__name__)
-HANG_S = 120.0
+HANG_S = 300.0
 HI = {"role": "user", "content": "hi"}
 
 

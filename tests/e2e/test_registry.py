@@ -172,7 +172,7 @@ def test_a_killed_process_comes_back_with_every_alias(
     expected, answers = versions(), (one.answer("base"), one.answer("a5"))
     children = psutil.Process(one.process.pid).children(recursive=True)
     next(child for child in children if victim in " ".join(child.cmdline())).kill()
-    psutil.wait_procs(children, timeout=60)
+    psutil.wait_procs(children, timeout=300)
     one.until_ready()
     assert versions() == expected
     assert one.answer("base").is_as(answers[0]) and one.answer("a5").is_as(answers[1])
