@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from quant import companions, durable, finite, foreign_json, formats, interrupt
 from quant.errors import ArtifactError
@@ -25,6 +25,7 @@ CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _CHUNK = 1 << 22
+_LONGEST_NAME = 256  # of a file
 _MOST_BYTES = 256 << 20  # of a manifest; a line for each of a million experts' layers
 
 TrainingBase = Literal["stored", "nf4", "nf4-double", "residual"]
@@ -297,21 +298,26 @@ def format_of(folder: Path, section: Mapping[str, Any], module: str) -> Format:
         raise ArtifactError(f"{folder / 'config.json'}: {fault}") from fault
 
 
-_INDEX = TypeAdapter(dict[str, str])
-
-
 def _index(folder: Path) -> dict[str, str] | None:
     """The shard of each tensor; None where one file holds all, which loaders prefer."""
     path = folder / INDEX
     if (folder / SINGLE).is_file() or not path.is_file():
         return None
     try:
-        index = _INDEX.validate_python(foreign_json.read(path)["weight_map"])
-    except (ValueError, KeyError, TypeError) as fault:
+        raw = foreign_json.read(path)
+    except (OSError, ValueError) as fault:
         raise ArtifactError(f"{path} is not a safetensors index: {fault}") from fault
-    for shard in set(index.values()):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ArtifactError(f"{path} points outside its folder: {shard!r}")
+    index = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
+        expected = 'expected {"weight_map": {tensor: file}}'
+        raise ArtifactError(f"{path} is not a safetensors index: {expected}")
+    for shard in sorted(set(index.values())):
+        plain = Path(shard).name == shard and "\0" not in shard and len(shard) < _LONGEST_NAME
+        if not plain or not shard.endswith(".safetensors"):
+            raise ArtifactError(
+                f"{path} points outside its folder: {shard!r:.200}; expected the name of a"
+                " .safetensors file in it"
+            )
     return index
 
 

@@ -5,6 +5,7 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from quant import foreign_json
-from quant.errors import ArtifactError
+from quant.errors import ArtifactError, QuantError
 
 # The format's own limit on a header, which keeps a corrupt length from asking for all memory.
 MAX_HEADER = 100_000_000
@@ -23,6 +24,10 @@ _BITS = {
     "F8_E5M2FNUZ": 8, "F4": 4, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
     "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+
+
+# What stands where `git clone` without LFS left a file.
+_POINTER = b"version https://git-lfs"
 
 
 class TensorHeader(NamedTuple):
@@ -80,9 +85,20 @@ def read_headers(path: Path, most: int = MAX_HEADER) -> dict[str, TensorHeader]:
     return found
 
 
+def check_fetched(path: Path, error: type[QuantError]) -> None:
+    """`error` where a Git LFS pointer lies in the file's place."""
+    with path.open("rb") as file:
+        begins = file.read(len(_POINTER))
+    if begins == _POINTER:
+        raise error(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder")
+
+
 def _parse(path: Path, most: int) -> tuple[int, dict[str, _Entry]]:
     """Offset of the data, and the raw entries, every number in them bounded."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe waits for who writes
+            raise ArtifactError(f"{path} is no file")
+        check_fetched(path, ArtifactError)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= path.stat().st_size - 8:

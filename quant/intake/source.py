@@ -30,6 +30,7 @@ from quant.intake import (
     config_json,
     corrected,
     door,
+    files,
     fused,
     gguf,
     remodel,
@@ -191,6 +192,7 @@ def _plain(given: Path, cache: Path, say: Say) -> tuple[Path, set[str]]:
     config, tokenizer = around.config_of(given, given), around.tokenizer_of(given, given)
     if config_json.FILE not in config:
         raise SourceError(f"{given} is not a model folder: it has no {config_json.FILE}")
+    files.check_settings(config | tokenizer)
     try:
         weights = stored.of_headers(given, artifact.headers(given))
     except ArtifactError as fault:
@@ -206,9 +208,9 @@ def _plain(given: Path, cache: Path, say: Say) -> tuple[Path, set[str]]:
     if config_json.read(home).get("architectures") is None:
         say(f"config.json names no architecture: {outline.config.architectures[0]} is taken")
         changes["architectures"] = outline.config.architectures
-    files = {n: p for n, p in (config | tokenizer).items() if p != given / n}
+    elsewhere = {n: p for n, p in (config | tokenizer).items() if p != given / n}
     renamed = {t.name: weights[t.given] for t in found.tensors.values()} if found.renamed else None
-    correction = Correction(changes, files, renamed)
+    correction = Correction(changes, elsewhere, renamed)
     folder = corrected.folder(given, correction, cache, say)
     if found.untied and architecture.is_tied(architecture.config(folder)):
         raise SourceError(f"{given}: {outline.config.model_type} cannot have a head of its own")
@@ -236,6 +238,7 @@ def _folder(spec: str, cache: Path, say: Say) -> Path:
     if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf.folder(path, cache, say)
     if path.is_dir():
+        files.check(path)
         return trainer.folder(path.resolve(), cache, say)
     if path.exists():
         raise SourceError(
