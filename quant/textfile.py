@@ -6,6 +6,7 @@ Refuses what is no text by what it is: another encoding, an archive.
 from __future__ import annotations
 
 import codecs
+import stat
 from pathlib import Path
 
 from quant.errors import CalibrationError
@@ -17,9 +18,12 @@ _OTHERS = {
     codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8",
     b"\x1f\x8b": "compressed by gzip; unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ\0": "compressed by xz; unpack it first",
     b"PK\x03\x04": "a zip archive; unpack it first",
     b"PAR1": "a Parquet file; write its rows as JSON lines first",
     b"ARROW1": "an Arrow file; write its rows as JSON lines first",
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` in its folder",
 }
 
 
@@ -29,6 +33,9 @@ def read(file: Path) -> bytes:
     Single bytes are not looked at: whoever decodes them knows the line to name.
     """
     try:
+        mode = file.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it is read more than once
+            raise CalibrationError(f"{file} is a pipe or a device; write its content to a file")
         content = file.read_bytes()
     except OSError as fault:
         raise CalibrationError(f"{file} cannot be read: {fault.strerror}") from fault

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import os
 import zipfile
 from pathlib import Path
 
@@ -39,14 +42,33 @@ def test_a_mark_is_no_part_of_the_text(encoding: str, tmp_path: Path) -> None:
         (gzip.compress(LINE.encode()), "is compressed by gzip; unpack it first"),
         (zipped(), "is a zip archive; unpack it first"),
         (b"PAR1...", "is a Parquet file; write its rows as JSON lines first"),
+        (bz2.compress(LINE.encode()), "is compressed by bzip2; unpack it first"),
+        (lzma.compress(LINE.encode()), "is compressed by xz; unpack it first"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+            "is a Git LFS pointer; run `git lfs pull` in its folder",
+        ),
     ],
-    ids=["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-be", "gzip", "zip", "parquet"],
+    ids=[
+        *("utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-be"),
+        *("gzip", "zip", "parquet", "bzip2", "xz", "pointer"),
+    ],
 )
 def test_what_is_no_text_is_named(content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(CalibrationError) as caught:
         textfile.read(tmp_path / "f")
     assert str(caught.value) == f"{tmp_path / 'f'} {says}"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_has_no_end_is_not_read(kind: str, tmp_path: Path) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "f")
+    else:
+        (tmp_path / "f").symlink_to("/dev/zero")
+    with pytest.raises(CalibrationError, match="f is a pipe or a device; write its content to a"):
+        textfile.read(tmp_path / "f")
 
 
 def test_an_empty_file_is_read(tmp_path: Path) -> None:
