@@ -26,6 +26,7 @@ from quant import (
     formats,
     interrupt,
     journal,
+    paths,
     room,
     shards,
     staging,
@@ -80,7 +81,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     crash leave what the next run goes on from, once a block is done, and say so in a note.
     """
     on = _devices(recipe, progress)
-    target = order.target.expanduser().absolute()
+    target = paths.full(order.target).absolute()
     staging.check_target(target, force=order.force)
     progress.say(f"opening {order.spec}")
     opened = _opened(order, progress)
@@ -145,7 +146,7 @@ def _gate(recipe: Recipe, order: Order, opened: Source, progress: Progress) -> G
     if order.max_kl is None:
         return None
     held = gate.rows(opened, recipe, order.calibration_file, progress.say)
-    return Gate(held, order.max_kl, order.target.expanduser().absolute(), progress.say)
+    return Gate(held, order.max_kl, paths.full(order.target).absolute(), progress.say)
 
 
 def _journal(asked: estimate.Run, order: Order, stage: Stage, progress: Progress) -> Journal:

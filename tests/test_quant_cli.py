@@ -238,6 +238,35 @@ def test_a_manifest_of_an_older_version_is_told_of_where_it_is_verified(tmp_path
     assert "older" not in CliRunner().invoke(cli.app, ["inspect", str(tmp_path)]).stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("", "--out", "{out}"), "an empty path was given"),
+        (("~nobody-here/m", "--out", "{out}"), "~nobody-here/m is in a home that this system does"),
+        (("x" * 5000, "--out", "{out}"), "x cannot be looked at: File name too long"),
+        (("{parent}", "--out", "~nobody-here/x"), "~nobody-here/x is in a home"),
+        (("{parent}", "--out", "x" * 300), "x cannot be looked at: File name too long"),
+        (("{parent}", "--out", "{out}", "--cache", "~nobody-here"), "~nobody-here is in a home"),
+    ],
+    ids=["none", "home", "long", "target in a home", "long target", "cache in a home"],
+)
+def test_a_path_that_no_file_system_has_is_one_line(
+    words: tuple[str, ...],
+    told: str,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [word.format(parent=home / "parent", out=tmp_path / "out") for word in words]
+    with pytest.raises(SystemExit) as left:
+        cli.main(lambda: cli.app(["quantize", *given]))
+    *_, line = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and told in line
+    assert not any(tmp_path.iterdir())
+
+
 # What somebody else's code raises, at every stage of a run, and what the line has to tell of it.
 UNFORESEEN: dict[str, tuple[str, Exception, tuple[str, ...]]] = {
     "a configuration": (

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from quant import artifact, companions, interrupt
+from quant import artifact, companions, interrupt, paths
 from quant.artifact import Fingerprint
 from quant.errors import ArtifactError, SourceError, during
 from quant.headers import Headers, TensorHeader
@@ -157,7 +157,7 @@ def open(
     trained. `cache` keeps converted GGUF files and checkpoints. SourceError or AdapterError name
     what is missing, damaged or does not fit.
     """
-    cache = (cache or CACHE).expanduser().absolute()
+    cache = paths.full(cache or CACHE).absolute()
     folder, left_out = _plain(_folder(spec, cache, say), cache, say)
     config = architecture.config(folder)
     try:
@@ -232,7 +232,7 @@ def _untied(found: Admitted, outline: Outline, say: Say) -> dict[str, Any]:
 
 
 def _folder(spec: str, cache: Path, say: Say) -> Path:
-    path = Path(spec).expanduser()
+    path = paths.full(spec)
     if spec == DEMO and not path.exists():
         return gguf.folder(gguf.demo(), cache, say)
     if path.is_file() and path.suffix.lower() == ".gguf":

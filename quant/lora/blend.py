@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quant import checkpoint, interrupt, staging
+from quant import checkpoint, interrupt, paths, staging
 from quant.errors import AdapterError, RecipeError, SpaceError
 from quant.intake import remodel, source
 from quant.intake.source import Source
@@ -104,7 +104,7 @@ def run(order: Order, progress: Progress) -> Blended:
 
     Any QuantError, and an interrupt, leave neither a target nor a partial one behind.
     """
-    target = order.target.expanduser().absolute()
+    target = paths.full(order.target).absolute()
     staging.check_target(target, force=False)
     adapters = _opened(order)
     progress.say(f"opening {order.base}")

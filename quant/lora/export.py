@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant import companions, staging
+from quant import companions, paths, staging
 from quant.errors import AdapterError, SpaceError
 from quant.lora import adapter as lora
 from quant.lora import compensate, factors, footing, training, voice
@@ -74,7 +74,7 @@ def run(order: Order, progress: Progress) -> Exported:
     AdapterError where it is no plain LoRA and cannot be made one, or does not fit the base. Any
     QuantError, and an interrupt, leave nothing at the target.
     """
-    target = order.target.expanduser().absolute()
+    target = paths.full(order.target).absolute()
     staging.check_target(target, force=False)
     adapter = lora.read_trained(order.adapter)
     if order.initial is not None:

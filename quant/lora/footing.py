@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quant import artifact, foreign_json
+from quant import artifact, foreign_json, paths
 from quant.artifact import Fingerprint
 from quant.errors import ArtifactError
 from quant.intake import fused
@@ -35,7 +35,7 @@ class Base:
 
 def base_of(folder: Path) -> Base:
     """ArtifactError for a folder that is no model, or that does not say what it was made from."""
-    folder = folder.expanduser().resolve()
+    folder = paths.full(folder).resolve()
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder} is not a model folder: it has no config.json")
     manifest = artifact.read(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from quant import paths
 from quant.artifact import TrainingBase
 from quant.errors import AdapterError, RecipeError
 from quant.lora import adapter as lora
@@ -84,4 +85,4 @@ def started(adapter: Adapter, initial: Path) -> Adapter:
             " be undone; leave it out",
             field="init_lora_weights",
         )
-    return replace(adapter, initial=initial.expanduser().resolve())
+    return replace(adapter, initial=paths.full(initial).resolve())

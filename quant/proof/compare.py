@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from quant import artifact, tokens
+from quant import artifact, paths, tokens
 from quant.artifact import Manifest
 from quant.errors import ArtifactError, CompareError, SpaceError, TooLossy
 from quant.intake import architecture, source
@@ -62,7 +62,7 @@ def run(draw: Draw, order: Order, progress: Progress) -> Found:
     Any QuantError, and an interrupt, leave the artifact as it was.
     """
     device = devices.first(draw.device)
-    folder = order.artifact.expanduser().resolve()
+    folder = paths.full(order.artifact).resolve()
     manifest = intact(folder)
     progress.say(f"opening {order.parent}")
     order = replace(order, training=replace(order.training, base=manifest.training_base))

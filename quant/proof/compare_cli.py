@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quant import bar, recipe
+from quant import bar, paths, recipe
 from quant.errors import RecipeError
 from quant.lora.adapter_cli import Initial
 from quant.proof.evidence import Fidelity, Row, choice_rows, choice_title, text_rows, text_title
@@ -132,7 +132,7 @@ def check_text(
 
 def check_place(plot: Path | None) -> None:
     """RecipeError where the picture could not be written."""
-    if plot is not None and not plot.expanduser().absolute().parent.is_dir():
+    if plot is not None and not paths.full(plot).absolute().parent.is_dir():
         raise RecipeError(f"--plot {plot}: its folder does not exist; make it first")
 
 
@@ -167,4 +167,4 @@ def _draw(found: "Found", plot: Path | None, folder: Path) -> None:
         kl=found.trace.kl.numpy(),
         text=found.fidelity.text,
     )
-    plots.save(drawn, plot.expanduser())
+    plots.save(drawn, paths.full(plot))

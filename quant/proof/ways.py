@@ -15,7 +15,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from quant import pipeline, recipe
+from quant import paths, pipeline, recipe
 from quant.artifact import Manifest
 from quant.intake.source import Source
 from quant.lora import adapter as lora
@@ -118,7 +118,7 @@ def run(draw: Draw, order: Order, progress: Progress) -> list[Way]:
     if order.latency:
         served.check()
     device, asked = devices.first(draw.device), order.asked
-    folder = asked.artifact.expanduser().resolve()
+    folder = paths.full(asked.artifact).resolve()
     manifest = compare.intact(folder)
     progress.say(f"opening {asked.parent}")
     opened = compare.opened_as(asked, progress)
@@ -172,7 +172,7 @@ def _merged(
     asked, place = order.asked, order.merged or order.merge_into
     if place is None:
         return None
-    place = place.expanduser().resolve()
+    place = paths.full(place).resolve()
     if order.merged is None:
         if manifest.calibration.origin == "file" and order.merge_texts is None:
             progress.say(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quant import bar, recipe
+from quant import bar, paths, recipe
 from quant.errors import RecipeError
 from quant.lora.adapter_cli import Initial, TrainingBase
 from quant.proof.compare_cli import (
@@ -112,7 +112,7 @@ def compare(
     if plot is not None:
         from quant.proof import ways_plot
 
-        ways_plot.save(found, adapter.name, parent, plot.expanduser())
+        ways_plot.save(found, adapter.name, parent, paths.full(plot))
 
 
 def _print(found: "list[Way]") -> None:
