@@ -183,6 +183,39 @@ def test_what_pefts_wrappers_save_twice_is_taken_once(folder: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", ["q_proj"]),
+        ("target_modules", []),
+        ("exclude_modules", ["up_proj"]),
+        ("layers_to_transform", 7),
+        ("layers_to_transform", [7, 8]),
+    ],
+)
+def test_a_pair_that_peft_would_pass_over_is_refused(folder: Path, field: str, value: Any) -> None:
+    tiny.edit_json(folder / CONFIG, **{field: value})
+    fault = refused(folder)
+    assert fault.field == field and fault.found in SHAPES and "PEFT would not" in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "lost"),
+    [
+        ("modules_to_save", ["lm_head"], "lm_head"),
+        ("modules_to_save", ["model.norm", "score"], "model.norm"),
+        ("trainable_token_indices", [7, 9], "7"),
+        ("trainable_token_indices", {"embed_tokens": [7]}, "embed_tokens"),
+    ],
+)
+def test_what_was_trained_whole_and_not_saved_is_refused(
+    folder: Path, field: str, value: Any, lost: str
+) -> None:
+    tiny.edit_json(folder / CONFIG, **{field: value})
+    fault = refused(folder)
+    assert (fault.field, fault.expected) == (field, lost)
+
+
 def test_a_file_without_pairs_is_refused(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.clear())
     assert "holds no LoRA weights" in str(refused(folder))

@@ -5,7 +5,7 @@ that nothing here computes. Field meanings: PEFT 0.21, LoraConfig.
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,11 +26,11 @@ from quant.lora import kinds
 
 # Keys that say how an adapter was trained, or where, and not what it computes.
 _HARMLESS = frozenset({
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
-    "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "task_type",
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 })  # fmt: skip
+_NEEDED = ("r", "lora_alpha")  # null is no number, to PEFT and to vLLM
 _REASONS = {
     "layer_replication": "it repeats layers of the base",
     "alora_invocation_tokens": "activated LoRA switches on inside a prompt",
@@ -41,6 +41,7 @@ _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _MOST_PATTERNS, _LONGEST_PATTERN = 16384, 300  # a mixture of experts may name each of its modules
 _MOST_EXPRESSIONS = 32  # of those that are more than a name
 _MOST_PARAMETERS = 1024
+_LAYER = re.compile(r"\.(\d{1,9})\.")  # the first: an expert's number is further on
 _NAME = re.compile(r"[\w.^$\\-]*")
 # Counts of one character or class, as in [0-9]{1,2}: every state of the automaton may be alive at
 # every character of a name, and larger counts, or those of a group, are many states.
@@ -70,6 +71,9 @@ class LoraConfig(BaseModel):
     alpha_pattern: dict[str, FiniteFloat] = {}
     fan_in_fan_out: bool = False
     target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
     target_parameters: tuple[str, ...] = Field((), max_length=_MOST_PARAMETERS)
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
@@ -108,6 +112,26 @@ class LoraConfig(BaseModel):
         """Whether target_parameters names this tensor, by all of its name or by its last parts."""
         return any(f".{parameter}".endswith(f".{name}") for name in self.target_parameters)
 
+    def leaves_out(self, name: str) -> str | None:
+        """The field by which PEFT would adapt no module of this name, and pass over its tensors.
+
+        Lists and numbers of layers are looked at; whoever writes an expression is believed.
+        """
+        if isinstance(self.target_modules, tuple) and not _ends_as(name, self.target_modules):
+            return "target_modules"
+        if isinstance(self.exclude_modules, tuple) and _ends_as(name, self.exclude_modules):
+            return "exclude_modules"
+        layers = self.layers_to_transform
+        asked = (layers,) if isinstance(layers, int) else layers
+        place = (
+            None
+            if self.layers_pattern or isinstance(self.target_modules, str)
+            else _LAYER.search(name)
+        )
+        if asked and place is not None and int(place[1]) not in asked:
+            return "layers_to_transform"
+        return None
+
     def token_rows(self, module: str) -> tuple[int, ...]:
         """The rows of an embedding that were retrained."""
         if not isinstance(self.trainable_token_indices, dict):
@@ -119,7 +143,7 @@ class LoraConfig(BaseModel):
 def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
     """The configuration in `raw`, read from `path`; AdapterError names the field at fault."""
     kinds.check(path, raw, "LORA")
-    fields = {key: value for key, value in raw.items() if value is not None}
+    fields = {key: v for key, v in raw.items() if v is not None or key in _NEEDED}
     for key, value in fields.items():
         # A key we do not know is harmless only while it is switched off.
         if key not in LoraConfig.model_fields and key not in _HARMLESS and value:
@@ -131,7 +155,8 @@ def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
                 found=json.dumps(value)[:100],
             )
     try:
-        config = LoraConfig.model_validate(fields)
+        # PEFT takes values as they are: "false" is true to it, and "8" ends in its arithmetic.
+        config = LoraConfig.model_validate_json(json.dumps(fields), strict=True)
     except ValidationError as fault:
         first = fault.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
@@ -144,6 +169,10 @@ def parse(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
     _check_patterns(path, "rank_pattern", config.rank_pattern, least=1)
     _check_patterns(path, "alpha_pattern", config.alpha_pattern, least=None)
     return config
+
+
+def _ends_as(name: str, tails: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{tail}") for tail in tails)
 
 
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

@@ -132,6 +132,7 @@ def sort(path: Path, headers: Mapping[str, TensorHeader], config: LoraConfig) ->
         pairs, found["magnitudes"], found["offsets"], rows, whole, copies, stacked, _foreign(names)
     )
     _check_lengths(path, headers, parts, config)
+    _check_saved(path, parts, config)
     return parts
 
 
@@ -214,6 +215,7 @@ def _pairs(
             stacked[module] = pair
         else:
             check_rank(path, name, pair.rank, config)
+            _check_targeted(path, name, config)
             pairs[module] = pair
     if stacked and not config.target_parameters:
         raise AdapterError(
@@ -222,6 +224,17 @@ def _pairs(
             field="target_parameters",
         )
     return pairs, stacked
+
+
+def _check_targeted(path: Path, name: str, config: LoraConfig) -> None:
+    if (field := None if config.targets(name) else config.leaves_out(name)) is not None:
+        raise AdapterError(
+            f"{path} adapts {name}, and PEFT would not, by {field} of adapter_config.json: put"
+            " back the adapter_config.json that was saved with it",
+            field=field,
+            expected="a module that is adapted",
+            found=name,
+        )
 
 
 def _called(module: str, config: LoraConfig) -> str:
@@ -288,3 +301,19 @@ def _check_lengths(
     if parts.magnitudes and not config.use_dora:
         key = min(parts.magnitudes.values())
         raise stray(path, key, headers[key])
+
+
+def _check_saved(path: Path, parts: Parts, config: LoraConfig) -> None:
+    """Sharded trainers have lost what was trained whole: the base's would be taken in its place."""
+    whole = [f".{name}." for name in (*parts.whole, *parts.copies)]
+    lost = [m for m in config.modules_to_save if not any(f".{m}." in name for name in whole)]
+    rows = [] if parts.rows else [str(row) for row in config.trainable_token_indices]
+    for field, missing in (("modules_to_save", lost), ("trainable_token_indices", rows)):
+        if missing:
+            raise AdapterError(
+                f"{path} holds no tensor of {missing[0]}, which {field} of adapter_config.json"
+                " names: save the adapter again, with PEFT, or take the name out there",
+                field=field,
+                expected=missing[0],
+                found="no such tensor",
+            )
