@@ -298,27 +298,32 @@ def format_of(folder: Path, section: Mapping[str, Any], module: str) -> Format:
         raise ArtifactError(f"{folder / 'config.json'}: {fault}") from fault
 
 
+def index(path: Path, ending: str) -> dict[str, str]:
+    """The file of each tensor, which ends in `ending`, by the index at `path`. ArtifactError."""
+    try:
+        raw = foreign_json.read(path)
+    except (OSError, ValueError) as fault:
+        raise ArtifactError(f"{path} is not an index of tensors: {fault}") from fault
+    found = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        expected = 'expected {"weight_map": {tensor: file}}'
+        raise ArtifactError(f"{path} is not an index of tensors: {expected}")
+    for name in sorted(set(found.values())):
+        plain = Path(name).name == name and "\0" not in name and len(name) < _LONGEST_NAME
+        if not plain or not name.endswith(ending):
+            raise ArtifactError(
+                f"{path} points outside its folder: {name!r:.200}; expected the name of a {ending}"
+                " file in it"
+            )
+    return found
+
+
 def _index(folder: Path) -> dict[str, str] | None:
     """The shard of each tensor; None where one file holds all, which loaders prefer."""
     path = folder / INDEX
     if (folder / SINGLE).is_file() or not path.is_file():
         return None
-    try:
-        raw = foreign_json.read(path)
-    except (OSError, ValueError) as fault:
-        raise ArtifactError(f"{path} is not a safetensors index: {fault}") from fault
-    index = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
-        expected = 'expected {"weight_map": {tensor: file}}'
-        raise ArtifactError(f"{path} is not a safetensors index: {expected}")
-    for shard in sorted(set(index.values())):
-        plain = Path(shard).name == shard and "\0" not in shard and len(shard) < _LONGEST_NAME
-        if not plain or not shard.endswith(".safetensors"):
-            raise ArtifactError(
-                f"{path} points outside its folder: {shard!r:.200}; expected the name of a"
-                " .safetensors file in it"
-            )
-    return index
+    return index(path, ".safetensors")
 
 
 def _shards(folder: Path) -> list[str]:

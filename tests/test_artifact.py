@@ -400,7 +400,7 @@ def test_an_index_does_not_point_outside_its_folder(sharded: Path, shard: str) -
 )
 def test_a_broken_index_is_named(sharded: Path, text: str) -> None:
     (sharded / INDEX).write_text(text)
-    with pytest.raises(ArtifactError, match=rf"{INDEX} is not a safetensors index"):
+    with pytest.raises(ArtifactError, match=rf"{INDEX} is not an index of tensors"):
         artifact.headers(sharded)
 
 

@@ -189,12 +189,38 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [([1], "a state dict is expected"), ({"a": 1}, "holds no tensors"), ({}, "holds no tensors")],
+    [
+        ([1], r"model\.bin holds a list: a state dict is expected"),
+        (torch.ones(1), r"model\.bin holds one tensor: a state dict is expected"),
+        ({"a": 1}, "holds no tensors"),
+        ({}, "holds no tensors"),
+    ],
 )
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any, told: str) -> None:
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(SourceError, match=told):
         fsdp.read_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ([], 'is not an index of tensors: expected {"weight_map": {tensor: file}}'),
+        ({"weight_map": {"x": None}}, "is not an index of tensors: expected"),
+        ({"weight_map": {"x": "/x/pytorch_model-00001-of-00001.bin"}}, "points outside its folder"),
+        (
+            {"weight_map": dict.fromkeys("xy", "pytorch_model-00001-of-00001.bin")},
+            "pytorch_model-00001-of-00001.bin lacks y, which pytorch_model.bin.index.json promises",
+        ),
+    ],
+    ids=["list", "null", "outside", "promise"],
+)
+def test_an_index_is_held_to_its_parts(tmp_path: Path, index: Any, told: str) -> None:
+    torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model-00001-of-00001.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError) as caught:
+        fsdp.read_whole(tmp_path)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ pickled file, or several beside an index. Owns where those lie; names are `quant
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quant import foreign_json
-from quant.errors import SourceError
+from quant import artifact
+from quant.errors import ArtifactError, SourceError
 from quant.intake import dcp, unpickle
 from quant.intake.stored import Checkpoint, Stored, Weight, whole
 
@@ -48,27 +48,34 @@ def find_whole(folder: Path) -> Path | None:
 
 def read_whole(folder: Path) -> Checkpoint:
     """One file, or all that the index or the names count."""
-    files = _complete(folder, _candidates(folder))
+    index = _indexed(folder)
+    files = _complete(folder, _candidates(folder)) if index is None else _parts(folder, index)
     weights: dict[str, Weight] = {}
     for path in files:
-        for name, stored in flat(unpickle.load(path)):
+        for name, stored in flat(unpickle.load(path), path):
             if name in weights:
                 raise SourceError(f"{path}: {name} is in {weights[name].path.name} too")
             weights[name] = whole(stored)
     if not weights:
         raise SourceError(f"{files[0]} holds no tensors: it is no state dict")
+    for name, part in (index or {}).items():
+        if name not in weights or weights[name].path.name != part:
+            raise SourceError(f"{folder / part} lacks {name}, which {_INDEX} promises")
     return Checkpoint(tuple(files), weights)
 
 
-def flat(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Stored]]:
+def flat(
+    content: Any, where: Path, prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, Stored]]:
     """Tensors of nested dictionaries by dotted names; what else lies there is not the model's."""
     if not isinstance(content, dict):
-        raise SourceError(f"a state dict is expected, and {type(content).__name__} is there")
+        kind = "one tensor" if isinstance(content, Stored) else f"a {type(content).__name__}"
+        raise SourceError(f"{where} holds {kind}: a state dict is expected")
     for key, value in content.items():
         if isinstance(value, Stored):
             yield f"{prefix}{key}", value
         elif isinstance(value, dict) and depth < _DEPTH:
-            yield from flat(value, f"{prefix}{key}.", depth + 1)
+            yield from flat(value, where, f"{prefix}{key}.", depth + 1)
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -76,8 +83,6 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _complete(folder: Path, found: list[Path]) -> list[Path]:
-    if (folder / _INDEX).is_file():
-        return _indexed(folder)
     parts = [match for path in found if (match := _PART.match(path.name))]
     if not parts:
         if len(found) > 1:
@@ -93,13 +98,19 @@ def _complete(folder: Path, found: list[Path]) -> list[Path]:
     return found
 
 
-def _indexed(folder: Path) -> list[Path]:
-    path = folder / _INDEX
+def _indexed(folder: Path) -> dict[str, str] | None:
+    """The part of each tensor, by the index; None without one."""
+    if not (folder / _INDEX).is_file():
+        return None
     try:
-        names = {str(name) for name in foreign_json.read(path)["weight_map"].values()}
-    except (ValueError, LookupError, TypeError, AttributeError) as fault:
-        raise SourceError(f"{path} is not an index of parts: {fault}") from fault
+        return artifact.index(folder / _INDEX, ".bin")
+    except ArtifactError as fault:
+        raise SourceError(str(fault)) from fault
+
+
+def _parts(folder: Path, index: Mapping[str, str]) -> list[Path]:
+    names = sorted(set(index.values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not (folder / name).is_file():
             raise SourceError(f"{folder / name} is missing, and {_INDEX} lists it: copy it too")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in names]

@@ -128,7 +128,7 @@ def _tensors(path: Path, content: Mapping[str, Any], chunk: str) -> Tensors:
     if not isinstance(content.get(chunk), dict):
         raise SourceError(f"{path} has no {chunk}, which its siblings have")
     found: Tensors = {}
-    for name, tensor in fsdp.flat(content[chunk]):
+    for name, tensor in fsdp.flat(content[chunk], path):
         if (core := _core_name(name)) in found:
             raise SourceError(f"{path} holds {core} twice, once as {name}")
         found[core] = tensor
