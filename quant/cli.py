@@ -298,7 +298,7 @@ def _facts(manifest: Manifest) -> Table:
     size = f"{manifest.bytes_before / 1e6:.1f} MB -> {manifest.bytes_after / 1e6:.1f} MB"
     text = manifest.calibration
     widest = f" for {text.widest_input} inputs" if text.widest_input else ""
-    worst = max(manifest.layers, key=lambda layer: layer.loss)
+    worst = max(manifest.layers, key=lambda layer: layer.loss, default=None)
     rows = {
         "model": f"{manifest.source} ({manifest.architecture})",
         "parent": f"weights {manifest.parent.weights[:12]}, "
@@ -309,7 +309,7 @@ def _facts(manifest: Manifest) -> Table:
         "calibration": f"{text.samples} x {text.origin}, {text.tokens} tokens{widest} "
         f"({text.digest[:12]})",
         "loss": f"{card.gain(manifest.layers):.3f} of plain rounding's over {len(manifest.layers)} "
-        f"layers; worst {worst.name} ({worst.loss:.2e} of its output)",
+        "layers" + (f"; worst {worst.name} ({worst.loss:.2e} of its output)" if worst else ""),
         "made": f"{manifest.created:%Y-%m-%d %H:%M} UTC in {manifest.seconds:.0f} s by quantserve "
         f"{manifest.quantserve}, torch {manifest.versions.get('torch', '?')}",
     }

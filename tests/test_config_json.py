@@ -47,6 +47,16 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str, told: st
         ({"n_head": 1.0}, "n_head is 1.0: expected a whole number"),
         ({"layers": [{"dropout": float("nan")}]}, "layers.0.dropout is nan: expected a finite"),
         ({"torch_dtype": "x" * 999}, "x...: expected one of"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: expected a whole number from 1"),
+        ({"text_config": {"head_dim": 0}}, "text_config.head_dim is 0: expected a whole number fr"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0: expected a whole number"),
+        ({"model_type": ["llama"]}, "model_type is ['llama']: expected a text"),
+        ({"auto_map": 5}, "auto_map is 5: expected an object"),
+        ({"rope_parameters": []}, "rope_parameters is []: expected an object"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear': expected an object"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4': expected a number above 0"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta is 0: expected a num"),
+        ({"rope_scaling": {"factor": -8.0}}, "rope_scaling.factor is -8.0: expected a number abo"),
     ],
 )
 def test_a_value_of_another_kind_is_told_with_its_place(
@@ -63,6 +73,8 @@ def test_a_value_of_another_kind_is_told_with_its_place(
         {"time_step_limit": [0.0, float("inf")], "max_position_embeddings": 10_485_760},
         {"dtype": "half", "torch_dtype": "float32", "tie_word_embeddings": None},
         {"use_absolute_position_embeddings": True, "rope_scaling": {"factor": 8.0}},
+        {"rope_theta": 500000, "rope_scaling": None, "auto_map": {"AutoConfig": "code.Config"}},
+        {"rope_theta": [1e4, 5e6], "factor": 0, "num_global_key_value_heads": 0},
     ],
 )
 def test_what_configurations_of_the_hub_hold_is_read(

@@ -192,6 +192,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "Qwen2ForCausalLM is not a decoder-only language model of type llama: architectures is",
     ),
     "class as text": ({"architectures": "LlamaForCausalLM"}, "architectures is expected to name"),
+    "an odd part": ({"id2label": 5}, "config.json is not valid: 'int' object has no attribute"),
     "a section left": (
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         "has a quantization_config, and its tensors are full precision: remove the section",

@@ -84,6 +84,20 @@ def test_blocks_walked_one_at_a_time_are_the_model(kind: str, tmp_path: Path) ->
     assert {weight.device.type for weight in decoder.model.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": -1e30}, {"attention_multiplier": 1e39}], ids=["norm", "attention"]
+)
+def test_a_number_that_the_forward_breaks_at_is_told(change: Any, tmp_path: Path) -> None:
+    kind = "granite" if "attention_multiplier" in change else "llama"
+    folder(tmp_path, kind)
+    tiny.edit_json(tmp_path / "config.json", **change)
+    model = source.open(str(tmp_path), cache=tmp_path / "cache")
+    with pytest.raises(
+        SourceError, match=r"not finite in model\.layers\.0: a number in config\.json"
+    ):
+        check(model)
+
+
 @pytest.mark.parametrize("kind", ["gemma3_text", "mixtral", "gemma4_text"])
 def test_in_16_bits_too(kind: str, tmp_path: Path) -> None:
     assert check(opened(tmp_path, kind), torch.bfloat16).dtype == torch.bfloat16

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from quant import artifact
 from quant.artifact import INDEX, SINGLE
 from quant.errors import AdapterError, SourceError
-from quant.intake import source
+from quant.intake import loaded, source
 from quant.lora.adapter import LINEAGE
 from tests import tiny
 from tests.lora import write_lora
@@ -186,14 +186,20 @@ def test_a_broken_config_is_named(model: Path, text: str, reason: str) -> None:
     [
         {"model_type": "invented"},
         {"model_type": None},
-        {"model_type": []},
         {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}},
     ],
-    ids=["unknown", "none", "list", "code"],
+    ids=["unknown", "none", "code"],
 )
 def test_an_unknown_architecture_is_refused(model: Path, change: dict[str, Any]) -> None:
     tiny.edit_json(model / "config.json", **change)
     assert refused(model).startswith(f"{model / 'config.json'} is not of a known architecture: ")
+
+
+@pytest.mark.parametrize("kernels", ["flash_attention_2", "flash_attention_3", "nobody's"])
+def test_a_trainers_kernels_are_not_asked_for(model: Path, kernels: str) -> None:
+    tiny.edit_json(model / "config.json", _attn_implementation=kernels)
+    opened = source.open(str(model))
+    assert loaded.parent(opened, torch.device("cpu")).config.num_hidden_layers == 2
 
 
 def test_code_in_the_folder_is_not_run(model: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIG_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -69,7 +70,11 @@ def config(folder: Path) -> PretrainedConfig:
     except StrictDataclassError as fault:
         raise SourceError(f"{path} is not valid: {_brief(fault)}") from fault
     except _UNBUILDABLE as fault:
-        raise SourceError(f"{path} is not of a known architecture: {_brief(fault)}") from fault
+        known = raw.get("model_type") in CONFIG_NAMES
+        what = "not valid" if known else "not of a known architecture"
+        raise SourceError(f"{path} is {what}: {_brief(fault)}") from fault
+    # Kernels that a trainer had: whoever computes has others.
+    found._attn_implementation = None  # the documented setting has no other name
     _check_decoder(path, found, raw.get("architectures"))
     if not isinstance(depth, int) or depth < 1:
         raise SourceError(f"{path}: num_hidden_layers is {depth}: expected at least 1")

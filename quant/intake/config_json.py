@@ -25,6 +25,14 @@ _SIZES = re.compile(
     r"^(?!.*(?:chunk|window)).*_(?:size|dim|rank)$"
     r"|^(?:max_position_embeddings|n_positions|n_ctx|d_model|n_embd|n_inner|d_ff)$"
 )
+_NEVER_ZERO = (
+    "hidden_size", "vocab_size", "d_model", "n_embd", "head_dim", "num_attention_heads",
+    "num_key_value_heads", "n_head", "n_heads", "max_position_embeddings", "n_positions",
+)  # fmt: skip
+_OBJECTS = (
+    "auto_map", "quantization_config", "rope_parameters", "rope_scaling", "text_config",
+    "vision_config",
+)  # fmt: skip
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "half", "float", "double")
 
 
@@ -42,7 +50,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SourceError(f"{path} is not a JSON object")
     for place, key, value in _walked(found, ""):
-        if expected := _wrong(key, value):
+        if expected := _wrong(place, key, value):
             raise SourceError(f"{path}: {place} is {_short(value)}: expected {expected}")
     return found
 
@@ -57,7 +65,7 @@ def _walked(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
             yield from _walked(each, at)
 
 
-def _wrong(key: str, value: Any) -> str | None:
+def _wrong(place: str, key: str, value: Any) -> str | None:
     """What was expected of `key`; None where `value` is that."""
     if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not _open(key))):
         return "a finite number"
@@ -68,8 +76,12 @@ def _wrong(key: str, value: Any) -> str | None:
             isinstance(value, str) and value in _DTYPES,
             'one of "bfloat16", "float16", "float32"; or no such key',
         )
-    elif key in ("quantization_config", "text_config", "vision_config"):
+    elif key in _OBJECTS:
         fits, expected = isinstance(value, dict), "an object"
+    elif key == "model_type":
+        fits, expected = isinstance(value, str), "a text"
+    elif key == "rope_theta" or (key == "factor" and "rope" in place):
+        fits, expected = isinstance(value, list) or _is_positive(value), "a number above 0"
     elif key.startswith("tie_") and key.endswith("embeddings"):
         fits, expected = isinstance(value, bool), "true or false"
     else:
@@ -80,9 +92,9 @@ def _wrong(key: str, value: Any) -> str | None:
 def _range(key: str) -> tuple[int, int] | None:
     """The least and the most that a number may be; None where anything may stand."""
     if _COUNTS.search(key):
-        return 0, _MOST_LAYERS
+        return int(key in _NEVER_ZERO), _MOST_LAYERS
     if _SIZES.search(key):
-        return int(key in ("hidden_size", "vocab_size", "d_model", "n_embd")), _MOST
+        return int(key in _NEVER_ZERO), _MOST
     return None
 
 
@@ -92,6 +104,10 @@ def _out_of(limits: tuple[int, int] | None, value: Any) -> str | None:
     least, most = limits
     fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
     return None if fits else f"a whole number from {least} to {most}"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _open(key: str) -> bool:

@@ -12,14 +12,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as chatter
 
-from quant import artifact
+from quant import artifact, paths
 from quant.errors import SourceError
 from quant.intake import architecture, spelling
 from quant.intake.source import Source
@@ -34,7 +33,7 @@ def parent(source: Source, device: torch.device) -> PreTrainedModel:
     Out of the user's own folder wherever transformers can open it; what we made of that comes after
     it. SourceError.
     """
-    given = Path(source.spec).expanduser()
+    given = paths.full(source.spec)
     plain = any((given / name).is_file() for name in (artifact.SINGLE, artifact.INDEX))
     if plain and not source.adapters and given.resolve() != source.folder.resolve():
         with suppress(SourceError):
@@ -52,6 +51,7 @@ def model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTraine
         with _quiet():
             found, told = opener.from_pretrained(
                 source.folder,
+                config=architecture.config(source.folder),
                 dtype=dtype,
                 trust_remote_code=False,
                 output_loading_info=True,

@@ -67,6 +67,7 @@ def run(decoder: Decoder, source: Source) -> None:
     if passed[0].before.ndim != 3:  # Gemma-3n has four streams of states
         shape = list(passed[0].before.shape)
         raise _refused(alone, f"between its blocks are {shape} numbers, not a vector a token")
+    _check_finite(alone, source, passed)
     with _said(source, "its blocks cannot be run one at a time"):
         (stream,), _ = blocks.embed(alone, source, [(ids, torch.ones_like(ids, dtype=torch.bool))])
         _check_states(alone, "what the first block is given", stream.hidden, passed[0].before)
@@ -171,6 +172,18 @@ def _filled(
             yield
 
 
+def _check_finite(decoder: Decoder, source: Source, passed: list[_Passed]) -> None:
+    """Weights are finite once they are read: then it is what config.json or an adapter makes of
+    them."""
+    for place, states in enumerate(passed):
+        if not bool(states.behind.isfinite().all()):
+            raise SourceError(
+                f"{source.spec}: transformers itself computes numbers that are not finite in"
+                f" {_named(decoder, place)}: a number in config.json"
+                f"{' or in an adapter' if source.adapters else ''} is not the trained model's"
+            )
+
+
 def _check_block(
     decoder: Decoder, source: Source, place: int, states: _Passed, calls: list[Call]
 ) -> None:
@@ -197,8 +210,6 @@ def _check_states(
     """`added` [1, tokens] is how far states moved; where they did not, it is how large they are."""
     if found.shape != meant.shape:
         raise _refused(decoder, f"{what} is {list(found.shape)} instead of {list(meant.shape)}")
-    if not bool(meant.isfinite().all()):
-        return  # the solver names the layer
     size = meant.float().norm(dim=-1)
     missed = (found.float() - meant.float()).norm(dim=-1)
     moved = size if added is None else added
