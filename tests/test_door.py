@@ -170,7 +170,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "many layers": ({"num_hidden_layers": 4000}, "num_hidden_layers is 4000, and there are 21 te"),
     "true layers": ({"num_hidden_layers": True}, "num_hidden_layers is True: expected a whole"),
     "wide as text": ({"hidden_size": "wide"}, "hidden_size is 'wide': expected a whole number"),
-    "no heads": ({"num_attention_heads": 0}, "config.json is not "),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0: expected a whole number"),
     "heads that do not divide": ({"num_attention_heads": 3}, "config.json is not valid: "),
     "no such function": ({"hidden_act": "none"}, "describes no Llama that can be built: there is"),
     "no width": ({"hidden_size": 0}, "hidden_size is 0: expected a whole number from 1 to"),
