@@ -89,7 +89,7 @@ def _check_generation(path: Path, raw: Mapping[str, Any]) -> None:
                 raise SourceError(f"{path}: {name} is {value!r:.60}: expected {expected}")
     try:
         GenerationConfig.from_dict(dict(raw)).validate()
-    except Exception as fault:  # whatever its classes raise over values that they do not expect
+    except (ValueError, TypeError, AttributeError, LookupError) as fault:
         reason = " ".join(str(fault).split())[:200]
         raise SourceError(f"{path} is refused by transformers: {reason}") from fault
 
