@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant import artifact
-from quant.errors import AdapterError, ArtifactError, QuantError, TargetExists
+from quant.errors import AdapterError, QuantError, SourceError, TargetExists
 from quant.lora import adapter as lora
 from quant.lora import export, merge
 from quant.lora.adapter import CONFIG, LINEAGE, WEIGHTS
@@ -194,7 +194,7 @@ def test_a_base_that_names_no_parent_is_refused(base: Path, child: Made, tmp_pat
     bare = Path(shutil.copytree(child.folder, tmp_path / "bare"))
     (bare / artifact.MANIFEST).unlink()
     assert "give the folder it was made from" in refused(folder, bare, tmp_path / "out")
-    with pytest.raises(ArtifactError, match=r"has no config\.json"):
+    with pytest.raises(SourceError, match="holds no weights itself, but bare: give one of them"):
         exported(folder, tmp_path, tmp_path / "out")
     tiny.edit_json(folder / CONFIG, lora_alpha=1e9)
     overflow = refused(folder, base, tmp_path / "out", dtype=torch.float16)

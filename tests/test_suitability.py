@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from quant import artifact
 from quant.errors import ArtifactError, SourceError
@@ -37,14 +40,12 @@ def lora(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quantized(base: Path, tmp_path: Path) -> Path:
-    """A folder that says it is quantized, by another tool."""
-    for path in base.iterdir():
-        (tmp_path / "quantized").mkdir(exist_ok=True)
-        (tmp_path / "quantized" / path.name).write_bytes(path.read_bytes())
-    tiny.edit_json(
-        tmp_path / "quantized" / "config.json", quantization_config={"quant_method": "awq"}
-    )
-    return tmp_path / "quantized"
+    """A folder that another tool has quantized."""
+    folder = Path(shutil.copytree(base, tmp_path / "quantized"))
+    tiny.edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    scales = {f"{UP}.weight_scale_inv": torch.ones(1, 1)}
+    save_file(load_file(folder / "model.safetensors") | scales, folder / "model.safetensors")
+    return folder
 
 
 def test_an_adapter_is_told_in_numbers(base: Path, tmp_path: Path) -> None:

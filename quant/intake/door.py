@@ -114,15 +114,20 @@ def outline(home: Path, weights: Weights) -> Outline:
     return architecture.outline(config)
 
 
+def quantized(weights: Weights) -> str | None:
+    """A tensor that only quantized files have; None in full precision."""
+    odd = (n for n, w in weights.items() if w.dtype not in FLOATS or _QUANTIZED.search(n))
+    return min(odd, default=None)
+
+
 def _check_section(config: Mapping[str, Any], weights: Weights, path: Path) -> None:
     """Says whether the tensors are quantized as well."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     if not any(part.get("quantization_config") is not None for part in parts):
         return
-    odd = [n for n, w in weights.items() if w.dtype not in FLOATS or _QUANTIZED.search(n)]
-    if odd:
+    if (name := quantized(weights)) is not None:
         raise SourceError(
-            f"{path} has a quantization_config: the model is quantized already ({min(odd)}). Give"
+            f"{path} has a quantization_config: the model is quantized already ({name}). Give"
             " the checkpoint from before it was quantized"
         )
     raise SourceError(

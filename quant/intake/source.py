@@ -139,8 +139,27 @@ class Source:
         return sum(header.end - header.begin for header in self.tensors.headers.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A folder that went through the door: `headers` are those of its weights, `left_out` names
+    what else lies in its files."""
+
+    folder: Path
+    config: PretrainedConfig
+    headers: Headers
+    left_out: Collection[str]
+
+
 def quiet(_line: str) -> None:
     """A `Say` for callers with nobody to tell."""
+
+
+def plain(spec: str, cache: Path | None = None, say: Say = quiet) -> Plain:
+    """The model behind `spec` as `open` takes it, by its headers alone. SourceError."""
+    cache = _cache(cache)
+    folder, left_out = _plain(_folder(spec, cache, say), cache, say)
+    headers = _without(_headers(folder), left_out)
+    return Plain(folder, architecture.config(folder), headers, left_out)
 
 
 def open(
@@ -157,20 +176,13 @@ def open(
     trained. `cache` keeps converted GGUF files and checkpoints. SourceError or AdapterError name
     what is missing, damaged or does not fit.
     """
-    cache = paths.full(cache or CACHE).absolute()
-    folder, left_out = _plain(_folder(spec, cache, say), cache, say)
-    config = architecture.config(folder)
-    try:
-        headers = _without(fused.headers(folder), left_out)
-        fingerprint = Fingerprint(
-            weights=artifact.weights_fingerprint(folder, headers),
-            tokenizer=artifact.tokenizer_fingerprint(folder),
-        )
-    except ArtifactError as fault:
-        raise SourceError(str(fault)) from fault
+    cache = _cache(cache)
+    found = plain(spec, cache, say)
+    folder, config, headers = found.folder, found.config, found.headers
+    parent = fingerprint(found)
     opened = training.adapters(adapters)
     for adapter in opened:
-        lora.check_lineage(adapter, fingerprint.weights)
+        lora.check_lineage(adapter, parent.weights)
     parts = anatomy.of(config, headers) if opened or training.rounds else None
     made_over = folder
     if parts is not None and opened:
@@ -179,11 +191,33 @@ def open(
     if made_over != folder:
         say("the adapter changes the head or the vocabulary: reading a copy that has room for it")
         folder, config = made_over, architecture.config(made_over)
-        headers = _without(fused.headers(folder), left_out)
+        headers = _without(_headers(folder), found.left_out)
     dtype = _served_dtype(folder, config, headers)
     rounded = parts.linears if parts is not None and training.rounds else {}
     tensors = Tensors(folder, headers, opened, training, rounded)
-    return Source(folder, spec, config, dtype, fingerprint, opened, tensors, cache, training)
+    return Source(folder, spec, config, dtype, parent, opened, tensors, cache, training)
+
+
+def fingerprint(found: Plain) -> Fingerprint:
+    """Reads every byte of the weights. SourceError."""
+    try:
+        return Fingerprint(
+            weights=artifact.weights_fingerprint(found.folder, found.headers),
+            tokenizer=artifact.tokenizer_fingerprint(found.folder),
+        )
+    except ArtifactError as fault:
+        raise SourceError(str(fault)) from fault
+
+
+def _cache(asked: Path | None) -> Path:
+    return paths.full(asked or CACHE).absolute()
+
+
+def _headers(folder: Path) -> Headers:
+    try:
+        return fused.headers(folder)
+    except ArtifactError as fault:
+        raise SourceError(str(fault)) from fault
 
 
 def _plain(given: Path, cache: Path, say: Say) -> tuple[Path, set[str]]:

@@ -42,6 +42,8 @@ Initial = Annotated[
     ),
 ]
 
+Cache = Annotated[Path | None, typer.Option(help="converted models [~/.cache/quantserve]")]
+
 _Dtype = Literal["bfloat16", "float16", "float32"]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, the result last")]
 
@@ -60,6 +62,7 @@ def check(
             metavar="BASE_OR_ARTIFACT", help="hold it against this model folder or artifact, too"
         ),
     ] = None,
+    cache: Cache = None,
     as_json: _Json = False,
 ) -> None:
     """Print what ADAPTER is, and for merging and serving whether they work, or why not.
@@ -69,7 +72,7 @@ def check(
     """
     from quant.lora import suitability
 
-    found = suitability.judge(adapter, base)
+    found = suitability.judge(adapter, base, cache)
     if as_json:
         bar.write(found.model_dump(mode="json"))
     else:
@@ -106,9 +109,7 @@ def merge(
     dtype: Annotated[
         _Dtype | None, typer.Option(help="of every tensor written [each as in BASE]")
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="converted models [~/.cache/quantserve]")
-    ] = None,
+    cache: Cache = None,
     as_json: _Json = False,
 ) -> None:
     """Merge adapters into BASE and write a plain model folder that anything loads.
@@ -172,9 +173,7 @@ def export(
     length: Annotated[int | None, typer.Option(help="tokens of each [256]")] = None,
     seed: Annotated[int | None, typer.Option(help="of the draw [0]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [cpu]")] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="converted models [~/.cache/quantserve]")
-    ] = None,
+    cache: Cache = None,
     as_json: _Json = False,
 ) -> None:
     """Make ADAPTER ready for hot serving on one base: plain, scaled, of one rank, bound to it.
@@ -202,7 +201,7 @@ def export(
         if rank is not None and parent is not None
         else None
     )
-    order = exporting.Order(adapter, base, out, _dtype(dtype), initial, more)
+    order = exporting.Order(adapter, base, out, _dtype(dtype), initial, more, cache)
     if as_json:
         bar.write(exporting.run(order, bar.Lines()).told())
         return

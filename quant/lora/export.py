@@ -38,7 +38,8 @@ class Progress(Protocol):
 class Order:
     """What to export for which base, to where; `dtype` None is the base's own.
 
-    `initial` is the adapter that training started from, where it does not lie beside.
+    `initial` is the adapter that training started from, where it does not lie beside. `cache` keeps
+    a base that had to be converted.
     """
 
     adapter: Path
@@ -47,6 +48,7 @@ class Order:
     dtype: torch.dtype | None = None
     initial: Path | None = None
     compensation: Compensation | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def run(order: Order, progress: Progress) -> Exported:
     adapter = lora.read_trained(order.adapter)
     if order.initial is not None:
         adapter = training.started(adapter, order.initial)
-    base = footing.base_of(order.base)
+    base = footing.base_of(order.base, order.cache, progress.say)
     if order.compensation is None:
         found = factors.of(adapter, base, progress.measured)
     else:

@@ -12,9 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant import artifact, interrupt
+from quant import interrupt
 from quant.errors import AdapterError
-from quant.intake import fused
 from quant.intake.source import Tensors
 from quant.lora import adapter as lora
 from quant.lora import fitting, merge, obstacles, placement, served, starts, units, voice
@@ -28,9 +27,8 @@ Told = Callable[[str, int, int], None]  # a module, how many are done, of how ma
 def of(adapter: Adapter, base: Base, told: Told) -> Factors:
     """Of every module of the adapter, for this base. AdapterError where it cannot be."""
     _check_plain(adapter)
-    stored = Tensors(base.folder, fused.headers(base.folder))
-    shapes = artifact.linear_shapes(base.folder, stored.headers)
-    adapter = placement.beside(adapter, base.folder, shapes)
+    stored, shapes = Tensors(base.folder, base.headers), base.shapes()
+    adapter = placement.beside(adapter, base.config, shapes)
     _check_fits(adapter, base, stored, shapes)
     # Exported before for this very artifact, it is in its units already.
     scales = units.read(base.units if adapter.artifact is None else None)

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from quant.errors import AdapterError, SourceError
 from quant.intake import architecture, spelling
@@ -50,17 +49,12 @@ def names(model: PreTrainedModel, stored: Iterable[str]) -> Names:
     return Names(model, found)
 
 
-def beside(adapter: Adapter, folder: Path, modules: Iterable[str]) -> Adapter:
-    """The adapter by the names of the base in `folder`, quantized or not, whose layers these are.
+def beside(adapter: Adapter, config: PretrainedConfig, modules: Iterable[str]) -> Adapter:
+    """The adapter by the names of a base, quantized or not, whose layers these are.
 
-    AdapterError as `placed`, and for a base that transformers does not know.
+    AdapterError as `placed`; SourceError where transformers cannot build the base.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = architecture.hollow(config)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as fault:
-        reason = " ".join(str(fault).split())[:300]
-        raise AdapterError(f"{folder} is not of a known architecture: {reason}") from fault
+    model = architecture.hollow(config)
     return placed(adapter, names(model, (f"{module}.weight" for module in modules)))
 
 

@@ -11,12 +11,21 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from quant import artifact
-from quant.errors import AdapterError, ArtifactError
-from quant.intake import architecture, fused
+from quant.errors import AdapterError
 from quant.lora import adapter as lora
-from quant.lora import anatomy, fitting, obstacles, placement, served, soft_prompt, starts, voice
+from quant.lora import (
+    anatomy,
+    fitting,
+    footing,
+    obstacles,
+    placement,
+    served,
+    soft_prompt,
+    starts,
+    voice,
+)
 from quant.lora.adapter import Adapter
+from quant.lora.footing import Base
 from quant.lora.lora_parts import NESTED
 from quant.lora.obstacles import Obstacle
 from quant.lora.soft_prompt import SoftPrompt
@@ -59,8 +68,10 @@ class Suitability(BaseModel):
         return self.merge.works or self.swap.works
 
 
-def judge(folder: Path, base: Path | None) -> Suitability:
-    """AdapterError where the folder is no adapter; ArtifactError where `base` is no model."""
+def judge(folder: Path, against: Path | None, cache: Path | None = None) -> Suitability:
+    """AdapterError where the folder is no adapter; SourceError or ArtifactError where `against`
+    is neither a model as `quantize` takes it nor quantized."""
+    base = footing.base_of(against, cache) if against is not None else None
     if soft_prompt.is_one(folder):
         return _judge_soft(soft_prompt.read(folder), base)
     adapter = lora.read_trained(folder)
@@ -86,7 +97,7 @@ def judge(folder: Path, base: Path | None) -> Suitability:
     )
 
 
-def _judge_soft(found: SoftPrompt, base: Path | None) -> Suitability:
+def _judge_soft(found: SoftPrompt, base: Base | None) -> Suitability:
     return Suitability(
         name=found.folder.name,
         digest=found.digest,
@@ -104,13 +115,13 @@ def _judge_soft(found: SoftPrompt, base: Path | None) -> Suitability:
     )
 
 
-def _softly(found: SoftPrompt, base: Path | None) -> Verdict:
+def _softly(found: SoftPrompt, base: Base | None) -> Verdict:
     known = None
     try:
         if base is not None:
-            width = architecture.config(base).get_text_config().hidden_size
+            width = base.config.get_text_config().hidden_size
             soft_prompt.validate(found, width, _base_weights(base, found.base_fingerprint))
-            known = voice.vocabulary(base)
+            known = voice.vocabulary(base.folder)
         fitting.fitted(found.voice, known, found.folder)
     except AdapterError as fault:
         return Verdict(works=False, reason=str(fault))
@@ -135,7 +146,7 @@ def _variant(adapter: Adapter) -> tuple[str, ...]:
     return tuple(name for name, there in found.items() if there) or ("plain LoRA",)
 
 
-def _merging(adapter: Adapter, base: Path | None) -> Verdict:
+def _merging(adapter: Adapter, base: Base | None) -> Verdict:
     start = starts.why_not(adapter, has_base=True)
     if start is not None:
         return Verdict(
@@ -150,17 +161,18 @@ def _merging(adapter: Adapter, base: Path | None) -> Verdict:
         return Verdict(works=False, reason=str(fault))
 
 
-def _merging_into(adapter: Adapter, base: Path) -> Verdict:
-    if artifact.quantization_config(base) is not None:
+def _merging_into(adapter: Adapter, base: Base) -> Verdict:
+    if base.quantized:
         return Verdict(
             works=False,
-            reason=f"{base} is quantized: merge into what it was made from, and quantize that",
+            reason=f"{base.folder} is quantized: merge into what it was made from, and quantize"
+            " that",
         )
-    shapes = {name: header.shape for name, header in fused.headers(base).items()}
-    parts = anatomy.of(architecture.config(base), shapes)
+    shapes = {name: header.shape for name, header in base.headers.items()}
+    parts = anatomy.of(base.config, shapes)
     placed = placement.placed(adapter, parts.names)
     if adapter.base_fingerprint is not None:
-        lora.check_lineage(adapter, fused.fingerprint(base))
+        lora.check_lineage(adapter, base.parent.weights)
     found = anatomy.plan(parts, shapes, [placed])
     extra = "; the head parts from the embedding" * found.untie
     if found.vocabulary is not None:
@@ -168,26 +180,26 @@ def _merging_into(adapter: Adapter, base: Path) -> Verdict:
     return Verdict(works=True, reason=f"in float32{extra}")
 
 
-def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
+def _swapping(adapter: Adapter, base: Base | None) -> Verdict:
     found = obstacles.to_serving(adapter.config, adapter.parts)
     blocked = [obstacle for obstacle in found if obstacle.remedy == "merge"]
     if blocked:
         reasons = "; ".join(obstacle.reason for obstacle in blocked)
         return Verdict(works=False, reason=f"{reasons}: use `quantserve adapter merge`")
     try:
-        full = base is not None and artifact.quantization_config(base) is None
+        full = base is not None and not base.quantized
         if (start := starts.why_not(adapter, has_base=full)) is not None:
             return Verdict(works=False, reason=f"{start}: give --base, or use `adapter merge`")
         if base is not None:
-            shapes = artifact.linear_shapes(base, fused.headers(base))
-            named, adapter = adapter.pairs.keys(), placement.beside(adapter, base, shapes)
+            shapes, named = base.shapes(), adapter.pairs.keys()
+            adapter = placement.beside(adapter, base.config, shapes)
             if other := sorted(adapter.pairs.keys() - named):
                 reason = f"the base has other names for its layers, as {other[0]}"
                 found.append(Obstacle("target_modules", reason, "export"))
             _check_base(adapter, base, shapes)
-        adapted = served.ANYWHERE if base is None else served.targets(base)
+        adapted = served.ANYWHERE if base is None else served.targets(base.folder)
         served.check(adapter.folder, adapter.pairs, adapted)
-        known = voice.vocabulary(base) if base is not None else None
+        known = voice.vocabulary(base.folder) if base is not None else None
         fitting.fitted(adapter.voice, known, adapter.folder)
     except AdapterError as fault:
         return Verdict(works=False, reason=str(fault))
@@ -203,23 +215,17 @@ def _swapping(adapter: Adapter, base: Path | None) -> Verdict:
     return Verdict(works=True, reason=f"as it is{needs}")
 
 
-def _check_base(adapter: Adapter, base: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
-    manifest = artifact.read(base)
+def _check_base(adapter: Adapter, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
     lora.validate(
         adapter,
         shapes,
         max_rank=None,
         base_weights_fingerprint=_base_weights(base, adapter.base_fingerprint),
-        base_artifact=lora.identity(manifest) if manifest else None,
+        base_artifact=base.artifact,
     )
-    lora.units(base, manifest)
+    lora.units(base.folder, base.manifest)
 
 
-def _base_weights(base: Path, named: str | None) -> str | None:
+def _base_weights(base: Base, named: str | None) -> str | None:
     """The base's fingerprint; of a folder without a manifest only where an adapter names one."""
-    manifest = artifact.read(base)
-    if manifest is not None or named is None:
-        return manifest.parent.weights if manifest else None
-    if artifact.quantization_config(base) is not None:
-        raise ArtifactError(f"{base} is quantized and does not say what its parent is")
-    return fused.fingerprint(base)
+    return base.parent.weights if base.manifest is not None or named is not None else None
