@@ -140,7 +140,7 @@ def model(family: str, *, seed: int = 0) -> PreTrainedModel:
     known = CONFIG_MAPPING[family]()
     # vLLM believes whatever stands in config.json, be it a name that the family does not have.
     common = {name: value for name, value in _ALL.items() if hasattr(known, name)}
-    config = CONFIG_MAPPING[family](**{**common, **FAMILIES[family]})
+    config = CONFIG_MAPPING[family](**{**common, **FAMILIES.get(family, {})})
     made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in made.parameters():

@@ -20,7 +20,7 @@ from transformers.utils import logging as chatter
 
 from quant import artifact, paths
 from quant.errors import SourceError
-from quant.intake import architecture, spelling
+from quant.intake import architecture, attention, spelling
 from quant.intake.source import Source
 from quant.intake.spelling import Part
 
@@ -61,6 +61,7 @@ def model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTraine
         reason = " ".join(str(fault).split())[:300]
         raise SourceError(f"{source.folder} cannot be loaded: {reason}") from fault
     _check(source, told)
+    attention.settle(found)
     _merge(found, source)
     whole: PreTrainedModel = found.to(device).eval()
     architecture.interruptible(whole)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant.errors import SourceError
-from quant.intake import architecture, spelling
+from quant.intake import architecture, attention, spelling
 from quant.intake.source import Source
 from quant.solver import experts
 from quant.solver.aside import Kept, Shelf
@@ -207,17 +207,18 @@ def hollow(source: Source, device: torch.device) -> PreTrainedModel:
 
     SourceError where transformers cannot build it.
     """
-    for attention in ("sdpa", "eager"):  # eager is slower, and all that some architectures have
+    for kind in ("sdpa", attention.EAGER):  # eager is slower, and all that some architectures have
         try:
             with init_empty_weights(include_buffers=False):
                 model: PreTrainedModel = architecture.builder(source.config).from_config(
-                    source.config, attn_implementation=attention, dtype=torch.float32
+                    source.config, attn_implementation=kind, dtype=torch.float32
                 )
             break
         except ValueError as fault:
             reason = f"{source.architecture}: {str(fault).partition('. ')[0]}"
     else:
         raise SourceError(reason)
+    attention.settle(model)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
