@@ -1,12 +1,15 @@
 """How much memory may still be taken, and how many threads may be started: what the machine has
-left, and what a container allows.
+left, and what a container or a limit of the user's allows.
 
 Reads Linux's control groups, both versions; elsewhere the machine's free memory is all there is.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -30,13 +33,32 @@ def of_host(root: Path = _ROOT) -> int:
 
 
 def of_threads(root: Path = _ROOT) -> int:
-    """Threads that this process may still start, by the control groups above it."""
-    left = [_MOST_THREADS]
+    """Threads that this process may still start, by the control groups above it and by the limit of
+    its user's, which does not hold for root."""
+    left = [_MOST_THREADS, *_of_user(root)]
     for folder, _ in _groups(root, "pids"):
         allowed = _read(folder / "pids.max")
         if allowed not in (None, "max"):
             left.append(max(int(allowed) - int(_read(folder / "pids.current") or 0), 0))
     return min(left)
+
+
+def _of_user(root: Path) -> Iterator[int]:
+    """What RLIMIT_NPROC leaves: it counts the threads of all processes of a user."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if limit != resource.RLIM_INFINITY and os.geteuid() != 0:
+        tables = (_status(each) for each in (root / "proc").glob("[0-9]*/status"))
+        own = f"{os.getuid()}"
+        used = (int(t["Threads"]) for t in tables if t.get("Uid", "").split()[:1] == [own])
+        yield max(limit - sum(used), 0)
+
+
+def _status(path: Path) -> dict[str, str]:
+    """Empty of a process that has ended."""
+    with suppress(OSError):
+        lines = (line.partition(":") for line in path.read_text("utf-8", "replace").splitlines())
+        return {name: value.strip() for name, _, value in lines}
+    return {}
 
 
 def _of_groups(root: Path) -> Iterator[int]:

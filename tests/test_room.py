@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
 import psutil
@@ -63,3 +65,22 @@ def test_the_older_groups_are_read_too(root: Path) -> None:
     (root / "proc/self/cgroup").write_text(table)
     old_group(root / "sys/fs/cgroup/memory/jobs/one", 7000, used=4000, cache=1000)
     assert room.of_host(root) == 4000
+
+
+def process(root: Path, number: int, user: int, threads: int) -> None:
+    folder = root / "proc" / str(number)
+    folder.mkdir(parents=True)
+    (folder / "status").write_text(f"Name:\tx\nUid:\t{user}\t0\t0\t0\nThreads:\t{threads}\n")
+
+
+@pytest.mark.parametrize(("user", "left"), [(1000, 100 - 7), (1001, 100 - 4), (0, 1 << 22)])
+def test_a_users_limit_counts_the_threads_of_all_processes(
+    root: Path, monkeypatch: pytest.MonkeyPatch, user: int, left: int
+) -> None:
+    """But root's."""
+    for number, (owner, threads) in enumerate([(1000, 5), (1000, 2), (1001, 4), (0, 9)], 10):
+        process(root, number, owner, threads)
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 100))
+    assert room.of_threads(root) == left
