@@ -8,21 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from quant import room, scribe, shards, staging
 from quant.errors import RoomError
+from quant.intake import attention
 from quant.intake.source import Source
 from quant.recipe import Recipe
 from quant.solver import allotment, devices, preflight
-from quant.solver.blocks import Decoder
+from quant.solver.blocks import Decoder, given_beside
 from quant.solver.preflight import FLOAT, Calibration
 
 BESIDE = 200 << 20  # bytes that compiled loops, libraries and the allocator come to take
 _OF_A_BLOCK = 40  # times a stream's states: what a block's layers read and make, twice
+_MAKING = 3  # times what a stream's blocks get beside the states, while that is worked out
+_PER_TOKEN = 600  # bytes of a tokenizer, which is held while text is written
 _FEW = 16  # threads of libraries, beside the lanes and OpenMP's
 _MARGIN = 32 << 20  # bytes of disk beside the tensors: tokenizer, configuration, headers
 
@@ -64,7 +69,7 @@ class Estimate:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
     """What is known of a run before it starts."""
 
@@ -75,13 +80,17 @@ class Run:
     writes_text: bool  # there is no calibration file
     gated: bool
 
-    @property
+    @cached_property
     def given(self) -> Calibration:
         """At most: a calibration file may hold less."""
-        width = self.opened.config.get_text_config().hidden_size
-        used = {copy.device for copy in self.decoder.all()}
-        on = self.decoder.dtype, self.decoder.device.type, devices.allowance(used), len(used)
-        return Calibration(self.recipe.samples, self.recipe.length, width, *on)
+        config, decoder = self.opened.config.get_text_config(), self.decoder
+        used = {copy.device for copy in decoder.all()}
+        on = decoder.dtype, decoder.device.type, devices.allowance(used), len(used)
+        rows = Calibration(self.recipe.samples, self.recipe.length, config.hidden_size, *on)
+        together = min(rows.per_stream, rows.samples)
+        heads = config.num_attention_heads if attention.is_eager(decoder.model) else 0
+        beside = given_beside(decoder, self.opened, together, rows.length)
+        return replace(rows, beside=beside, heads=heads)
 
     def units(self) -> preflight.Blocks:
         chosen = self.opened.config.get_text_config().to_dict().get("num_experts_per_tok", 0)
@@ -128,7 +137,8 @@ def _threads(run: Run) -> int:
     if needed > left:
         raise RoomError(
             f"{run.opened.spec}: solving a block needs {needed} threads, and {left} more may be"
-            " started here (the container's limit of processes); fewer --samples need fewer"
+            " started here (the container's limit of processes, or the user's: ulimit -u); fewer"
+            " --samples need fewer"
         )
     return needed
 
@@ -137,7 +147,7 @@ def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
     """All that hold much, one after the other."""
     opened, given = run.opened, run.given
     numel, depth = _parameters(opened), len(blocks)
-    if _written(run):
+    if _written(run):  # the files are mapped while they are read
         dtype = scribe.loaded_as(opened, run.decoder.device)
         told = opened.config.get_text_config().to_dict()
         heads = told.get("num_attention_heads") or 1
@@ -145,14 +155,15 @@ def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
         cached = int(2 * depth * given.tokens * given.width * shared) * dtype.itemsize
         yield Phase(
             "the model that writes its own calibration text",
-            numel * dtype.itemsize + cached,
+            numel * dtype.itemsize + max(cached, opened.bytes) + _PER_TOKEN * told["vocab_size"],
             "give a calibration file",
         )
-    headers = opened.tensors.headers
-    read = (headers[name] for name in run.decoder.outside().values() if name in headers)
-    outside = [header.end - header.begin for header in read]
-    # The largest is mapped from its file while it is copied.
-    yield Phase("the embedding", sum(outside) + max(outside), "it has to be read")
+    outside = _outside(run)
+    # The largest is mapped from its file while it is copied; then come the streams that wait in
+    # memory, of which one is worked out at a time.
+    waiting = given.states * preflight.places(blocks, given).device // given.streams
+    streams = waiting + given.given_beside + _MAKING * given.beside
+    yield Phase("the embedding", sum(outside) + max(*outside, streams), "it has to be read")
     block = max(sum(unit.weights for unit in block) for block in blocks) * given.dtype.itemsize
     yield Phase("holding a block against the whole model", sum(outside) + block, "it is read whole")
     yield Phase(
@@ -163,8 +174,19 @@ def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
     if run.recipe.bits_per_weight is not None:
         yield Phase("measuring formats", _sensitivity(run, depth), "a shorter --length needs less")
     if run.gated:
+        needed = 2 * FLOAT * numel + opened.bytes
         remedy = "leave --max-kl out, and compare where there is more"
-        yield Phase("measuring the result beside its parent", 2 * FLOAT * numel, remedy)
+        yield Phase("measuring the result beside its parent", needed, remedy)
+
+
+def _outside(run: Run) -> list[int]:
+    """Bytes of each tensor outside the blocks, as it is held: embeddings as they are stored."""
+    model, tensors = run.decoder.model, run.opened.tensors
+    sparse = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    held = ((name in sparse, tensors.headers[stored])
+            for name, stored in run.decoder.outside().items() if stored in tensors)  # fmt: skip
+    width = run.decoder.dtype.itemsize
+    return [h.end - h.begin if as_stored else math.prod(h.shape) * width for as_stored, h in held]
 
 
 def _written(run: Run) -> int:
@@ -180,6 +202,7 @@ def _sensitivity(run: Run, depth: int) -> int:
     samples, length = run.recipe.samples, run.recipe.length
     tokens = allotment.STREAMS * allotment.together(samples, length) * length
     states = tokens * run.given.width * (depth + _OF_A_BLOCK) * run.given.dtype.itemsize
+    states += tokens * run.given.beside // (run.given.per_stream * length)
     vocabulary = int(run.opened.config.get_text_config().vocab_size)
     return states + FLOAT * vocabulary * (6 * length + run.given.width)
 

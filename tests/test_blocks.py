@@ -13,7 +13,7 @@ from quant.intake import source
 from quant.intake.source import Source
 from quant.solver import blocks
 from quant.solver.blocks import Stream
-from tests import tiny
+from tests import families, test_selfcheck, tiny
 
 CPU = torch.device("cpu")
 
@@ -100,3 +100,26 @@ def test_blocks_that_cannot_be_solved_are_refused(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match=reason):
         blocks.skeleton(source.open(str(tmp_path), cache=tmp_path), CPU)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "falcon", "bloom", "llama", "gemma2"])
+def test_what_blocks_get_beside_the_states_is_counted_without_weights(
+    tmp_path: Path, kind: str
+) -> None:
+    """Positions, masks, and of Gemma-4 an embedding of every token for every block."""
+    if kind in test_selfcheck.FURTHER:
+        folder = test_selfcheck.folder(tmp_path / "model", kind)
+    else:
+        folder = families.folder(tmp_path / "model", kind)
+    read = source.open(str(folder), cache=tmp_path)
+    decoder = blocks.skeleton(read, CPU)
+    ids = torch.zeros(3, 40, dtype=torch.int64)
+    (stream,), _ = blocks.embed(decoder, read, [(ids, torch.ones_like(ids, dtype=torch.bool))])
+    values = [v for args, kwargs in stream.calls for v in (*args, *kwargs.values())]
+    flat = [t for value in values for t in (value if isinstance(value, tuple) else [value])]
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in flat
+        if isinstance(t, torch.Tensor)
+    }
+    assert blocks.given_beside(decoder, read, 3, 40) == sum(held.values()) > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from quant.estimate import Run
 from quant.intake import source
 from quant.pipeline import Order
 from quant.solver import blocks, preflight
-from tests import tiny
+from quant.solver.preflight import FLOAT
+from tests import families, test_selfcheck, tiny
 from tests.test_blocks import CPU
 from tests.test_pipeline import Told, calibration_file
 
@@ -91,3 +94,42 @@ def test_a_refused_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         pipeline.run(recipe.build({"samples": 8, "length": 32}), order, told)
     assert told.lines == [f"opening {parent}"]
     assert not list((tmp_path / "made").iterdir())
+
+
+def test_embeddings_for_every_block_are_counted(tmp_path: Path) -> None:
+    """Gemma-4's."""
+    folder = test_selfcheck.folder(tmp_path / "model", "gemma4_text")
+    model = source.open(str(folder), cache=tmp_path)
+    plan = recipe.build({"samples": 8, "length": 32})
+    run = Run(plan, model, blocks.skeleton(model, CPU), 200_000, writes_text=False, gated=False)
+    config = model.config
+    a_token = config.num_hidden_layers * config.hidden_size_per_layer_input * FLOAT
+    assert run.given.given_beside >= 8 * 32 * a_token
+    units = run.units()
+    without = preflight.memory(units, replace(run.given, beside=0))
+    assert preflight.memory(units, run.given) == without + run.given.given_beside
+
+
+def test_scores_that_are_held_whole_are_counted(tmp_path: Path) -> None:
+    folder = families.folder(tmp_path / "model", "gemma2")
+    model = source.open(str(folder), cache=tmp_path)
+    plan = recipe.build({"samples": 2, "length": 256})
+    run = Run(plan, model, blocks.skeleton(model, CPU), 200_000, writes_text=False, gated=False)
+    assert run.given.heads == model.config.num_attention_heads
+    scores = 2 * run.given.heads * 256**2 * FLOAT
+    fused = preflight.memory(run.units(), replace(run.given, heads=0))
+    assert preflight.memory(run.units(), run.given) >= fused + 2 * scores
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"), [({"writes_text": True}, "writes"), ({"gated": True}, "beside its parent")]
+)
+def test_files_that_a_model_is_loaded_from_are_counted(
+    asked: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    """Their pages are the process's until all of them are copied."""
+    run = run_of(tmp_path, **asked)
+    (phase,) = (each for each in estimate.phases(run, run.units()) if named in each.name)
+    copies = 2 if "gated" in asked else 1
+    parameters = sum(math.prod(h.shape) for h in run.opened.tensors.headers.values())
+    assert phase.bytes >= copies * FLOAT * parameters + run.opened.bytes

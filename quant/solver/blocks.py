@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from quant.errors import SourceError
@@ -249,6 +250,49 @@ def embed(
                 ids, mask = (tensor[:1, :_PROBE_TOKENS].to(copy.device) for tensor in rows[0])
                 probe = _record(copy, ids, mask)
     return [streams[place] for place in range(len(rows))], probe
+
+
+def given_beside(decoder: Decoder, source: Source, rows: int, length: int) -> int:
+    """Bytes of what so many rows' blocks get beside the states; what several share counts once.
+
+    Found by a forward without memory. Zero where a model's own code cannot be run like that.
+    """
+    model = architecture.hollow(source.config).to(decoder.dtype)
+    attention.settle(model)
+    blocks = list(model.get_submodule(decoder.prefix[:-1]).children())
+    ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
+    try:
+        with _Believing():
+            stream = _record(replace(decoder, model=model, blocks=blocks), ids, ids)
+    except (RuntimeError, TypeError, ValueError):
+        return 0
+    sizes = {}
+    for place in range(len(blocks)):
+        for tensor in _tensors(stream.calls[place]):
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
+
+
+class _Believing(TorchDispatchMode):
+    """Answers yes where code asks what stands in a tensor without memory: that a row is one text,
+    and counts from zero."""
+
+    def __torch_dispatch__(
+        self, func: Any, _types: object, args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
 
 
 def _check(decoder: Decoder, source: Source) -> None:

@@ -30,6 +30,7 @@ STREAM_TOKENS = {"cpu": 2048, "cuda": 16_384}
 # Threads wait for each other's at every layer, two for each stream: never more than so many.
 _MOST_STREAMS = 256
 HELD = 8  # one in so many calibration tokens is held out, to judge what the others suggest
+_SCORES = 4  # copies of an attention's scores that its own code holds at once
 _COPIES = 10  # of a part that solving it holds at once
 # What a run takes by its products alone at the rate of float32: beside them stand norms,
 # attention's softmax, loops over columns, and files. Measured, see DECISIONS.md, but for a GPU that
@@ -65,7 +66,11 @@ class Places(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """`samples` rows of `length` tokens, states of `width` numbers of a `dtype` between blocks, on
-    that `kind` of device: so many `devices` share the rows, each `allowed` as much."""
+    that `kind` of device: so many `devices` share the rows, each `allowed` as much.
+
+    `beside` are bytes of what a stream's blocks get beside the states; `heads` have their scores
+    [length, length] held whole, where attention is not fused.
+    """
 
     samples: int
     length: int
@@ -74,6 +79,8 @@ class Calibration:
     kind: str = "cpu"
     allowed: Allowed = ON_CPU
     devices: int = 1
+    beside: int = 0
+    heads: int = 0
 
     @property
     def tokens(self) -> int:
@@ -93,6 +100,11 @@ class Calibration:
     @property
     def streams(self) -> int:
         return math.ceil(self.samples / self.per_stream)
+
+    @property
+    def given_beside(self) -> int:
+        """Bytes of what the blocks of all streams of a device get beside the states."""
+        return self.beside * math.ceil(self.streams / self.devices)
 
     @property
     def threads(self) -> int:
@@ -251,8 +263,9 @@ def _of_block(block: Sequence[Unit], given: Calibration) -> int:
     weights = (FLOAT + FLOAT // 2) * sum(unit.weights for unit in block)
     widest = max(unit.columns for unit in block)
     together = min(max(STREAM_TOKENS[given.kind], given.per_stream * given.length), given.tokens)
-    batch = together * (8 * given.width + 4 * widest) * FLOAT
-    return weights + batch + max(_solving(unit, given) for unit in block)
+    scores = _SCORES * given.heads * given.length
+    batch = together * (8 * given.width + 4 * widest + scores) * FLOAT
+    return weights + batch + given.given_beside + max(_solving(unit, given) for unit in block)
 
 
 def _solving(unit: Unit, given: Calibration) -> int:
