@@ -15,11 +15,13 @@ import os
 import resource
 import socket
 import struct
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from uuid import uuid4
 
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serve.errors import (
@@ -174,9 +176,30 @@ class Bounded(HttpToolsProtocol):
         self.watch.open.discard(self)
         super().handle_websocket_upgrade()
 
+    def _should_upgrade(self) -> bool:
+        """WebSockets begin with a GET without a body; the library behind leaves others open."""
+        lengths = {b"content-length", b"transfer-encoding"}
+        plain = lengths.isdisjoint(name for name, _ in self.headers)
+        return bool(super()._should_upgrade()) and self.scope["method"] == "GET" and plain
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Another protocol is not spoken, and HTTP goes on: the parser would leave the body out.
+
+        So what came is parsed again without the wish for another protocol.
+        """
+        fault = sys.exc_info()[1]
+        rest = self._data[fault.args[0] :] if isinstance(fault, HttpParserUpgrade) else b""
+        head = [self.scope["method"].encode(), b" ", self.url, b" HTTP/1.1\r\n"]
+        for name, value in self.headers:
+            if name not in (b"upgrade", b"http2-settings"):
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = HttpRequestParser(self)
+        self.data_received(b"".join([*head, b"\r\n", rest]))
+
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return  # read and dropped: closing now would reset what the client has yet to read
+        self._data = data
         self._heard = True
         if self._head_began is None and self._body_began is None:
             self._head_began = self.loop.time()
@@ -209,10 +232,26 @@ class Bounded(HttpToolsProtocol):
         self._unparsed = 0
         self._head_began = None
         self._body_began = self.loop.time()
+        self.scope["method"] = self.parser.get_method().decode()
+        self._check_framing()
+        if self.parser.should_upgrade() and not self._should_upgrade():
+            return  # it comes again, without the wish for another protocol
+        super().on_headers_complete()
+
+    def _check_framing(self) -> None:
+        """Where proxies and servers read a request differently, one can be smuggled in another."""
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._raise(BadRequest(f"HTTP/{version} is not spoken here; send HTTP/1.1"))
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
+            self._raise(BadRequest(f"the request has {hosts} Host headers; send one"))
         for name, value in self.headers:
             if name == b"content-length" and int(value) > self.limits.body:
                 self._raise(self._body_too_large())
-        super().on_headers_complete()
+            if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+                told = ascii(value[:40].decode("latin-1"))
+                self._raise(BadRequest(f"Transfer-Encoding is {told}; send chunked, or a length"))
 
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
@@ -224,7 +263,8 @@ class Bounded(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._unparsed = 0
         self._body_began = None
-        super().on_message_complete()
+        if not self.parser.should_upgrade() or self._should_upgrade():
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(self._fault or BadRequest(f"{msg} Send HTTP/1.1"))

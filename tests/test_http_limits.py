@@ -136,10 +136,10 @@ def refusal(told: bytes) -> tuple[int, str]:
 
 
 def test_what_is_within_the_limits_is_served(served: App) -> None:
-    line = b"GET /" + b"a" * 900 + b" HTTP/1.1\r\nconnection: close\r\n"
+    line = b"GET /" + b"a" * 900 + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
     assert asked(served, line + b"x: y\r\n" * 18 + b"\r\n").startswith(OK)
     assert asked(served, b"GET / HTTP/1.0\r\n\r\n").startswith(OK)
-    body = b"POST / HTTP/1.1\r\nconnection: close\r\ncontent-length: 50000\r\n\r\n"
+    body = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 50000\r\n\r\n"
     assert asked(served, body, b"x" * 50_000).endswith(b"50000\r\n0\r\n\r\n")
 
 
@@ -156,14 +156,20 @@ def test_what_is_within_the_limits_is_served(served: App) -> None:
         ([b"\r\n" * 3000], 431, "headers_too_large"),
         ([b"GARBAGE\r\n\r\n"], 400, "invalid_request"),
         ([b"GET / HTTP/1.1\r\ncontent-length: -5\r\n\r\n"], 400, "invalid_request"),
-        ([b"POST / HTTP/1.1\r\ncontent-length: 50001\r\n\r\n"], 413, "request_too_large"),
-        ([b"POST / HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 50001\r\n\r\n"],
+        ([b"GET / HTTP/1.1\r\n\r\n"], 400, "invalid_request"),
+        ([b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n"], 400, "invalid_request"),
+        ([b"GET / HTTP/2.0\r\nhost: a\r\n\r\n"], 400, "invalid_request"),
+        ([b"GET /\r\n\r\n"], 400, "invalid_request"),
+        ([b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n"],
+         400, "invalid_request"),
+        ([b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 50001\r\n\r\n"], 413, "request_too_large"),
+        ([b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 50001\r\n\r\n"],
          413, "request_too_large"),
-        ([b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n",
+        ([b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n",
           *[b"2710\r\n" + b"x" * 10_000 + b"\r\n"] * 6], 413, "request_too_large"),
-        ([b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1;", *[b"x" * 1000] * 600],
+        ([b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1;", *[b"x" * 1000] * 600],
          431, "headers_too_large"),
-        ([b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: ", *[b"x" * 1000] * 600],
+        ([b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: ", *[b"x" * 1000] * 600],
          431, "headers_too_large"),
     ],
 )  # fmt: skip
@@ -174,7 +180,7 @@ def test_what_is_too_large_is_told_so_and_closed(
 
 
 def test_anthropics_clients_are_told_in_their_own_shape(served: App) -> None:
-    told = asked(served, b"POST /v1/messages?x HTTP/1.1\r\ncontent-length: 50001\r\n\r\n")
+    told = asked(served, b"POST /v1/messages?x HTTP/1.1\r\nhost: x\r\ncontent-length: 50001\r\n\r\n")
     head, _, body = told.partition(b"\r\n\r\n")
     fault = json.loads(body)
     assert (fault["type"], fault["error"]["type"]) == ("error", "request_too_large")
@@ -205,7 +211,7 @@ def test_a_refused_body_that_is_still_being_sent_does_not_lose_the_answer(served
 def test_silence_is_closed_without_a_word_and_half_a_request_is_told_why(served: App) -> None:
     silent, half, body, trickle = (connect(served) for _ in range(4))
     half.sendall(b"GET / HTTP/1.1\r\nx")
-    body.sendall(b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nxxx")
+    body.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nxxx")
     trickle.sendall(b"\r\n")
     assert read_all(silent) == b""
     assert [refusal(read_all(late)) for late in (half, body, trickle)] == [
@@ -235,7 +241,7 @@ def test_a_client_that_never_reads_is_cut(path: str) -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.connect(("127.0.0.1", app.port))
         with client:
-            client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+            client.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
             assert app.started.wait(HANG_S)
             if path == "/never-ends":
                 assert app.ended.wait(HANG_S), "the request goes on for nobody"
@@ -262,12 +268,12 @@ def test_a_client_that_reads_slowly_is_not(served: App) -> None:
 
 
 def test_pipelined_requests_are_answered_in_turn_and_a_bad_one_ends_them(served: App) -> None:
-    good = b"POST / HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc"
+    good = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc"
     told = asked(served, good * 3 + b"GET /" + b"a" * 2000)
     assert told.count(OK) == 3 and not told.count(b"uri_too_long")
     told = asked(served, good + b"GET /" + b"a" * 2000)
     assert told.count(OK) == 1 and told.endswith(b"3\r\n0\r\n\r\n")
-    keep = b"GET / HTTP/1.1\r\n\r\n"
+    keep = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
     with connect(served) as client:
         client.sendall(keep)
         assert client.recv(1 << 16).startswith(OK)
@@ -281,6 +287,30 @@ def test_expect_continue_is_told_to_go_on(served: App) -> None:
         assert client.recv(100).startswith(b"HTTP/1.1 100 ")
         client.sendall(b"abc")
         assert read_all(client).endswith(b"3\r\n0\r\n\r\n")
+
+
+UPGRADE = b"connection: upgrade, http2-settings\r\nupgrade: %s\r\nhttp2-settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize("other", [b"h2c", b"websocket", b"foo/2"], ids=["h2c", "websocket", "foo"])
+def test_a_wish_for_another_protocol_is_passed_over_and_the_body_read(
+    served: App, other: bytes
+) -> None:
+    """A WebSocket begins with a GET; clients of HTTP/2 ask for it with their first POST."""
+    head = b"POST / HTTP/1.1\r\nhost: x\r\n" + UPGRADE % other
+    last = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    for body in (
+        [b"content-length: 3\r\n\r\nabc", last],
+        [b"content-length: 3\r\n\r\n", b"a", b"bc" + last],
+        [b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n", b"2\r\nbc\r\n0\r\n\r\n", last],
+    ):
+        told = asked(served, head + body[0], *body[1:])
+        assert told.count(OK) == 2 and b"\r\n\r\n3" in told.replace(b"\r\n1\r\n3", b"\r\n\r\n3")
+
+
+def test_a_body_behind_a_websockets_handshake_does_not_keep_a_connection(served: App) -> None:
+    head = b"GET / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n" + UPGRADE % b"websocket"
+    assert refusal(asked(served, head + b"\r\nxxx")) == (408, "request_timeout")
 
 
 def test_websockets_pass(served: App) -> None:
