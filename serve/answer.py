@@ -20,7 +20,16 @@ from starlette.requests import ClientDisconnect
 from serve.errors import Draining, EngineDied, ServeError
 from serve.metrics import NO_ALIAS, outcome_of
 from serve.turn import Turn
-from serve.wire import OPENAI, Told, dialect_of, error_event, has_several, read_error, told_of
+from serve.wire import (
+    OPENAI,
+    Told,
+    dialect_of,
+    error_event,
+    has_several,
+    read_error,
+    told_of,
+    with_field,
+)
 
 if TYPE_CHECKING:
     from serve.serving import Serving
@@ -146,7 +155,8 @@ class Answer:
         if status >= 500 and self._serving.engine_dead():
             await self.end(EngineDied(ENGINE_DIED))
         else:
-            await self._end(read_error(status, self._body, self._path), headers)
+            told = read_error(status, self._body, self._path)
+            await self._end(with_field(told, self.turn.asked), headers)
 
     async def _pass(self, message: Message) -> None:
         body = message.get("body", b"")
@@ -177,6 +187,7 @@ class Answer:
             told = told_of(self.turn.fault)
         elif told.status >= 500 and self._serving.engine_dead():
             told = told_of(EngineDied(ENGINE_DIED))
+        told = with_field(told, self.turn.asked)
         self._broken = told
         event = self._dialect.event(told, self.turn.request_id, self._events)
         before, _, rest = body.partition(b"\n\n")

@@ -22,6 +22,7 @@ from vllm.lora.request import LoRARequest
 
 from serve import (
     admin,
+    bodies,
     controllers,
     health,
     incoming,
@@ -229,6 +230,7 @@ def enclose(app: FastAPI) -> None:
     def build_middleware_stack() -> Any:
         app.exception_handlers.pop(Exception, None)
         app.exception_handlers[RequestValidationError] = answer_invalid
+        bodies.name_fields(app.routes)
         return Gate(stock())
 
     app.build_middleware_stack = build_middleware_stack  # type: ignore[method-assign]

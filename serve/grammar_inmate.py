@@ -12,6 +12,11 @@ from typing import Any
 
 import xgrammar
 
+try:
+    import llguidance
+except ImportError:
+    llguidance = None
+
 MEMORY = 4 << 30  # bytes of its own
 
 
@@ -27,6 +32,7 @@ def compiled(compiler: xgrammar.GrammarCompiler, kind: str, text: str) -> Any:
 
 def fault_of(compiler: xgrammar.GrammarCompiler, kind: str, text: str, vocabulary: int) -> Any:
     """What keeps the engine from using it, a first token included."""
+    try_the_other(kind, text)
     try:
         grammar = compiled(compiler, kind, text)
     except (RuntimeError, ValueError, TypeError) as fault:
@@ -39,6 +45,29 @@ def fault_of(compiler: xgrammar.GrammarCompiler, kind: str, text: str, vocabular
     if not allowed.any():  # the engine would end the request at its first token, as its own fault
         return {"compiles": True, "message": "nothing fits it; does it refer to itself?"}
     return None
+
+
+def try_the_other(kind: str, text: str) -> None:
+    """vLLM gives llguidance what xgrammar refuses or leaves out; it too has no bounds.
+
+    What is wrong by it, it says itself, soon; what has no end is the end of this process.
+    """
+    if llguidance is None:
+        return
+    try:
+        if kind == "json":
+            given = [llguidance.LLMatcher.grammar_from_json_schema(text)]
+        elif kind == "regex":
+            given = [llguidance.grammar_from("regex", text)]
+        elif kind == "structural_tag":
+            parts = [part["schema"] for part in json.loads(text)["structures"]]
+            given = [llguidance.LLMatcher.grammar_from_json_schema(part) for part in parts]
+        else:
+            return
+        for one in given:
+            llguidance.LLMatcher.validate_grammar(one, None)
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        pass
 
 
 def last_line(fault: Exception) -> str:

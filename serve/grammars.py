@@ -34,8 +34,15 @@ LONGEST_ANSWER = 1 << 20
 class GrammarTrial:
     """One process, one grammar at a time."""
 
-    def __init__(self, vocabulary: Callable[[], str], largest: int, seconds: int) -> None:
-        """`vocabulary` gives xgrammar's TokenizerInfo as JSON; ValueError where it has none."""
+    def __init__(
+        self, vocabulary: Callable[[], str], largest: int, seconds: int, *, others: bool = False
+    ) -> None:
+        """`vocabulary` gives xgrammar's TokenizerInfo as JSON; ValueError where it has none.
+
+        `others`: the operator has given vLLM another compiler. Else the engine keeps that of its
+        first grammar, mostly xgrammar, and what that refuses would be a 500 sooner or later.
+        """
+        self._others = others
         self._vocabulary, self._largest, self._seconds = vocabulary, largest, seconds
         self._known: OrderedDict[bytes, BadRequest | None] = OrderedDict()
         self._lock = asyncio.Lock()
@@ -81,13 +88,14 @@ class GrammarTrial:
         line = await self._asked(order, PATIENCE * self._seconds)
         if line is None:
             return BadRequest(
-                f"the {param} takes more than {self._seconds} s to compile; make it simpler "
+                f"the {param} takes more than {self._seconds} s or too much memory to compile; "
+                "make it simpler "
                 "(QUANTSERVE_MAX_GRAMMAR_SECONDS)",
                 param=param,
             )
         told = json.loads(line)
-        if told is None or (kind != "grammar" and not told["compiles"]):
-            return None  # vLLM may have another compiler for it, or says itself what is wrong
+        if told is None or (self._others and kind != "grammar" and not told["compiles"]):
+            return None
         return BadRequest(f"the {param} cannot be used: {told['message']}", param=param)
 
     async def _ready(self) -> bool:

@@ -32,15 +32,21 @@ def trial_of(client: Any, serving: Serving) -> GrammarTrial:
         return vllm_compat.vocabulary(client.renderer.get_tokenizer(), config.get_vocab_size())
 
     chosen = serving.settings
-    return GrammarTrial(vocabulary, chosen.max_grammar_bytes, chosen.max_grammar_seconds)
+    backend = str(client.vllm_config.structured_outputs_config.backend)
+    return GrammarTrial(
+        vocabulary, chosen.max_grammar_bytes, chosen.max_grammar_seconds,
+        others=backend not in ("auto", "xgrammar"),
+    )  # fmt: skip
 
 
 def watching(limits: RequestLimits, trial: GrammarTrial) -> Callable[[Any], Awaitable[None]]:
     """What vLLM's handlers call with each request, before they look its model up."""
 
     async def watch(request: Any) -> None:
+        if (turn := current.get()) is not None:
+            turn.asked = frozenset(getattr(request, "model_fields_set", ()))
         try:
-            _watch(vars(request), current.get(), limits)
+            _watch(vars(request), turn, limits)
             extract = getattr(request, "extract_structured_outputs", None)
             if extract is not None and (wanted := extract()) is not None:
                 await trial.check(wanted)

@@ -119,6 +119,12 @@ async def check_items(body: bytes, item: Item) -> None:
             await asyncio.sleep(0)
 
 
+def check_text(text: str) -> None:
+    """BadRequest for JSON in a string, such as a call's arguments, that is nested too deep."""
+    outside, _ = _without_strings(text.encode(errors="replace"), inside=False)
+    _check_depth(outside.translate(None, NOT_BRACKETS), 0, JsonLimits().depth)
+
+
 def _is_form(scope: Mapping[str, Any]) -> bool:
     """A form's file is no JSON; its parser reads on as it comes."""
     kinds = [value for name, value in scope["headers"] if name == b"content-type"]
@@ -168,5 +174,5 @@ def _check_depth(brackets: bytes, depth: int, most: int) -> int:
     for bracket in brackets:
         depth += 1 if bracket in b"{[" else -1
         if depth > most:
-            raise BadRequest(f"the body is nested deeper than {most} objects and lists")
+            raise BadRequest(f"JSON is nested deeper than {most} objects and lists")
     return depth

@@ -76,6 +76,8 @@ class Keys:
         if self._path is None:
             return "there is no key file to read again"
         self._stamp = _stamp(self._path)
+        if self._path.exists() and not self._path.is_file():  # a pipe would be waited for
+            return f"the keys stay as they were: {self._path} is not a plain file"
         try:
             self._callers = _read(self._path)
         except SettingsError as fault:

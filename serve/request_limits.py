@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve import json_limits
 from serve.errors import BadRequest
 from serve.settings import LONGEST_ALIAS, Settings
 
@@ -21,6 +22,7 @@ LISTS = {"stop": True, "bad_words": True, "stop_token_ids": False, "logit_bias":
 PROMPTS = ("prompt", "input", "texts", "inputs", "documents", "text_2", "data_2", "messages")
 NAMES = ("user", "request_id", "session_id", "prompt_cache_key",
          "previous_response_id")  # fmt: skip
+RESERVED = ("conversation", "messages", "tools", "tokenizer", "config", "self")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,39 @@ def check(asked: Mapping[str, Any], limits: RequestLimits) -> None:
     for name, holds_text in LISTS.items():
         _check_list(asked, name, getattr(limits, name), limits.word if holds_text else None)
     _check_sequences(asked, limits)
+    _check_template(asked.get("chat_template_kwargs"))
+    for name in ("messages", "input"):
+        _check_calls(asked.get(name), name)
+
+
+def _check_template(variables: Any) -> None:
+    """vLLM hands them on beside arguments of its own, which are no template's."""
+    for name in RESERVED if isinstance(variables, dict) else ():
+        if name in variables:
+            raise BadRequest(
+                f"chat_template_kwargs has {name}, which the server gives; use another name",
+                param="chat_template_kwargs",
+            )
+
+
+def _check_calls(turns: Any, param: str) -> None:
+    """Arguments of earlier calls are JSON in a string, which vLLM parses without a limit."""
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, list):
+            _check_calls(turn, param)
+            continue
+        calls = _part(turn, "tool_calls")
+        for call in (turn, *(calls if isinstance(calls, list) else ())):
+            arguments = _part(_part(call, "function") or call, "arguments")
+            if isinstance(arguments, str):
+                try:
+                    json_limits.check_text(arguments)
+                except BadRequest as fault:
+                    raise BadRequest(f"the arguments of a call: {fault}", param=param) from fault
+
+
+def _part(whole: Any, name: str) -> Any:
+    return whole.get(name) if isinstance(whole, dict) else getattr(whole, name, None)
 
 
 def _check_length(asked: Mapping[str, Any], name: str, most: int) -> None:

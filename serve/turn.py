@@ -31,6 +31,7 @@ class Turn:
     caller: str = ""  # the name of the key, for the history of what it changes
     session: str = ""  # what its headers say of whom it is for
     user: str = ""  # what its body says, as vLLM has read it
+    asked: frozenset[str] = frozenset()  # the fields of its body
     opening: str = ""  # how its conversation begins
     fault: ServeError | None = None  # why it gets no answer, where vLLM would say it worse
     warnings: list[str] = field(default_factory=list)  # what it asks for and does not get; ASCII

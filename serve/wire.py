@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
@@ -55,12 +55,16 @@ OBSCURE = {
 _REPR = re.compile(
     r"<class '|<[\w.]+ object|object has no attribute|NoneType|Traceback \(most|"
     r"validation errors? for \w|\binput_type=|^['\"][^'\"]*['\"]$|(Error|Exception)\(['\")]|"
-    r"^\w+(Error|Exception)\b|unexpected keyword argument|not subscriptable|is not iterable"
+    r"^\w+(Error|Exception)\b|unexpected keyword argument|not subscriptable|is not iterable|"
+    r"<locals>|got multiple values for"
 )
 _KEY = re.compile(r"^(?:KeyError\()?['\"]([\w.-]{1,64})['\"]\)?$")
-_VLLMS_TAIL = re.compile(r" \(parameter=[\w.]+(?:, value=.*)?\)$", re.DOTALL)
+_VLLMS_TAIL = re.compile(r" \(parameter=[\w.]+(?:, value=.*)?\)$|: \{'.*\}\.?$", re.DOTALL)
 _PYDANTIC = re.compile(r"^\d+ validation errors? for \S+\n", re.MULTILINE)
 _PYDANTIC_FAULT = re.compile(r"^(\S.*)\n  (\S.*?)(?: \[type=.*\])?$", re.MULTILINE)
+_WORD = re.compile(r"\b[a-z]\w*")
+_OF_THE_PROMPT = re.compile(r"prompt|[Tt]oken id|conversation|multimodal|^\d+[.:]|content")
+PROMPTS = ("messages", "prompt", "input")
 _ERROR_EVENT = re.compile(rb'event: error\b|data: ?\{\s*"error"\s*:')
 _LATER_ERROR_EVENT = re.compile(rb'\n(?:event: error\b|data: ?\{\s*"error"\s*:)')
 _DATA = re.compile(rb"(?:\A|\n)data: ?(\{.*)")
@@ -114,6 +118,17 @@ def read_error(status: int, raw: bytes, path: str) -> Told:
     if status == HTTPStatus.UNPROCESSABLE_ENTITY and not isinstance(given.get("code"), str):
         status = HTTPStatus.BAD_REQUEST.value
     return _told(status, given)
+
+
+def with_field(told: Told, asked: Collection[str]) -> Told:
+    """A 400 with the field that its words name, of those that the client sent, if it has none."""
+    if told.status != HTTPStatus.BAD_REQUEST or told.param is not None:
+        return told
+    words = (word for word in _WORD.findall(told.message) if word in asked and word != "model")
+    field = next(words, None)
+    if field is None and _OF_THE_PROMPT.search(told.message):
+        field = next((name for name in PROMPTS if name in asked), None)
+    return replace(told, param=field)
 
 
 def error_event(chunk: bytes) -> Told | None:
@@ -194,7 +209,8 @@ def _without_pydantic(text: str) -> str:
     if not found:
         return text
     faults = _PYDANTIC_FAULT.findall(text, found.end())[:3]
-    return "; ".join(f"{_fields_of(path)}: {fault}" for path, fault in faults)
+    told = (f"{_fields_of(path)}: {fault}" for path, fault in faults)
+    return "; ".join(dict.fromkeys(told))
 
 
 def _fields_of(path: str) -> str:

@@ -85,7 +85,7 @@ async def test_an_engine_fault_without_words_has_some(
     ("sent", "field"),
     [(b"{", None), (b"", None), (b"[]", None), (b"null", None), (b"\xff\xfe", None),
      (b"{}", "messages"),
-     (b'{"messages": [], "n": "x"}', "n"), (b'{"messages": 5}', None), (b"[" * 50_000, None)],
+     (b'{"messages": [], "n": "x"}', "n"), (b'{"messages": 5}', "messages"), (b"[" * 50_000, None)],
 )  # fmt: skip
 async def test_a_body_that_is_none_is_told_in_one_sentence(
     client: httpx.AsyncClient, sent: bytes, field: str | None
@@ -95,6 +95,26 @@ async def test_a_body_that_is_none_is_told_in_one_sentence(
     fault = fault_of(CHAT, answer.text)
     assert (answer.status_code, fault["param"]) == (400, field)
     assert "\n" not in fault["message"] and len(fault["message"]) < 200
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [(CHAT, "messages"), (CHAT, "structured_outputs"), (CHAT, "tools"),
+     ("/v1/completions", "structured_outputs"), ("/v1/responses", "structured_outputs"),
+     ("/v1/responses", "tools"), ("/tokenize", "messages")],
+)  # fmt: skip
+async def test_a_field_of_another_type_is_named(
+    client: httpx.AsyncClient, path: str, field: str
+) -> None:
+    """Also where vLLM's own checks look into it before its type is known."""
+    for value in (True, 5, 2.5, "x", [5], {"x": 5}):
+        if field == "structured_outputs" or value != {"x": 5}:
+            body = {"prompt": "a", "input": "a", **HI, field: value}
+            if path == "/tokenize":
+                del body["prompt"]
+            answer = await client.post(path, json=body)
+            fault = fault_of(path, answer.text)
+            assert answer.status_code == 400 and str(fault["param"]).startswith(field), value
 
 
 async def test_what_is_no_route_no_method_and_no_json_has_the_shape(

@@ -121,3 +121,35 @@ async def test_a_process_that_died_between_two_grammars_is_replaced(trial: Gramm
     await process.wait()
     await trial.check(wanted(regex="d"))
     assert trial._process is not process
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def others() -> AsyncIterator[GrammarTrial]:
+    """Of a server whose operator gave vLLM another compiler."""
+    made = GrammarTrial(vocabulary, largest=8000, seconds=1, others=True)
+    yield made
+    await made.close()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"uniqueItems": True}], ids=["refused by xgrammar", "left out by xgrammar"]
+)
+async def test_what_takes_all_memory_in_another_compiler_of_vllms_is_refused(
+    others: GrammarTrial, more: dict[str, Any]
+) -> None:
+    """xgrammar has done with it at once; llguidance takes memory for each of a billion items."""
+    fault = await refusal(others, json={"type": "array", "minItems": 10**9, **more})
+    assert "too much memory" in str(fault)
+
+
+async def test_what_the_engines_compiler_refuses_is_refused(
+    trial: GrammarTrial, others: GrammarTrial
+) -> None:
+    """vLLM asks another whether it is right, and then the engine has only the first."""
+    for given in (
+        {"json": {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "string"}}}},
+        {"json": {"type": "array", "minItems": 1, "items": False}},
+        {"regex": r"\p{L}+"},
+    ):
+        await refusal(trial, **given)
+        await others.check(wanted(**given))

@@ -33,6 +33,7 @@ SMALL = HttpLimits(
 )  # fmt: skip
 OK = b"HTTP/1.1 200 OK"
 HANG_S = 300.0  # a test that waits this long has failed
+CHUNKED = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 @dataclass
@@ -162,14 +163,15 @@ def test_what_is_within_the_limits_is_served(served: App) -> None:
         ([b"GET /\r\n\r\n"], 400, "invalid_request"),
         ([b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n"],
          400, "invalid_request"),
-        ([b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 50001\r\n\r\n"], 413, "request_too_large"),
+        ([b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 50001\r\n\r\n"],
+         413, "request_too_large"),
         ([b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 50001\r\n\r\n"],
          413, "request_too_large"),
-        ([b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n",
+        ([CHUNKED,
           *[b"2710\r\n" + b"x" * 10_000 + b"\r\n"] * 6], 413, "request_too_large"),
-        ([b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1;", *[b"x" * 1000] * 600],
+        ([CHUNKED + b"1;", *[b"x" * 1000] * 600],
          431, "headers_too_large"),
-        ([b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: ", *[b"x" * 1000] * 600],
+        ([CHUNKED + b"0\r\nx: ", *[b"x" * 1000] * 600],
          431, "headers_too_large"),
     ],
 )  # fmt: skip
@@ -180,7 +182,9 @@ def test_what_is_too_large_is_told_so_and_closed(
 
 
 def test_anthropics_clients_are_told_in_their_own_shape(served: App) -> None:
-    told = asked(served, b"POST /v1/messages?x HTTP/1.1\r\nhost: x\r\ncontent-length: 50001\r\n\r\n")
+    told = asked(
+        served, b"POST /v1/messages?x HTTP/1.1\r\nhost: x\r\ncontent-length: 50001\r\n\r\n"
+    )
     head, _, body = told.partition(b"\r\n\r\n")
     fault = json.loads(body)
     assert (fault["type"], fault["error"]["type"]) == ("error", "request_too_large")

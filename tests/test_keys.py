@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,3 +170,14 @@ async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not true():  # noqa: ASYNC110 - files have no events here
             await asyncio.sleep(0.01)
+
+
+def test_a_pipe_in_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
+    """Whoever opens one waits for its writer, and every request with him."""
+    path = tmp_path / "keys"
+    path.write_text(FILE)
+    path.chmod(0o600)
+    loaded = keys.load(path)
+    path.unlink()
+    os.mkfifo(path)
+    assert "is not a plain file" in loaded.reload()

@@ -20,6 +20,12 @@ from serve.settings import Settings
 
 LIMITS = RequestLimits()
 HI = {"role": "user", "content": "hi"}
+DEEP = "[" * 100_000
+CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": DEEP}
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": DEEP}}],
+}
 
 
 def chat(**given: Any) -> Any:
@@ -41,6 +47,10 @@ def completion(**given: Any) -> Any:
         (BatchChatCompletionRequest(model="m", messages=[[HI] * 5000]), "messages", "at most 4096"),
         (BatchChatCompletionRequest(model="m", messages=[[HI]] * 3000), "messages", "2048"),
         (ResponsesRequest(model="m", input=[HI] * 5000), "input", "at most 4096"),
+        (chat(chat_template_kwargs={"conversation": 1}), "chat_template_kwargs", "another name"),
+        (chat(messages=[CALLED]), "messages", "nested deeper than 64"),
+        (BatchChatCompletionRequest(model="m", messages=[[HI, CALLED]]), "messages", "deeper"),
+        (ResponsesRequest(model="m", input=[CALL]), "input", "nested deeper than 64"),
         (chat(n=16384), "n", "at most 128 (QUANTSERVE_MAX_N)"),
         (chat(n=17, use_beam_search=True), "n", "at most 16"),
         (completion(n=128, prompt=["a"] * 17), "prompt", "2176 sequences"),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from serve import wire
 from serve.errors import AdapterSlotsFull, ModelNotFound, ServeError
 from serve.wire import (
     ANTHROPIC_TYPES,
@@ -223,3 +224,32 @@ def test_each_api_has_its_own_error_event() -> None:
 
 def test_an_error_of_ours_without_words_says_where_to_look() -> None:
     assert told_of(ServeError("")).message == FAILED
+
+
+@pytest.mark.parametrize(
+    ("message", "asked", "field"),
+    [
+        ("n must be at least 1, got 0.", {"model", "prompt", "n"}, "n"),
+        ("min_tokens must be less than or equal to max_tokens=2.", {"min_tokens", "max_tokens"},
+         "min_tokens"),
+        ("Token id 49152 is out of vocabulary", {"prompt", "model"}, "prompt"),
+        ("The decoder prompt cannot be empty", {"input", "model"}, "input"),
+        ("base is not a multimodal model", {"messages", "model"}, "messages"),
+        ("0.text: Field required", {"messages"}, "messages"),
+        ("the engine is no place for this", {"messages", "model", "n"}, None),
+        ("n must be at least 1, got 0.", set(), None),
+    ],
+)  # fmt: skip
+def test_the_field_that_the_words_name_is_the_param(
+    message: str, asked: set[str], field: str | None
+) -> None:
+    told = wire.read_error(400, vllms(message, 400), "/v1/completions")
+    assert wire.with_field(told, asked).param == field
+    other = wire.read_error(400, vllms(message, 400, "x"), "/v1/completions")
+    assert wire.with_field(other, asked).param == "x"
+
+
+def test_pythons_words_about_a_call_of_ours_are_not_told() -> None:
+    said = "render_with.<locals>.apply() got multiple values for argument 'conversation'"
+    told = wire.read_error(400, vllms(said, 400), "/v1/chat/completions")
+    assert told.message == wire.UNREADABLE
