@@ -7,6 +7,7 @@ before anything parses it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,6 +21,7 @@ from serve.errors import Forbidden, NotFound, ServeError
 from serve.keys import ANYONE
 from serve.routes import Target
 from serve.turn import Turn, current, tidy_id
+from serve.wire import OPENAI, told_of
 
 if TYPE_CHECKING:
     from serve.serving import Serving
@@ -54,7 +56,7 @@ class Gate:
                 receive = await json_limits.measured(scope, receive, serving.json_limits, item)
             except ServeError as fault:
                 refused = scope["type"] == "websocket"
-                await (_refuse_socket(send) if refused else answer.end(fault))
+                await (_refuse_socket(scope, send, fault) if refused else answer.end(fault))
                 return
             if scope["type"] == "websocket":
                 await self._app(scope, receive, send)
@@ -117,9 +119,17 @@ def _admit(serving: Serving, scope: Message, target: Target, turn: Turn) -> None
         serving.check_open()
 
 
-async def _refuse_socket(send: Send) -> None:
-    """Closing before accepting answers a WebSocket handshake with 403."""
-    await send({"type": "websocket.close", "code": 1008})
+async def _refuse_socket(scope: Message, send: Send, fault: ServeError) -> None:
+    """Answer a WebSocket handshake; closing before accepting would be a 403 without a word."""
+    if "websocket.http.response" not in scope.get("extensions", ()):
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    body = json.dumps(OPENAI.body(told_of(fault), "")).encode()
+    size = str(len(body)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", size)]
+    start = {"type": "websocket.http.response.start", "status": fault.status, "headers": headers}
+    await send(start)
+    await send({"type": "websocket.http.response.body", "body": body})
 
 
 def _header(scope: Message, name: bytes) -> str | None:

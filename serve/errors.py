@@ -124,6 +124,10 @@ class BodyTooLarge(ServeError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
 
 
+class EncodedBody(ServeError):
+    status, type, code = 415, "invalid_request_error", "unsupported_encoding"
+
+
 class TooSlow(ServeError):
     status, type, code = 408, "invalid_request_error", "request_timeout"
 

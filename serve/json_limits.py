@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from serve.errors import BadRequest
+from serve.errors import BadRequest, EncodedBody
 from serve.settings import Settings
 
 Message = MutableMapping[str, Any]
@@ -46,12 +46,17 @@ def limits_of(settings: Settings) -> JsonLimits:
 async def measured(
     scope: Mapping[str, Any], receive: Receive, limits: JsonLimits, item: Item | None = None
 ) -> Receive:
-    """`receive` again, its body read and found within `limits`. BadRequest where it is not.
+    """`receive` again, its body read and found within `limits`. BadRequest where it is not,
+    EncodedBody for one that would have to be unpacked first.
 
     `item` checks one of `input`, where a route takes many that may be many things.
     """
     if scope["type"] != "http" or scope["method"] in BODILESS or _is_form(scope):
         return receive
+    codings = [value for name, value in scope["headers"] if name == b"content-encoding"]
+    if any(coding.strip().lower() not in (b"", b"identity") for coding in codings):
+        told = ascii(b", ".join(codings).decode("latin-1"))[:80]
+        raise EncodedBody(f"the body's Content-Encoding is {told}; send it as it is")
     kept = [await receive()]
     while kept[-1]["type"] == "http.request" and kept[-1].get("more_body"):
         kept.append(await receive())

@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from serve.errors import BadRequest, NotReady, ServeError
@@ -133,12 +134,14 @@ class WaitingRoom:
 
 def parse(head: bytes, root_path: str = "") -> Asked | None:
     """None where it is no request of HTTP/1."""
-    line, *headers = head.decode("latin-1").split("\r\n")
+    line, *headers = head.lstrip(b"\r\n").decode("latin-1").split("\r\n")
     method, _, rest = line.partition(" ")
     target, _, version = rest.rpartition(" ")
     if not method.isalpha() or not target or not version.startswith("HTTP/1."):
         return None
-    parts = (part for part in target.partition("?")[0].split("/") if part)
+    if target.lower().startswith(("http://", "https://")):  # the whole address, as for a proxy
+        target = urlsplit(target).path
+    parts = (part for part in unquote(target.partition("?")[0]).split("/") if part)
     path = "/" + "/".join(parts)
     if root_path and path.startswith(f"{root_path}/"):
         path = path.removeprefix(root_path)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -233,3 +234,19 @@ async def test_a_canarys_requests_are_counted_apart_until_it_ends(
 def canary_series(serving: Serving) -> dict[str, float]:
     (family,) = serving.metrics.canary_requests.collect()
     return {s.labels["version"]: s.value for s in family.samples if s.name.endswith("_total")}
+
+
+async def test_a_handshake_without_a_key_is_told_why(app: Starlette) -> None:
+    """Where the server in front can: else it is a bare 403."""
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "app": app}
+    told: list[Any] = []
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    gate = Gate(app)
+    await gate({**scope, "extensions": {"websocket.http.response": {}}}, send, send)
+    assert told[0]["status"] == 401
+    assert json.loads(told[1]["body"])["error"]["code"] in ("invalid_api_key", "not_found")
+    await gate(scope, send, send)
+    assert told[2] == {"type": "websocket.close", "code": 1008}

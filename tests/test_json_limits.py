@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.errors import BadRequest
+from serve.errors import BadRequest, EncodedBody
 from serve.json_limits import SLICE, JsonLimits, check, check_items, measured
 from serve.vllm_compat import response_item
 
@@ -76,6 +76,15 @@ async def replayed(scope: dict[str, Any], *messages: dict[str, Any]) -> list[dic
 
     again = await measured({"headers": [], **scope}, receive, LIMITS)
     return [dict(await again()) for _ in range(len(messages) if waiting else 1)]
+
+
+async def test_a_body_that_is_packed_is_refused_by_what_it_is_packed_in() -> None:
+    post = {"type": "http", "method": "POST"}
+    body = {"type": "http.request", "body": b"{}", "more_body": False}
+    for coding in (b"gzip", b"br, gzip", b"X" * 5000):
+        with pytest.raises(EncodedBody, match=r"Content-Encoding is '.*send it as it is"):
+            await replayed({**post, "headers": [(b"content-encoding", coding)]}, body)
+    assert await replayed({**post, "headers": [(b"content-encoding", b"Identity")]}, body) == [body]
 
 
 async def test_a_body_is_handed_on_whole() -> None:

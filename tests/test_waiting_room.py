@@ -153,6 +153,15 @@ async def test_it_opens_again_and_twice_is_once(
     assert (await client.get("/livez")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["GET http://a:1/livez", "GET HTTP://a/llm/livez?x", "GET /%6civez", "\r\n\r\nGET //livez/"],
+)
+def test_an_address_means_here_what_it_means_to_a_worker(line: str) -> None:
+    asked = waiting_room.parse(f"{line} HTTP/1.1\r\nhost: a\r\n\r\n".encode(), "/llm")
+    assert asked is not None and asked.path == "/livez"
+
+
 def test_bodies_are_json() -> None:
     head, _, body = waiting_room.http(Draining("away"), "/v1/models").partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}".encode() in head
