@@ -18,7 +18,7 @@ from quant import companions, durable, finite, foreign_json, formats, interrupt
 from quant.errors import ArtifactError
 from quant.formats import Format
 from quant.headers import Headers, TensorHeader, read_headers
-from quant.proof.evidence import Fidelity
+from quant.proof.evidence import Fidelity, FirstAnswers
 
 MANIFEST = "quantserve.json"
 CARD = "README.md"
@@ -114,6 +114,7 @@ class Manifest(_Frozen):
     seconds: float
     versions: dict[str, str]
     files: dict[str, FileDigest] = {}
+    first_answers: FirstAnswers | None = None
     fidelity: Fidelity | None = None
 
 

@@ -138,6 +138,23 @@ def weights(folder: Path, modules: Collection[str]) -> dict[str, Tensor]:
     return found
 
 
+class Dequantized:
+    """The weights that an artifact computes with, by the parent's names, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._section, self._leaves = folder, _section(folder), _leaves(folder)
+
+    def get(self, name: str) -> Tensor:
+        """float32 where it is quantized, as stored otherwise. ArtifactError where it is lacking."""
+        module, _, leaf = name.rpartition(".")
+        tensors, layer = _read(self._folder, self._section, module, self._leaves.get(module, {}))
+        if layer is not None and leaf == "weight":
+            return layer.weight()
+        if leaf not in tensors:
+            raise ArtifactError(f"{self._folder} lacks {name}")
+        return tensors[leaf]
+
+
 _MARKS = {"qweight", "weight_scale"}  # who has one of them is quantized
 _READERS = 4  # layers that are unpacked at a time
 

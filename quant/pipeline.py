@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -41,7 +42,7 @@ from quant.journal import Journal, Unread
 from quant.lora import starts
 from quant.lora.adapter import UNITS
 from quant.lora.training import AS_STORED, Training
-from quant.proof import card, gate
+from quant.proof import card, first_answers, gate
 from quant.proof.gate import Gate
 from quant.recipe import Recipe
 from quant.solver import allotment, blocks, devices, preflight, selfcheck, walk
@@ -105,7 +106,6 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
         if recipe.scheme == "w8a8":
             shards.write(stage.folder / UNITS, kept.units())
         made = kept.assemble()
-        progress.say("reading back every layer")
         found = {
             **_formats(recipe, layers.plan, decoder),
             "layers": tuple(layers.reports),
@@ -113,8 +113,9 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
             "files": made.digests,
             "seconds": round(kept.seconds, 1),
         }
+        _complete(stage.folder, layers, asked, progress)
         facts = _facts(recipe, order, opened, rows).model_copy(update=found)
-        sealed = _finished(stage.folder, target.name, layers, asked, facts)
+        sealed = _sealed(target.name, _asked(facts, stage.folder, asked, progress), stage.folder)
         return barrier.admit(opened, stage.folder, sealed) if barrier else sealed
 
 
@@ -211,22 +212,40 @@ def _unread(layers: Layers, opened: Source, name: str) -> Unread:
     return Unread(name, size, partial(layers.kept, opened, name))
 
 
-def _finished(
-    folder: Path, name: str, layers: Layers, asked: estimate.Run, manifest: Manifest
-) -> Manifest:
-    """Adds what a server needs beside the tensors, reads every layer back, and seals."""
+def _complete(folder: Path, layers: Layers, asked: estimate.Run, progress: Progress) -> None:
+    """Adds what a server needs beside the tensors, and reads every layer back."""
+    progress.say("reading back every layer")
     decoder, opened = asked.decoder, asked.opened
     drafts = decoder.drafts(opened.tensors.names())
-    section = formats.section(manifest.scheme, layers.plan, decoder.towers(), drafts)
-    parent = opened.folder
-    try:
-        checkpoint.write_config(parent, folder, section, layers.dtype)
-        checkpoint.copy_companions(parent, folder)
+    section = formats.section(asked.recipe.scheme, layers.plan, decoder.towers(), drafts)
+    with _having_room(folder):
+        checkpoint.write_config(opened.folder, folder, section, layers.dtype)
+        checkpoint.copy_companions(opened.folder, folder)
         checkpoint.verify(folder, layers.digests, layers.plan)
+
+
+def _sealed(name: str, manifest: Manifest, folder: Path) -> Manifest:
+    with _having_room(folder):
         card.write(folder, manifest, name)
         return artifact.seal(folder, manifest, manifest.files)
+
+
+@contextmanager
+def _having_room(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as fault:
         raise SpaceError(f"{folder} cannot hold what belongs to the model: {fault}") from fault
+
+
+def _asked(manifest: Manifest, folder: Path, run: estimate.Run, progress: Progress) -> Manifest:
+    """The manifest with how the artifact begins its answers, which is said."""
+    progress.say("asking both models how they begin their answers, a block at a time")
+    found = first_answers.compared(run.decoder, run.opened, folder, manifest)
+    if found is not None:
+        widths = {columns for _, columns in run.decoder.shapes().values()}
+        progress.say(first_answers.told(found, manifest, widths))
+    return manifest.model_copy(update={"first_answers": found})
 
 
 def _formats(recipe: Recipe, plan: Plan, decoder: Decoder) -> dict[str, float]:

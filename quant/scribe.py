@@ -108,13 +108,19 @@ def _key(source: Source, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> list[list[int]]:
-    """Our prompts as token ids in a seeded order."""
+def questions(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Our prompts as token ids, each up to where its answer begins. TemplateRefusal."""
     texts = [json.loads(line)["text"] for line in PROMPTS.read_text("utf-8").splitlines()]
-    order = torch.randperm(len(texts), generator=generator).tolist()
-    turns = ([{"role": "user", "content": texts[place]}] for place in order)
+    turns = ([{"role": "user", "content": text}] for text in texts)
+    return [tokens.of_chat(turn, tokenizer, asks=True) for turn in turns]
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> list[list[int]]:
+    """Our prompts in a seeded order."""
     try:
-        prompts = [tokens.of_chat(turn, tokenizer, asks=True) for turn in turns]
+        asked = questions(tokenizer)
+        order = torch.randperm(len(asked), generator=generator).tolist()
+        prompts = [asked[place] for place in order]
     except TemplateRefusal as fault:
         raise CalibrationError(
             f"the chat template refuses a user's question ({fault}), so the model cannot write its"

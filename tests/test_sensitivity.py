@@ -15,7 +15,7 @@ from quant.errors import SolveError
 from quant.formats import FULL, INT8, Format
 from quant.intake import source
 from quant.intake.source import Source
-from quant.solver import allotment, blocks, fisher, sensitivity
+from quant.solver import allotment, blocks, fisher, head, sensitivity
 from quant.solver.sensitivity import Offers, Rows, Unit
 from tests import tiny
 from tests.test_selfcheck import folder
@@ -97,9 +97,8 @@ def test_what_is_sent_back_is_of_the_models_own_logits(kind: str, tmp_path: Path
     with torch.no_grad():
         expected = whole(input_ids=streams()[0][0], use_cache=False).logits
     stream.hidden = states[0]
-    where = CPU, torch.float32
-    with blocks.filled(decoder.model, fisher._outside(decoder, model), model, *where):
-        found = fisher._predicted(decoder, stream.hidden, blocks.PACKS[kind == "falcon"])
+    with head.filled(decoder, model):
+        found = head.logits(decoder, stream.hidden)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert fisher.gradient(decoder, model, stream).abs().sum() > 0
 

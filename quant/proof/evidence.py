@@ -65,6 +65,21 @@ class ChoiceFidelity(_Frozen):
     wrong_to_right: Estimate
 
 
+class FirstAnswers(_Frozen):
+    """The first token of the answers to `questions` of ours, in float32: how many of them `differ`
+    from the parent's, and the mean KL(parent || quantized) there, in nats."""
+
+    questions: int
+    differ: int
+    mean_kl: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.differ} of {self.questions} answers begin otherwise than the parent's"
+            f" (mean KL {self.mean_kl:.2g} nats)"
+        )
+
+
 class Fidelity(_Frozen):
     """What is known of an artifact against its parent, both computed in float32."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -28,6 +28,19 @@ _PROBE_TOKENS = 64
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Pack = Callable[[Tensor], object]  # from a block's states to what it puts out
+
+
+class Tensors(Protocol):
+    """Weights by the source's names."""
+
+    def get(self, name: str) -> Tensor: ...
+
+
+class Weighted(Protocol):
+    """A model on disk: a source, or what was made of it."""
+
+    @property
+    def tensors(self) -> Tensors: ...
 
 
 class Stream:
@@ -334,7 +347,7 @@ def _multiplies(linear: nn.Linear) -> bool:
 def filled(
     module: nn.Module,
     names: Mapping[str, str],
-    source: Source,
+    source: Weighted,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[None]:
