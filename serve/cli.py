@@ -22,6 +22,7 @@ from quant import artifact, interrupt
 from quant import cli as quant_cli
 from serve import keys, listening, registry_cli
 from serve import settings as serve_settings
+from serve.client import cli as client_cli
 from serve.console import Console
 from serve.errors import ServeError, SettingsError
 from serve.settings import Settings
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 app.registered_commands += quant_cli.app.registered_commands
 app.registered_groups += quant_cli.app.registered_groups
+app.registered_commands += client_cli.app.registered_commands
+client_cli.join(app)
 app.add_typer(registry_cli.app, name="registry")
 
 

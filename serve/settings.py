@@ -44,6 +44,10 @@ CPU_LIMITS = {
 }
 
 
+# What the commands that ask a running server read; no settings of a server.
+SERVER, API_KEY = PREFIX + "SERVER", PREFIX + "API_KEY"
+
+
 class Settings(BaseModel):
     """Everything an operator can set; times in seconds, sizes in bytes."""
 
@@ -149,8 +153,9 @@ def load(env: Mapping[str, str] = os.environ, **given: object) -> Settings:
     """
     names = {PREFIX + name.upper(): name for name in Settings.model_fields}
     env = {key: env[key] for key in env if not _is_service_link(key, env[key])}
-    if strangers := sorted(key for key in env if key.startswith(PREFIX) and key not in names):
-        raise SettingsError(f"unknown settings: {', '.join(strangers)}; known: {', '.join(names)}")
+    known = (*names, SERVER, API_KEY)
+    if strangers := sorted(key for key in env if key.startswith(PREFIX) and key not in known):
+        raise SettingsError(f"unknown settings: {', '.join(strangers)}; known: {', '.join(known)}")
     told = {names[key]: _parsed(names[key], env[key]) for key in env if key in names}
     told |= {name: value for name, value in given.items() if value is not None}
     try:
@@ -158,6 +163,11 @@ def load(env: Mapping[str, str] = os.environ, **given: object) -> Settings:
     except ValidationError as fault:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in fault.errors()]
         raise SettingsError("; ".join(lines)) from fault
+
+
+def client(env: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """The server that commands ask, and the key they show it; empty where not set."""
+    return env.get(SERVER, ""), env.get(API_KEY, "")
 
 
 def inherited(env: Mapping[str, str] = os.environ) -> dict[str, str]:

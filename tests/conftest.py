@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from serve.metrics import Metrics
 from serve.serving import Serving
 from serve.settings import Settings
+from tests.answering import Answering, answering
 from tests.fakes import KEYS, SHAPES, MemoryEngine, write_model
 from tests.lora import write_lora
 from tests.postgres import Postgres, running
@@ -74,3 +75,10 @@ async def serving(tmp_path: Path) -> AsyncIterator[Serving]:
     await made.start()
     yield made
     await made.stop()
+
+
+@pytest.fixture
+async def live(serving: Serving) -> AsyncIterator[Answering]:
+    """It over real HTTP, with a stand-in for the model."""
+    async with answering(serving) as made:
+        yield made

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="adapter",
-    help="Check, merge and export LoRA adapters.",
+    help="Adapters: check, merge, export folders; put, swap, remove those of a running server.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

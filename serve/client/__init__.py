@@ -1,0 +1,1 @@
+"""Commands against a running server: chat, ps, adapter put and the like."""
