@@ -13,7 +13,7 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +113,9 @@ class Answering:
 
 
 @asynccontextmanager
-async def answering(serving: Serving, tls: ssl.SSLContext | None = None) -> AsyncIterator[Answering]:
+async def answering(
+    serving: Serving, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Answering]:
     """On a free port of loopback."""
     from serve import endpoints  # imports vLLM
 
@@ -149,14 +151,20 @@ async def speaking(status: int, body: bytes | dict[str, Any], **headers: str) ->
     head = {"content-length": str(len(content)), "connection": "close", **headers}
     lines = [f"HTTP/1.1 {status} Said", *(f"{name}: {value}" for name, value in head.items())]
 
+    taken: set[asyncio.Task[Any]] = set()
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write("\r\n".join([*lines, "", ""]).encode() + content)
-        await writer.drain()
-        writer.close()
+        task = asyncio.current_task()
+        assert task is not None
+        taken.add(task)
+        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write("\r\n".join([*lines, "", ""]).encode() + content)
+            await writer.drain()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    await asyncio.gather(*taken)
 
 
 def _metrics() -> PlainTextResponse:

@@ -3,45 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from serve.adapters.rows import Alias, Event
+from serve.cli import app
 from serve.client import adapters
 from serve.client.connection import Address, Connection, ServerError
+from serve.errors import SettingsError
 from tests.answering import KEY, QUANTSERVE, Answering, speaking
 from tests.fakes import MODULE
 from tests.lora import write_lora
 
 
-async def done(live: Answering, *words: str | Path) -> dict[str, Any]:
-    """What a change came to."""
-    status, out, err = await live.quantserve("adapter", *words, "--json")
-    assert status == 0, err
-    told: dict[str, Any] = json.loads(out)
-    return told
+@pytest.fixture
+async def connection(live: Answering) -> AsyncIterator[Connection]:
+    async with Connection(Address(live.url, KEY)) as made:
+        yield made
 
 
-async def test_the_life_of_an_alias(live: Answering, folders: list[Path]) -> None:
-    first = await done(live, "put", "team/legal", folders[0])
-    second = await done(live, "canary", "team/legal", folders[1], "--percent", "12.5")
+def unheard(_: str) -> None:
+    """What is said on the way."""
+
+
+async def test_the_life_of_an_alias(connection: Connection, folders: list[Path]) -> None:
+    alias, sources = "team/legal", list(map(str, folders))
+    first = await adapters.put(connection, alias, sources[0], unheard)
+    second = await adapters.canary(connection, alias, sources[1], 12.5, unheard)
     assert second["version"] == first["version"] and second["canary"]["weight"] == 0.125
-    wider = await done(live, "canary", "team/legal", "--percent", "50")
+    wider = await adapters.canary(connection, alias, None, 50, unheard)
     assert wider["canary"] == second["canary"] | {"weight": 0.5}
-    promoted = await done(live, "promote", "team/legal")
+    promoted = await adapters.promote(connection, alias, unheard)
     assert (promoted["version"], promoted["canary"]) == (second["canary"]["version"], None)
-    back = await done(live, "rollback", "team/legal")
+    back = await adapters.roll_back(connection, alias, None, unheard)
     assert back["version"] == first["version"]
-    named = await done(live, "rollback", "team/legal", promoted["version"])
+    named = await adapters.roll_back(connection, alias, promoted["version"], unheard)
     assert named["version"] == promoted["version"]
-    old = await done(live, "canary", "team/legal", first["version"], "--percent", "1")
+    old = await adapters.canary(connection, alias, first["version"], 1, unheard)
     assert old["canary"]["version"] == first["version"]
-    assert (await done(live, "canary", "team/legal", "--drop"))["canary"] is None
-    assert (await done(live, "rm", "team/legal"))["deleted"]
-    assert await live.quantserve("adapter", "list") == (0, "no adapters\n", "")
+    assert (await adapters.drop_canary(connection, alias))["canary"] is None
+    (row,) = await adapters.listed(connection)
+    assert (row["alias"], row["version"]) == (alias, named["version"])
+    assert (await adapters.remove(connection, alias))["deleted"]
+    assert await adapters.listed(connection) == []
 
 
 async def test_a_folder_goes_by_its_absolute_path_and_people_are_told_the_states(
@@ -92,10 +100,11 @@ async def test_a_folder_that_only_the_client_sees(live: Answering, tmp_path: Pat
     ],
     ids=["folder", "file", "alias", "dots", "share", "both", "percent", "nan"],
 )
-async def test_what_makes_no_sense_is_refused_before_anybody_is_asked(
-    live: Answering, words: tuple[str, ...], why: str
+def test_what_makes_no_sense_is_refused_before_anybody_is_asked(
+    words: tuple[str, ...], why: str
 ) -> None:
-    assert why in await live.refused("adapter", *words, QUANTSERVE_SERVER="http://127.0.0.1:9")
+    done = CliRunner().invoke(app, ["adapter", *words, "--server", "http://127.0.0.1:9"])
+    assert isinstance(done.exception, SettingsError) and why in str(done.exception)
 
 
 async def test_an_interrupt_says_that_the_server_may_go_on(
@@ -115,18 +124,17 @@ async def test_an_interrupt_says_that_the_server_may_go_on(
 
 
 async def test_what_loads_is_waited_for_and_every_state_is_said(
-    live: Answering, folders: list[Path]
+    live: Answering, connection: Connection, folders: list[Path]
 ) -> None:
     said: list[str] = []
-    async with Connection(Address(live.url, KEY)) as connection:
-        facts = await adapters.put(connection, "legal", str(folders[0]), said.append)
-        loading = facts | {"state": "loading"}
-        assert await adapters.settled(connection, loading, said.append, every_s=0) == facts
-        row = Alias("base", facts["digest"])  # as a replica whose base has another name made it
-        await live.serving.registry.change(lambda _: row, Event("base", "put", "them"))
-        await live.serving.reconciler.turn()
-        loading = {**loading, "alias": "base", "wanted": "base@1"}
-        with pytest.raises(ServerError, match="is not served: 'base' is the base model's name"):
-            await adapters.settled(connection, loading, said.append, every_s=0)
+    facts = await adapters.put(connection, "legal", str(folders[0]), said.append)
+    loading = facts | {"state": "loading"}
+    found = await adapters.settled(connection, loading, said.append, every_s=0)
+    assert found == found | facts
+    row = Alias("base", facts["digest"])  # as a replica whose base has another name made it
+    await live.serving.registry.change(lambda _: row, Event("base", "put", "them"))
+    await live.serving.reconciler.turn()
+    with pytest.raises(ServerError, match="is not served: 'base' is the base model's name"):
+        await adapters.settled(connection, {**loading, "alias": "base"}, said.append, every_s=0)
     version = facts["version"]
     assert said[1:4] == [f"{version}: serving", f"{version}: loading", f"{version}: serving"]

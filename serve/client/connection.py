@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
 import re
 import signal
 import ssl
@@ -88,7 +89,7 @@ def _url(text: str, origin: str) -> str:
         url = httpx2.URL(whole)
     except httpx2.InvalidURL as fault:
         raise SettingsError(f"{origin} {text!r} is no URL: {fault}") from fault
-    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+    if url.scheme not in ("http", "https") or not url.host or set("?# ") & set(text):
         raise SettingsError(f"{origin} {text!r}: expected a URL such as {DEFAULT}")
     if url.userinfo:
         raise SettingsError(f"{origin}: a key is given by --key-file or {settings.API_KEY}")
@@ -201,7 +202,9 @@ class Connection:
         error = told.get("error")
         if not isinstance(error, dict):
             detail = plain(told.get("detail", "")) or response.reason_phrase
-            return ServerError(f"{response.url} answered {status}: {detail}; is it a quantserve?")
+            return ServerError(
+                f"{response.url} answered {status}: {detail}; is it a quantserve?", status
+            )
         words = _words(told)
         if status == httpx2.codes.UNAUTHORIZED:
             words += f" (by --key-file FILE or {settings.API_KEY})"
@@ -209,7 +212,7 @@ class Connection:
         return ServerError(words, status, str(code), param if isinstance(param, str) else None)
 
     def _unreachable(self, fault: httpx2.ConnectError) -> ServerError:
-        url, why = self.address.url, plain(fault)
+        url, why = self.address.url, plain(_cause(fault))
         if "CERTIFICATE_VERIFY_FAILED" in why:
             return ServerError(f"{url} is not trusted: {why}; give its CA's file as --cacert")
         return ServerError(
@@ -231,6 +234,15 @@ async def _read(response: httpx2.Response) -> bytes:
         if len(content) > ANSWER_BYTES:
             raise ServerError(f"an answer of more than {ANSWER_BYTES >> 20} MiB is not read")
     return bytes(content)
+
+
+def _cause(fault: BaseException) -> str:
+    """The operating system's words, which libraries wrap."""
+    while (inner := fault.__cause__ or fault.__context__) is not None:
+        fault = inner.exceptions[0] if isinstance(inner, BaseExceptionGroup) else inner
+    if isinstance(fault, ConnectionError) and fault.errno:
+        return os.strerror(fault.errno)  # asyncio has put a sentence in its place
+    return (isinstance(fault, OSError) and fault.strerror) or str(fault)
 
 
 def _parsed(content: bytes | str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from serve.client import adapters, models
 from serve.client.adapters import Facts
-from serve.client.connection import Connection, ServerError, plain
+from serve.client.connection import Connection, ServerError, plain, tame
 from serve.errors import Draining
 
 UNAVAILABLE = 503
@@ -67,7 +67,7 @@ def lines(told: dict[str, Any]) -> list[str]:
             "up": str(timedelta(seconds=told["uptime_s"])),
             "requests": f"{told['running']} running, {told['waiting']} waiting",
         }
-    text = [plain(f"{name:<10}{value}") for name, value in rows.items()]
+    text = [tame(f"{name:<10}{value}") for name, value in rows.items()]
     return [*text, "", *table(told["adapters"])] if "base" in told else text
 
 
