@@ -103,7 +103,7 @@ class Answering:
 
     async def refused(self, *words: str | Path, **env: str) -> str:
         """The one line of a command that fails, behind what it said on its way."""
-        status, out, err = await self.quantserve(*words, **env)
+        status, out, err = await self.quantserve(*words, stdin=b"", **env)
         assert (status, out) == (2, ""), (status, out, err)
         return err.splitlines()[-1].removeprefix("quantserve: ")
 
