@@ -50,9 +50,9 @@ def negations(command: TyperCommand) -> set[str]:
 
 def settings() -> set[str]:
     """The environment names that serve.settings reads."""
-    from serve.settings import Settings
+    from serve.settings import API_KEY, SERVER, Settings
 
-    return {f"QUANTSERVE_{name.upper()}" for name in Settings.model_fields}
+    return {f"QUANTSERVE_{name.upper()}" for name in Settings.model_fields} | {SERVER, API_KEY}
 
 
 def tree_of(readme: str, package: str) -> set[str]:
