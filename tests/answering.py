@@ -46,7 +46,17 @@ class Chats:
     async def answer(self, request: Request) -> StreamingResponse:
         body = await request.json()
         self.asked.append(body)
-        return StreamingResponse(self.pieces(body), media_type="text/event-stream")
+        endless = body["messages"][-1]["content"] == "for ever"
+        pieces = self._for_ever() if endless else self.pieces(body)
+        return StreamingResponse(pieces, media_type="text/event-stream")
+
+    async def _for_ever(self) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield _event("on and ", 1)
+                await asyncio.sleep(0.01)
+        finally:
+            self.gone.set()
 
     async def pieces(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         question = body["messages"][-1]["content"]
@@ -54,13 +64,8 @@ class Chats:
         events = [_event(tokens=0), *(_event(f"{w} ", n) for n, w in enumerate(text.split(), 1))]
         whole = [*events, _event(tokens=4, reason="stop"), b": a comment\n\n", b"data: [DONE]\n\n"]
         match question:
-            case "for ever":
-                try:
-                    while True:
-                        yield _event("on and ", 1)
-                        await asyncio.sleep(0.01)
-                finally:
-                    self.gone.set()
+            case "think":
+                whole = [_event("hm ", 1, name="reasoning"), *whole[1:]]
             case "cut":
                 whole = events
             case "fault":
@@ -74,8 +79,10 @@ class Chats:
             await asyncio.sleep(0)
 
 
-def _event(content: str = "", tokens: int = 1, reason: str | None = None) -> bytes:
-    choice = {"index": 0, "delta": {"content": content}, "finish_reason": reason}
+def _event(
+    content: str = "", tokens: int = 1, reason: str | None = None, name: str = "content"
+) -> bytes:
+    choice = {"index": 0, "delta": {name: content}, "finish_reason": reason}
     told = {"choices": [choice], "usage": {"completion_tokens": tokens}}
     return f"data: {json.dumps(told, ensure_ascii=False)}\n\n".encode()
 

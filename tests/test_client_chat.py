@@ -90,6 +90,14 @@ async def test_the_conversation_and_the_system_prompt_go_along(chat: Chat, live:
     ]  # fmt: skip
 
 
+async def test_thoughts_are_shown_apart_and_are_no_part_of_the_answer(chat: Chat) -> None:
+    heard: list[str] = []
+    chat.thoughts = heard.append
+    answer = await ask(chat, "think")
+    assert "".join(heard) == "hm \n\n" and answer.text == "1 messages, think "
+    assert answer.first is not None and answer.head == 1
+
+
 def test_the_rate_is_of_tokens_behind_the_first_piece() -> None:
     answer = Answer(began=1.0)
     assert answer.told() == "nothing was said"

@@ -64,12 +64,16 @@ class Answer:
 
 @dataclass
 class Chat:
-    """Who is asked, and what was said so far. `show` gets the text as it comes."""
+    """Who is asked, and what was said so far.
+
+    `show` gets the answer's text as it comes, `thoughts` what a model thinks before it answers.
+    """
 
     connection: Connection
     model: str
     system: str
     show: Callable[[str], None]
+    thoughts: Callable[[str], None] = lambda _: None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     async def ask(self, question: str, answer: Answer) -> None:
@@ -94,15 +98,25 @@ class Chat:
         usage, choices = event.get("usage"), event.get("choices")
         count = usage.get("completion_tokens") if isinstance(usage, dict) else 0
         tokens = count if isinstance(count, int) else 0
-        choice = choices[0] if isinstance(choices, list) and choices else {}
-        delta = choice.get("delta") if isinstance(choice, dict) else None
-        piece = delta.get("content") if isinstance(delta, dict) else None
-        if isinstance(piece, str) and piece:
+        first = choices[0] if isinstance(choices, list) and choices else None
+        choice: dict[str, Any] = first if isinstance(first, dict) else {}
+        thought, piece = _text(choice, "reasoning"), _text(choice, "content")
+        if piece and not answer.text and answer.first is not None:
+            self.thoughts("\n\n")
+        if thought or piece:
             answer.said(piece, time.monotonic(), tokens)
+        if thought:
+            self.thoughts(thought)
+        if piece:
             self.show(piece)
-        if isinstance(choice, dict):
-            answer.reason = choice.get("finish_reason") or answer.reason
+        answer.reason = choice.get("finish_reason") or answer.reason
         answer.tokens = max(tokens, answer.tokens)
+
+
+def _text(choice: dict[str, Any], name: str) -> str:
+    delta = choice.get("delta")
+    text = delta.get(name) if isinstance(delta, dict) else None
+    return text if isinstance(text, str) else ""
 
 
 async def once(to: Address, model: str | None, system: str, question: str) -> str:
@@ -124,7 +138,8 @@ def talk(to: Address, model: str | None, system: str, line: Callable[[str], str]
     with Signals() as signals, asyncio.Runner() as runner:
         connection = Connection(to)
         try:
-            chat = Chat(connection, runner.run(models.chosen(connection, model)), system, write)
+            found = runner.run(models.chosen(connection, model))
+            chat = Chat(connection, found, system, write, mutter)
             say(f"{plain(chat.model)} at {to.url}; /help, Ctrl-D ends")
             with suppress(EOFError):
                 while not signals.terminated:
@@ -164,7 +179,7 @@ def _answer(chat: Chat, runner: asyncio.Runner, question: str) -> None:
     try:
         runner.run(chat.ask(question, answer))
     finally:  # also where it was stopped, or broke off
-        if answer.text:
+        if answer.first is not None:
             write("\n")
             say(answer.told())
 
@@ -198,7 +213,12 @@ def write(piece: str) -> None:
     sys.stdout.flush()
 
 
+def mutter(piece: str) -> None:
+    """On stderr, as it comes: where stdout is a file, the answers alone go there."""
+    sys.stderr.write(tame(piece))
+    sys.stderr.flush()
+
+
 def say(text: str) -> None:
     """About the answers, on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    mutter(text + "\n")
