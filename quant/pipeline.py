@@ -28,7 +28,6 @@ from quant import (
     interrupt,
     journal,
     paths,
-    room,
     shards,
     staging,
 )
@@ -93,7 +92,7 @@ def run(recipe: Recipe, order: Order, progress: Progress) -> Manifest:
     with staging.resumable(target) as stage:
         writes, gated = order.calibration_file is None, order.max_kl is not None
         asked = estimate.Run(recipe, opened, decoder, layers.bytes_after(opened), writes, gated)
-        needs = estimate.checked(asked, target, stage.bytes(), min(map(room.left, on)))
+        needs = estimate.checked(asked, target, stage.bytes(), min(map(devices.left, on)))
         progress.foreseen(str(needs), needs.facts())
         barrier = _gate(recipe, order, opened, progress)
         kept = _journal(asked, order, stage, progress)

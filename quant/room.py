@@ -1,7 +1,8 @@
-"""How much memory may still be taken, and how many threads may be started: what the machine has
-left, and what a container or a limit of the user's allows.
+"""How much memory may still be taken, how many cores used and threads started: what the machine
+has left, and what a container allows.
 
-Reads Linux's control groups, both versions; elsewhere the machine's free memory is all there is.
+Reads Linux's control groups, both versions; elsewhere what the machine has is all there is. Needs
+no torch.
 """
 
 from __future__ import annotations
@@ -13,18 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import torch
 
 _ROOT = Path("/")
 _MOST_THREADS = 1 << 22  # Linux numbers no more
-
-
-def left(device: torch.device) -> int:
-    """Bytes that may still be taken on the device; for the CPU as `of_host`."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return of_host()
 
 
 def of_host(root: Path = _ROOT) -> int:
@@ -59,6 +51,21 @@ def _status(path: Path) -> dict[str, str]:
         lines = (line.partition(":") for line in path.read_text("utf-8", "replace").splitlines())
         return {name: value.strip() for name, _, value in lines}
     return {}
+
+
+def of_cores(root: Path = _ROOT) -> float:
+    """Cores' worth of time that this process may use, by its affinity and its groups' quotas."""
+    allowed = [float(len(os.sched_getaffinity(0)))]
+    for folder, is_old in _groups(root, "cpu"):
+        if is_old:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            told = [_read(folder / name) or "-1" for name in names]
+        else:
+            told = (_read(folder / "cpu.max") or "max 1").split()
+        quota, period = told
+        if quota not in ("max", "-1"):
+            allowed.append(int(quota) / int(period))
+    return min(allowed)
 
 
 def _of_groups(root: Path) -> Iterator[int]:

@@ -56,7 +56,7 @@ def test_a_gpu_without_the_language_of_its_loops_is_refused(
 def test_every_gpu_may_take_what_the_fullest_can_spare(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [torch.device("cuda", index) for index in (0, 1)]
     free = dict(zip(gpus, (800, 400), strict=True))
-    monkeypatch.setattr(room, "left", free.__getitem__)
+    monkeypatch.setattr(devices, "left", free.__getitem__)
     monkeypatch.setattr(room, "of_host", lambda: 1000)
     assert devices.allowance(gpus[:1]) == (600, 500)
     assert devices.allowance(gpus) == (300, 500)

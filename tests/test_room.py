@@ -84,3 +84,25 @@ def test_a_users_limit_counts_the_threads_of_all_processes(
     monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 100))
     assert room.of_threads(root) == left
+
+
+@pytest.mark.parametrize(
+    ("table", "files"),
+    [
+        ("0::/job\n", {"job/cpu.max": "50000 100000\n", "cpu.max": "max 100000\n"}),
+        (
+            "3:cpu,cpuacct:/job\n",
+            {"cpu/job/cpu.cfs_quota_us": "50000\n",
+             "cpu/job/cpu.cfs_period_us": "100000\n",
+             "cpu/cpu.cfs_quota_us": "-1\n"},
+        ),
+    ],
+    ids=["groups", "older"],
+)  # fmt: skip
+def test_a_quota_counts_as_so_many_cores(root: Path, table: str, files: dict[str, str]) -> None:
+    assert room.of_cores(root) == len(os.sched_getaffinity(0))
+    (root / "proc/self/cgroup").write_text(table)
+    for name, text in files.items():
+        (root / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "sys/fs/cgroup" / name).write_text(text)
+    assert room.of_cores(root) == 0.5

@@ -40,12 +40,20 @@ def idle(used: Sequence[torch.device]) -> str | None:
     return torch.cuda.get_device_name()
 
 
+def left(device: torch.device) -> int:
+    """Bytes that may still be taken on the device; for the CPU as `room.of_host`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return room.of_host()
+
+
 def allowance(used: Collection[torch.device]) -> Allowed:
     """Of each GPU three quarters of what is free on the fullest, the rest for holes in its heap; of
     their host half."""
     if any(device.type == "cpu" for device in used):
         return ON_CPU
-    return Allowed(min(map(room.left, used)) * 3 // 4, room.of_host() // 2)
+    return Allowed(min(map(left, used)) * 3 // 4, room.of_host() // 2)
 
 
 def forward_dtype(device: torch.device, *, exact: bool) -> torch.dtype:
