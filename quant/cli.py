@@ -3,7 +3,7 @@
 Every mistake of the user's is one line on stderr and exit status 2, a shut gate one and 3; Ctrl-C
 and SIGTERM are one line and 2, which says where the same command will go on. What nobody foresaw is
 one line and 1, a traceback above it with `--debug`. torch and transformers are imported when a
-command runs, not before.
+command runs, not before; where they are not installed, one line says which extra brings them.
 """
 
 import os
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from quant import artifact, bar, interrupt
+from quant import artifact, bar, extras, interrupt
 from quant.artifact import Manifest
 from quant.errors import ArtifactError, QuantError, RecipeError
 from quant.formats import FULL
@@ -99,6 +99,8 @@ def main(run: Callable[[], object] = app, known: tuple[type[Exception], ...] = (
     except known:
         raise
     except Exception as fault:  # noqa: BLE001 # the last net
+        if why := extras.told(fault):
+            _end(extras.MissingExtra.exit_status, why)
         if _Debug.wanted:
             traceback.print_exception(fault)
         _end(UNFORESEEN, *_unforeseen(fault))

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from quant import artifact, interrupt
+from quant import artifact, extras, interrupt
 from quant import cli as quant_cli
 from serve import keys, listening, registry_cli
 from serve import settings as serve_settings
@@ -177,6 +177,7 @@ def serve(
         verify=verify,
     )
     settings = adopt(settings, serve_settings.inherited())
+    extras.need("torch", "transformers", "vllm")  # which the worker imports, and this process never
     _check(settings)
     with ExitStack() as kept:
         if settings.state_dir is None:

