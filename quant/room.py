@@ -1,5 +1,5 @@
 """How much memory may still be taken, how many cores used and threads started: what the machine
-has left, and what a container allows.
+has left, and what a container or a limit of the user's allows.
 
 Reads Linux's control groups, both versions; elsewhere what the machine has is all there is. Needs
 no torch.

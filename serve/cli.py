@@ -20,7 +20,7 @@ import typer
 
 from quant import artifact, extras, interrupt
 from quant import cli as quant_cli
-from serve import keys, listening, registry_cli
+from serve import doctor_cli, keys, listening, registry_cli
 from serve import settings as serve_settings
 from serve.client import cli as client_cli
 from serve.console import Console
@@ -43,6 +43,7 @@ app.registered_commands += quant_cli.app.registered_commands
 app.registered_groups += quant_cli.app.registered_groups
 app.registered_commands += client_cli.app.registered_commands
 client_cli.join(app)
+app.registered_commands += doctor_cli.app.registered_commands
 app.add_typer(registry_cli.app, name="registry")
 
 

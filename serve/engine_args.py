@@ -55,7 +55,7 @@ def inspect(settings: Settings) -> Facts:
     except (json.JSONDecodeError, AttributeError) as fault:
         raise SettingsError(f"{config} is not a model configuration: {fault}") from fault
     _, on_cpu = vllm_release.installed_version()
-    facts = Facts(on_cpu, _cpu_flags(Path("/proc/cpuinfo")), method, adapted, causal)
+    facts = Facts(on_cpu, cpu_flags(), method, adapted, causal)
     if facts.on_cpu:
         _refuse(facts)
     return replace(facts, parsers=parsers.choose(settings))
@@ -75,7 +75,7 @@ def flags(settings: Settings, facts: Facts) -> list[str]:
     if facts.on_cpu and facts.causal if chosen is None else chosen:
         given += ["--enable-prompt-embeds"]  # for us alone: serve.vllm_compat.close_to_clients
     if facts.on_cpu:
-        given += ["--enforce-eager", "--dtype", _cpu_dtype(settings, facts)]
+        given += ["--enforce-eager", "--dtype", cpu_dtype(settings, facts.cpu_flags)]
         given += ["--kv-cache-memory-bytes", str(settings.kv_cache_bytes)]
     given += parsers.flags(facts.parsers, settings.vllm_flags)
     return [*given, *vllm_flags.given(settings), *settings.vllm_flags]
@@ -131,9 +131,9 @@ def _lora_flags(settings: Settings) -> list[str]:
             *served.targets(settings.artifact)]  # fmt: skip
 
 
-def _cpu_dtype(settings: Settings, facts: Facts) -> str:
+def cpu_dtype(settings: Settings, cpu_flags: frozenset[str]) -> str:
     """bfloat16 where the processor multiplies it; everywhere else it is emulated, and slow."""
-    native = {"avx512_bf16", "amx_bf16"} & facts.cpu_flags
+    native = {"avx512_bf16", "amx_bf16"} & cpu_flags
     return "bfloat16" if native and settings.max_cpu_isa == "auto" else "float32"
 
 
@@ -159,7 +159,8 @@ def _cpu_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, st
     return chosen | CPU_LIMITS.get(settings.max_cpu_isa, {})
 
 
-def _cpu_flags(cpuinfo: Path) -> frozenset[str]:
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the kernel says that the processor has; empty where it does not say."""
     if not cpuinfo.is_file():
         return frozenset()
     for line in cpuinfo.read_text().splitlines():

@@ -80,24 +80,30 @@ def built(isa: str, folder: Path | None = None, sources: tuple[Path, ...] = SOUR
 
     BuildError or OSError says why there is none.
     """
+    library = place(isa, folder, sources)
+    if not library.is_file():  # a folder that cannot be written to will do, where it has one
+        folder = library.parent
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (folder / "lock").open("w") as lock:
+            _wait_for(lock)
+            if not library.is_file():
+                _compile(isa, sources, library)
+    return library
+
+
+def place(isa: str, folder: Path | None = None, sources: tuple[Path, ...] = SOURCES) -> Path:
+    """Where the library lies, or will once it is compiled. BuildError where it cannot be."""
     name = f"kernels-{isa}-{_identity(isa, sources)}"
     if (shipped := _any(sources[0].parent, name)) is not None:
         return shipped
     folder = folder or _cache()
     try:
-        compiler, version = _compiler()
+        version = _version()
     except BuildError:
         if (kept := _any(folder, name)) is not None:
             return kept
         raise
-    library = folder / f"{name}-{version}.so"
-    if not library.is_file():  # a folder that cannot be written to will do, where it has one
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (folder / "lock").open("w") as lock:
-            _wait_for(lock)
-            if not library.is_file():
-                _compile(compiler, isa, sources, library)
-    return library
+    return folder / f"{name}-{version}.so"
 
 
 def _cache() -> Path:
@@ -111,13 +117,19 @@ def _any(folder: Path, name: str) -> Path | None:
     return max(folder.glob(f"{name}-*.so"), default=None)
 
 
-def _compiler() -> tuple[str, str]:
-    """The machine's C++ compiler, and what tells its version from others. BuildError."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+def _version() -> str:
+    """What tells the compiler's version from others. BuildError."""
+    return hashlib.sha256(
+        _output([compiler(), "--version"], VERSION_TIMEOUT_S).encode()
+    ).hexdigest()[:8]
+
+
+def compiler() -> str:
+    """The machine's C++ compiler. BuildError."""
+    found = shutil.which("g++") or shutil.which("c++")
+    if found is None:
         raise BuildError("no C++ compiler (g++) on this machine")
-    version = _output([compiler, "--version"], VERSION_TIMEOUT_S)
-    return compiler, hashlib.sha256(version.encode()).hexdigest()[:8]
+    return found
 
 
 def _output(command: list[str], timeout_s: float) -> str:
@@ -160,12 +172,12 @@ def _identity(isa: str, sources: tuple[Path, ...]) -> str:
     return hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, isa: str, sources: tuple[Path, ...], library: Path) -> None:
+def _compile(isa: str, sources: tuple[Path, ...], library: Path) -> None:
     root = Path(torch.__file__).parent
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         fresh = Path(scratch) / library.name
-        command = [compiler, *FLAGS, *LEVELS[isa], f"-I{root / 'include'}", *map(str, sources),
+        command = [compiler(), *FLAGS, *LEVELS[isa], f"-I{root / 'include'}", *map(str, sources),
                    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
                    f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(fresh)]  # fmt: skip
         _output(command, COMPILER_TIMEOUT_S)

@@ -39,6 +39,12 @@ LIGHT = (
     "quant.interrupt", "quant.lora.adapter", "quant.lora.cell", "quant.lora.fitting",
     "quant.lora.folder", "quant.lora.served", "quant.lora.soft_prompt", "quant.lora.voice",
 )  # fmt: skip
+# The command line is one for both halves, and doctor says what both will do.
+BESIDE = {
+    "serve.cli": ("quant.cli",),
+    "serve.doctor_look": ("quant.room",),
+    "serve.doctor_probe": ("quant.solver.devices",),
+}
 MATHS = (
     "quant.solver.budget", "quant.solver.columns", "quant.solver.descent",
     "quant.solver.gptq", "quant.solver.grid", "quant.solver.int8", "quant.solver.lowrank",
@@ -155,7 +161,7 @@ def test_quant_never_imports_serve() -> None:
 def test_serve_sees_only_the_light_half_of_quant() -> None:
     wrong = []
     for source in sources("serve"):
-        doors = (*LIGHT, "quant.cli") if source.name == "serve.cli" else LIGHT
+        doors = (*LIGHT, *BESIDE.get(source.name, ()))
         for found in imports(source):
             if (
                 under(found.module, "quant")
