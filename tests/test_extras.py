@@ -35,18 +35,19 @@ COMMANDS = {
 }
 
 
-def run(arguments: tuple[str, ...], names: set[str], folder: Path) -> tuple[int, str]:
+def without(names: set[str], arguments: tuple[str, ...], folder: Path) -> tuple[int, str, str]:
+    """Status, standard output and standard error of the command where `names` are missing."""
     code = WITHOUT.format(names=sorted(names), arguments=list(arguments))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
         env={"PYTHONPATH": str(ROOT), "HOME": str(folder), "PATH": ""},
     )  # fmt: skip
-    return done.returncode, done.stderr
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_says_which_extra_is_missing(name: str, tmp_path: Path) -> None:
-    status, said = run(COMMANDS[name], {"torch", "transformers", "vllm"}, tmp_path)
+    status, _, said = without({"torch", "transformers", "vllm"}, COMMANDS[name], tmp_path)
     assert said.startswith("quantserve: the package "), said
     assert "'quantserve[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu" in said
     assert (status, said.count("\n")) == (2, 1), said
@@ -54,7 +55,7 @@ def test_a_command_says_which_extra_is_missing(name: str, tmp_path: Path) -> Non
 
 
 def test_a_server_needs_more_than_the_quantizer_does(tmp_path: Path) -> None:
-    status, said = run(("serve", "."), {"vllm"}, tmp_path)
+    status, _, said = without({"vllm"}, ("serve", "."), tmp_path)
     assert (status, said.count("\n")) == (2, 1), said
     assert "the package vllm is not installed" in said
 
