@@ -26,7 +26,8 @@ from serve.waiting_room import WaitingRoom
 from serve.watch import Limits, Watch
 from serve.worker_process import WorkerProcess
 
-WORKER = (sys.executable, "-m", "serve.worker")
+# -P: a folder called serve or quant where the command is typed is not taken for ours.
+WORKER = (sys.executable, "-P", "-m", "serve.worker")
 STOP_GRACE_S = 10.0  # after the drain, for the worker to let go of its sockets
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from serve import supervisor
 from tests.supervised import Parent, supervised
 from tests.test_listening import write_certificate
 
@@ -321,3 +323,13 @@ def test_https_is_spoken_by_the_parent_and_by_the_worker(tmp_path: Path) -> None
         os.kill(worker["pid"], signal.SIGKILL)
         parent.until_said("starting another")
         alone(parent)
+
+
+def test_a_folder_of_the_users_called_serve_is_not_taken_for_ours(tmp_path: Path) -> None:
+    """Python looks for `-m serve.worker` where the command is typed, first of all."""
+    (tmp_path / "serve").mkdir()
+    (tmp_path / "serve" / "__init__.py").write_text("print('theirs')")
+    (tmp_path / "serve" / "errors.py").touch()
+    *worker, _ = supervisor.WORKER
+    done = subprocess.run([*worker, "serve.errors"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
