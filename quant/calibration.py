@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quant import assistant, jsonl, scribe, tokens
+from quant import assistant, beforehand, jsonl, scribe, tokens
 from quant.artifact import CalibrationReport
 from quant.conversation import Chat
 from quant.errors import CalibrationError, RecipeError, TemplateRefusal
@@ -80,10 +80,8 @@ def prepare(
 def check(source: Source, recipe: Recipe, file: Path | None) -> None:
     """RecipeError for rows that cannot be made."""
     check_length(source, recipe.length)
-    if recipe.assistant_only and file is None:
-        raise RecipeError(
-            "assistant-only counts the answers in a file of chats; give one as --calibration"
-        )
+    if recipe.assistant_only:
+        beforehand.check_answers(file)
 
 
 def held_against(rows: Batches, widths: Iterable[int], say: Callable[[str], None]) -> Batches:

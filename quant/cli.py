@@ -2,84 +2,44 @@
 
 Every mistake of the user's is one line on stderr and exit status 2, a shut gate one and 3; Ctrl-C
 and SIGTERM are one line and 2, which says where the same command will go on. What nobody foresaw is
-one line and 1, a traceback above it with `--debug`. torch and transformers are imported when a
-command runs, not before; where they are not installed, one line says which extra brings them.
+one line and 1, a traceback above it with `--debug`. With `--json` the same is an object on stdout,
+the last there. torch and transformers are imported when a command runs and nothing is wrong with
+what was typed, not before; where they are not installed, one line says which extra brings them.
 """
 
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from typer.core import TyperGroup
 
-from quant import artifact, bar, extras, interrupt
+from quant import artifact, bar, beforehand, extras, interrupt, usage
 from quant.artifact import Manifest
-from quant.errors import ArtifactError, QuantError, RecipeError
+from quant.errors import QuantError, RecipeError
 from quant.formats import FULL
 from quant.interrupt import Interrupted
 from quant.lora import adapter_cli
-from quant.lora.adapter_cli import Initial, TrainingBase
+from quant.lora.adapter_cli import ADAPTERS, Initial, TrainingBase
 from quant.proof import card, compare_cli, ways_cli
 from quant.recipe import build, check_limit
 
 UNFORESEEN = 1  # exit status
+_PRECISION, _TEXT, _RESULT = "Precision", "Calibration", "The result"  # groups of options
 _LONGEST = 500  # characters of what an exception of somebody else's says
 
 
-class _Debug:
-    """Of this process: whether a traceback is asked for."""
-
-    wanted = False
-
-
-class Commands(TyperGroup):
-    """Takes `--debug` in front of a command's name and behind it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ours = args[: args.index("--")] if "--" in args else args
-        others = [word for word in ours if word != "--debug"]
-        asked = ["--debug"] if len(others) < len(ours) else []
-        return super().parse_args(ctx, [*asked, *others, *args[len(ours) :]])
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Exception as fault:
-            if not isinstance(fault, QuantError | Interrupted):
-                fault.add_note(f"in `{ctx.command_path} {ctx.invoked_subcommand}`")
-            raise
-
-
-def debug(
-    wanted: Annotated[
-        bool, typer.Option("--debug", help="show a traceback of an error that nobody foresaw")
-    ] = False,
-) -> None:
-    """What stands before every command."""
-    _Debug.wanted = wanted
-
-
-app = typer.Typer(
-    cls=Commands,
-    callback=debug,
+app = usage.App(
+    callback=usage.first,
     name="quantserve",
     help="Quantize fine-tuned models into checkpoints that stock vLLM loads.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
 )
 _OLDER = (
     "note: {} is of an older version and carries no digest of itself: all files are as it says, and"
     " a change of its own would not be seen\n"
 )
-app.registered_commands += compare_cli.app.registered_commands
 adapter_cli.app.registered_commands += ways_cli.app.registered_commands
 app.add_typer(adapter_cli.app)
 
@@ -93,17 +53,18 @@ def main(run: Callable[[], object] = app, known: tuple[type[Exception], ...] = (
         with interrupt.listening("quantserve"):
             run()
     except QuantError as fault:
-        _end(fault.exit_status, str(fault), *_notes(fault))
+        end(fault, fault.exit_status, str(fault), *_notes(fault))
     except Interrupted as stopped:
-        _end(interrupt.STATUS, "interrupted", *(_notes(stopped) or ["nothing was written"]))
+        told = _notes(stopped) or ["nothing was written"]
+        end(stopped, interrupt.STATUS, "interrupted", *told)
     except known:
         raise
     except Exception as fault:  # noqa: BLE001 # the last net
         if why := extras.told(fault):
-            _end(extras.MissingExtra.exit_status, why)
-        if _Debug.wanted:
+            end(fault, extras.MissingExtra.exit_status, why)
+        if usage.Asked.traceback:
             traceback.print_exception(fault)
-        _end(UNFORESEEN, *_unforeseen(fault))
+        end(fault, UNFORESEEN, *_unforeseen(fault))
 
 
 def _unforeseen(fault: Exception) -> list[str]:
@@ -120,12 +81,23 @@ def _notes(fault: Exception) -> list[str]:
     return getattr(fault, "__notes__", [])
 
 
-def _end(status: int, *told: str) -> None:
-    sys.stderr.write(f"quantserve: {'; '.join(told)}\n")
+def end(fault: Exception, status: int, *told: str) -> NoReturn:
+    """Ends the process in one line, and behind `--json` in an object on stdout too."""
+    line = "; ".join(told)
+    if usage.Asked.json:
+        bar.write(
+            {"event": "error", "kind": type(fault).__name__, "message": line, "status": status}
+        )
+    sys.stderr.write(f"quantserve: {line}\n")
     sys.exit(status)
 
 
-@app.command()
+@app.command(
+    cls=usage.Computing,
+    epilog="""quantserve quantize demo --out smollm2
+quantserve quantize ./my-model --adapter ./my-lora --out my-w8a8 --scheme w8a8
+quantserve quantize org/model --out model-w4a16 --calibration chats.jsonl --max-kl 0.05""",
+)
 def quantize(
     source: Annotated[
         str,
@@ -135,73 +107,108 @@ def quantize(
             "SmolLM2-135M-Instruct",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="the folder to make; it must not exist yet")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="the folder to make; it must not exist yet")
+    ],
     scheme: Annotated[
         str,
         typer.Option(
+            rich_help_panel=_PRECISION,
             metavar="w4a16|w8a16|w8a8",
             help="int4 or int8 weights (GPTQ), or int8 weights and activations",
         ),
     ] = "w4a16",
     group_size: Annotated[
         int | None,
-        typer.Option(help="inputs that share a scale: 32, 64, 128 or -1 [the largest that fits]"),
+        typer.Option(
+            rich_help_panel=_PRECISION,
+            help="inputs that share a scale: 32, 64, 128 or -1 [the largest that fits]",
+        ),
     ] = None,
     bits_per_weight: Annotated[
         float | None,
         typer.Option(
+            rich_help_panel=_PRECISION,
             help="mixed precision: the formats that cost the model least at this size, scales "
             "included; 4-bit groups of 128 to 32, 8-bit or full precision a layer (w8a8: int8 or "
-            "full) [one format for all]"
+            "full) [one format for all]",
         ),
     ] = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="merge this PEFT LoRA folder in float32 first; repeatable"),
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=ADAPTERS,
+            help="merge this PEFT LoRA folder in float32 first; repeatable",
+        ),
     ] = None,
     training_base: TrainingBase = "stored",
     initial: Initial = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
+            rich_help_panel=_TEXT,
             help='JSONL of {"text": ...} or {"messages": [...]} lines, or as ShareGPT, Alpaca and '
-            "TRL have them, like what the model will be asked [the model writes its own]"
+            "TRL have them, like what the model will be asked [the model writes its own]",
         ),
     ] = None,
     assistant_only: Annotated[
         bool,
-        typer.Option(help="of a calibration file's chats, count the assistant's tokens alone"),
+        typer.Option(
+            rich_help_panel=_TEXT,
+            help="of a calibration file's chats, count the assistant's tokens alone",
+        ),
     ] = False,
-    samples: Annotated[int | None, typer.Option(help="calibration sequences [48]")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens of each [256]")] = None,
-    seed: Annotated[int | None, typer.Option(help="of everything that is drawn [0]")] = None,
+    samples: Annotated[
+        int | None, typer.Option(rich_help_panel=_TEXT, help="calibration sequences [48]")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(rich_help_panel=_TEXT, help="tokens of each [256]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=_TEXT, help="of everything that is drawn [0]")
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:N, or several: cuda:0,cuda:1 [cpu]")
+        str | None,
+        typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N, or several: cuda:0,cuda:1 [cpu]"),
     ] = None,
     exact: Annotated[
         bool,
-        typer.Option(help="compute blocks in float32, where 16 bits would be faster"),
+        typer.Option(
+            rich_help_panel=_PRECISION,
+            help="compute blocks in float32, where 16 bits would be faster",
+        ),
     ] = False,
     refine: Annotated[
         int | None,
         typer.Option(
+            rich_help_panel=_PRECISION,
             help="solve every row in so many more column orders and keep the best of them: closer, "
-            "for about a tenth more time each [0]"
+            "for about a tenth more time each [0]",
         ),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
+        typer.Option(
+            metavar="DIR", help="converted models and self-written text [~/.cache/quantserve]"
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option(help="replace the artifact at --out")] = False,
+    force: Annotated[
+        bool, typer.Option(rich_help_panel=_RESULT, help="replace the artifact at --out")
+    ] = False,
     fresh: Annotated[
-        bool, typer.Option(help="start over where the same command was cut short [go on]")
+        bool,
+        typer.Option(
+            rich_help_panel=_RESULT, help="start over where the same command was cut short [go on]"
+        ),
     ] = False,
     max_kl: Annotated[
         float | None,
         typer.Option(
+            rich_help_panel=_RESULT,
             help="publish nothing, with exit status 3, when the mean KL from the parent on "
-            "held-out rows is above, in nats"
+            "held-out rows is above, in nats",
         ),
     ] = None,
     as_json: Annotated[
@@ -223,6 +230,16 @@ def quantize(
         raise RecipeError(
             "--training-base and --initial say how an adapter was trained; give it with --adapter"
         )
+    if assistant_only:
+        beforehand.check_answers(calibration)
+    beforehand.Named(
+        models=[source],
+        targets=[out],
+        force=force,
+        device=recipe.device,
+        adapters=[*(adapter or ()), initial],
+        texts=[calibration],
+    ).check()
     hold_threads()
 
     from quant import pipeline
@@ -250,17 +267,15 @@ def quantize(
     _told(manifest, out)
 
 
-@app.command()
+@app.command(epilog="quantserve inspect smollm2 --layers\nquantserve inspect smollm2 --verify")
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `quantize` wrote")],
+    folder: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="what `quantize` wrote")],
     verify: Annotated[bool, typer.Option(help="read every file and compare digests")] = False,
     layers: Annotated[bool, typer.Option(help="a line for every layer")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the manifest as JSON")] = False,
 ) -> None:
     """Print what an artifact is: parent, recipe, size, and what each layer lost."""
-    manifest = artifact.read(folder)
-    if manifest is None:
-        raise ArtifactError(f"{folder} has no {artifact.MANIFEST}: it is not an artifact of ours")
+    manifest = beforehand.artifact_of(folder)
     if verify:
         artifact.verify(folder, manifest)
         if manifest.format == 1:
@@ -268,10 +283,13 @@ def inspect(
     if as_json:
         bar.write(manifest.model_dump(mode="json"))
         return
-    console = Console(highlight=False)
-    console.print(_facts(manifest))
+    facts = _facts(manifest)
+    if verify:
+        read = sum(digest.bytes for digest in manifest.files.values())
+        facts["verified"] = f"{len(manifest.files)} files, {read:,} bytes: all as they were sealed"
+    sys.stdout.write(bar.table(facts.items()))
     if layers:
-        console.print(_layers(manifest))
+        sys.stdout.write(bar.table(_layers(manifest), figures=True))
 
 
 def hold_threads() -> None:
@@ -295,13 +313,12 @@ def _told(manifest: Manifest, out: Path) -> None:
     )
 
 
-def _facts(manifest: Manifest) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
+def _facts(manifest: Manifest) -> dict[str, str]:
     size = f"{manifest.bytes_before / 1e6:.1f} MB -> {manifest.bytes_after / 1e6:.1f} MB"
     text = manifest.calibration
     widest = f" for {text.widest_input} inputs" if text.widest_input else ""
     worst = max(manifest.layers, key=lambda layer: layer.loss, default=None)
-    rows = {
+    return {
         "model": f"{manifest.source} ({manifest.architecture})",
         "parent": f"weights {manifest.parent.weights[:12]}, "
         f"tokenizer {manifest.parent.tokenizer[:12]}",
@@ -315,21 +332,20 @@ def _facts(manifest: Manifest) -> Table:
         "made": f"{manifest.created:%Y-%m-%d %H:%M} UTC in {manifest.seconds:.0f} s by quantserve "
         f"{manifest.quantserve}, torch {manifest.versions.get('torch', '?')}",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
 
 
-def _layers(manifest: Manifest) -> Table:
-    table = Table("layer", "bits", "group", "loss", "of rounding", "damping", box=None)
+def _layers(manifest: Manifest) -> Iterator[tuple[str, ...]]:
+    yield "layer", "bits", "group", "loss", "of rounding", "damping"
     for layer in manifest.layers:
         ratio = layer.loss / layer.rounding_loss if layer.rounding_loss else 1.0
         form = card.form(manifest, layer)
         group = "-" if form == FULL else "row" if form.group < 0 else str(form.group)
         figures = f"{layer.loss:.2e}", f"{ratio:.3f}", f"{layer.damping:g}"
-        table.add_row(layer.name, str(form.bits), group, *figures)
-    return table
+        yield layer.name, str(form.bits), group, *figures
 
+
+app.registered_commands += compare_cli.app.registered_commands
+app.command()(usage.completion)
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,10 @@ class QuantError(Exception):
     exit_status: ClassVar[int] = 2
 
 
+class UsageError(QuantError):
+    """A command line that is typed wrong."""
+
+
 class RecipeError(QuantError):
     """The recipe asks for something impossible or unknown."""
 

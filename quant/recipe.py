@@ -6,9 +6,10 @@ Refuses keys and values it does not know.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -39,6 +40,16 @@ _REFUSED = {
 Asked = TypeVar("Asked", bound=BaseModel)
 
 
+def _known_devices(names: str) -> str:
+    for name in names.split(","):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name.strip()):
+            raise ValueError(f"{name!r} is not cpu, cuda or cuda:N, or several with commas between")
+    return names
+
+
+Devices = Annotated[str, AfterValidator(_known_devices)]
+
+
 class Recipe(BaseModel):
     """`group_size` None lets `choose_group_size` pick; -1 is one group per row. With
     `bits_per_weight`, scales included, every layer gets a format of its own.
@@ -59,7 +70,7 @@ class Recipe(BaseModel):
     length: int = Field(default=256, ge=8, le=131_072)
     seed: int = Field(default=0, ge=0, lt=2**63)
     damping: float = Field(default=0.01, gt=0, le=1)
-    device: str = "cpu"
+    device: Devices = "cpu"
     exact: bool = False
     refine: int = Field(default=0, ge=0, le=256)
     assistant_only: bool = False
@@ -70,9 +81,10 @@ class Recipe(BaseModel):
         for pattern, reason in _REFUSED.items():
             if isinstance(scheme, str) and re.fullmatch(pattern, scheme, re.IGNORECASE):
                 raise ValueError(f"{scheme} is not written: {reason}")
-        if scheme not in get_args(Scheme):
+        known = scheme.lower() if isinstance(scheme, str) else scheme  # vLLM's are upper case
+        if known not in get_args(Scheme):
             raise ValueError(f"{scheme!r} is not one of {', '.join(get_args(Scheme))}")
-        return scheme
+        return known
 
     @model_validator(mode="after")
     def _groups_fit_the_scheme(self) -> Self:
@@ -103,7 +115,7 @@ class Draw(BaseModel):
     windows: int = Field(default=32, ge=1, le=65_536)
     length: int | None = Field(default=None, ge=8, le=131_072)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    device: str = "cpu"
+    device: Devices = "cpu"
 
     def rows(self, positions: int) -> Recipe:
         """As a recipe's samples, for a model that reads `positions` tokens."""

@@ -27,6 +27,14 @@ _OTHERS = {
 }
 
 
+def check(file: Path) -> None:
+    """CalibrationError for a file that cannot be opened; nothing of it is read."""
+    try:
+        file.open("rb").close()
+    except OSError as fault:
+        raise CalibrationError(f"{file} cannot be read: {fault.strerror}") from fault
+
+
 def read(file: Path) -> bytes:
     """The content of `file`; CalibrationError where it cannot be read, or is plainly no UTF-8.
 

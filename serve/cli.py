@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -18,9 +17,9 @@ from typing import Annotated
 
 import typer
 
-from quant import artifact, extras, interrupt
+from quant import artifact, extras, interrupt, usage
 from quant import cli as quant_cli
-from serve import doctor_cli, keys, listening, registry_cli
+from serve import doctor_cli, keys, listening, registry_cli, variables
 from serve import settings as serve_settings
 from serve.client import cli as client_cli
 from serve.console import Console
@@ -29,15 +28,10 @@ from serve.settings import Settings
 from serve.supervisor import Supervisor
 from serve.vllm_flags import adopt
 
-app = typer.Typer(
-    cls=quant_cli.Commands,
-    callback=quant_cli.debug,
+app = usage.App(
+    callback=usage.first,
     name="quantserve",
     help="From a fine-tuned model to a quantized, monitored OpenAI-compatible server.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
 )
 app.registered_commands += quant_cli.app.registered_commands
 app.registered_groups += quant_cli.app.registered_groups
@@ -52,92 +46,154 @@ def main() -> None:
     try:
         quant_cli.main(app, known=(ServeError,))
     except ServeError as fault:
-        sys.stderr.write(f"quantserve: {fault}\n")
-        sys.exit(2)
+        quant_cli.end(fault, 2, str(fault))
     finally:
         interrupt.ignore()
 
 
-@app.command()
+_ADDRESS, _ADAPTERS, _ENGINE = "Address and keys", "Adapters", "Engine"  # groups of options
+
+
+@app.command(
+    cls=variables.Whole,
+    epilog="""quantserve serve smollm2
+quantserve serve smollm2 --adapter pirate=./pirate-lora --state-dir state
+quantserve serve my-w8a8 --host 0.0.0.0 --api-key-file keys -- --max-num-seqs 64""",
+)
 def serve(
     artifact_folder: Annotated[
         Path,
         typer.Argument(metavar="ARTIFACT", help="what `quantize` wrote, or any model folder"),
     ],
     vllm_flags: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- VLLM FLAGS]", help="passed to vLLM; win")
+        list[str] | None, typer.Argument(metavar="-- VLLM_FLAG...", help="passed to vLLM; win")
     ] = None,
     adapter_flags: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapter", metavar="ALIAS=SOURCE", help="serve this PEFT adapter; repeatable"
+            "--adapter",
+            rich_help_panel=_ADAPTERS,
+            metavar="ALIAS=SOURCE",
+            help="serve this PEFT adapter; repeatable",
         ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="address to bind [127.0.0.1]")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", rich_help_panel=_ADDRESS, help="address to bind [127.0.0.1]"
+        ),
+    ] = None,
     port: Annotated[
-        int | None, typer.Option(help="port to bind; 0: any that is free [8000]")
+        int | None,
+        typer.Option(rich_help_panel=_ADDRESS, help="port to bind; 0: any that is free [8000]"),
     ] = None,
     ssl_certfile: Annotated[
-        Path | None, typer.Option(help="serve HTTPS with this certificate, a PEM file")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_ADDRESS,
+            help="serve HTTPS with this certificate, a PEM file",
+        ),
     ] = None,
-    ssl_keyfile: Annotated[Path | None, typer.Option(help="its key [in the same file]")] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=_ADDRESS, help="its key [in the same file]"),
+    ] = None,
     model_name: Annotated[
-        str | None, typer.Option(help="model id of the base [the folder's name]")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_ADDRESS,
+            help="model id of the base [the folder's name]",
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
+            rich_help_panel=_ADDRESS,
             help="a line per key, NAME:SCOPES:KEY, scopes of inference, metrics, admin; "
-            "required to bind anything but loopback"
+            "required to bind anything but loopback",
         ),
     ] = None,
     state_dir: Annotated[
-        Path | None, typer.Option(help="keep loaded adapters here across runs [this run only]")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=_ADAPTERS,
+            help="keep loaded adapters here across runs [this run only]",
+        ),
     ] = None,
     database_url: Annotated[
         str | None,
         typer.Option(
+            metavar="URL",
+            rich_help_panel=_ADAPTERS,
             help="the adapter registry, sqlite:///FILE or postgresql://USER@HOST/NAME; a password "
-            "is better given in QUANTSERVE_DATABASE_URL [a file in the state dir]"
+            "is better given in QUANTSERVE_DATABASE_URL [a file in the state dir]",
         ),
     ] = None,
     adapter_root: Annotated[
-        Path | None, typer.Option(help="adapter paths must be under this folder [any]")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=_ADAPTERS,
+            help="adapter paths must be under this folder [any]",
+        ),
     ] = None,
     allow_hub: Annotated[
-        bool | None, typer.Option("--allow-hub", help="adapters may be hub ids")
+        bool | None,
+        typer.Option("--allow-hub", rich_help_panel=_ADAPTERS, help="adapters may be hub ids"),
     ] = None,
     max_adapters: Annotated[
-        int | None, typer.Option(help="adapters in one batch; 0 turns LoRA off [4]")
+        int | None,
+        typer.Option(rich_help_panel=_ADAPTERS, help="adapters in one batch; 0 turns LoRA off [4]"),
     ] = None,
     max_lora_rank: Annotated[
-        int | None, typer.Option(help="largest rank an adapter may have [16]")
+        int | None,
+        typer.Option(rich_help_panel=_ADAPTERS, help="largest rank an adapter may have [16]"),
     ] = None,
     prompt_tuning: Annotated[
-        bool | None, typer.Option(help="serve prompt-tuned adapters [on CPU]")
+        bool | None,
+        typer.Option(rich_help_panel=_ADAPTERS, help="serve prompt-tuned adapters [on CPU]"),
     ] = None,
     tool_parser: Annotated[
         str | None,
         typer.Option(
-            help="vLLM's parser of tool calls, none, or auto: by the chat template [auto]"
+            metavar="NAME",
+            rich_help_panel=_ENGINE,
+            help="vLLM's parser of tool calls, none, or auto: by the chat template [auto]",
         ),
     ] = None,
     reasoning_parser: Annotated[
         str | None,
-        typer.Option(help="vLLM's parser of thoughts, none, or auto: by the chat template [auto]"),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_ENGINE,
+            help="vLLM's parser of thoughts, none, or auto: by the chat template [auto]",
+        ),
     ] = None,
     kv_cache_bytes: Annotated[
-        int | None, typer.Option(help="KV cache on CPU, in bytes [512 MiB]")
+        int | None,
+        typer.Option(
+            metavar="BYTES", rich_help_panel=_ENGINE, help="KV cache on CPU, in bytes [512 MiB]"
+        ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="threads of the model on CPU [every core]")
+        int | None,
+        typer.Option(rich_help_panel=_ENGINE, help="threads of the model on CPU [every core]"),
     ] = None,
     drain_timeout: Annotated[
-        float | None, typer.Option(help="seconds running requests get after SIGTERM [30]")
+        float | None,
+        typer.Option(metavar="SECONDS", help="seconds running requests get after SIGTERM [30]"),
     ] = None,
     max_cpu_isa: Annotated[
         str | None,
-        typer.Option(help="avx2 or avx512: behave as the oldest machine of the fleet [auto]"),
+        typer.Option(
+            metavar="avx2|avx512",
+            rich_help_panel=_ENGINE,
+            help="avx2 or avx512: behave as the oldest machine of the fleet [auto]",
+        ),
     ] = None,
     verify: Annotated[
         bool | None,
@@ -149,7 +205,7 @@ def serve(
 ) -> None:
     """Serve ARTIFACT behind the OpenAI API, adapters hot-swappable, metrics at /metrics.
 
-    Every option has a QUANTSERVE_* variable of the same name; the option wins. Stops on SIGTERM or
+    An option wins over its variable, which stands behind it in parentheses. Stops on SIGTERM or
     Ctrl-C after running requests have ended; a second signal stops at once.
     """
     settings = serve_settings.load(
@@ -177,9 +233,10 @@ def serve(
         max_cpu_isa=max_cpu_isa,
         verify=verify,
     )
-    settings = adopt(settings, serve_settings.inherited())
-    extras.need("torch", "transformers", "vllm")  # which the worker imports, and this process never
-    _check(settings)
+    with serve_settings.naming_variables(settings):
+        settings = adopt(settings, serve_settings.inherited())
+        extras.need("torch", "transformers", "vllm")  # the worker imports them, we never do
+        _check(settings)
     with ExitStack() as kept:
         if settings.state_dir is None:
             folder = kept.enter_context(tempfile.TemporaryDirectory(prefix="quantserve-"))

@@ -12,19 +12,22 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from quant import usage
 from serve import settings as serve_settings
+from serve import variables
 from serve.adapters import last_seen
 from serve.errors import ServeError, SettingsError
 
-app = typer.Typer(help="Look at the adapter registry, and put it right.", no_args_is_help=True)
+app = usage.App(help="Look at the adapter registry, and put it right.")
 
-StateDir = Annotated[Path | None, typer.Option(help="the server's --state-dir")]
+StateDir = Annotated[Path | None, typer.Option(metavar="DIR", help="the server's --state-dir")]
 DatabaseUrl = Annotated[
-    str | None, typer.Option(help="the server's --database-url [a file in the state dir]")
+    str | None,
+    typer.Option(metavar="URL", help="the server's --database-url [a file in the state dir]"),
 ]
 
 
-@app.command()
+@app.command(cls=variables.Command, epilog="quantserve registry check --state-dir state")
 def check(state_dir: StateDir = None, database_url: DatabaseUrl = None) -> None:
     """Say what the registry holds, and whether it is the one that was served from here.
 
@@ -49,7 +52,11 @@ def check(state_dir: StateDir = None, database_url: DatabaseUrl = None) -> None:
     raise typer.Exit(1 if why else 0)
 
 
-@app.command()
+@app.command(
+    cls=variables.Command,
+    epilog="""quantserve registry restore --state-dir state
+quantserve registry restore --state-dir state --yes""",
+)
 def restore(
     state_dir: StateDir = None,
     database_url: DatabaseUrl = None,

@@ -11,7 +11,8 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -128,7 +129,7 @@ class Settings(BaseModel):
     def environment(self) -> dict[str, str]:
         """These settings as QUANTSERVE_* variables, what `load` reads back."""
         values = self.model_dump(mode="json", exclude_defaults=True)
-        return {PREFIX + name.upper(): _text(value) for name, value in values.items()}
+        return {variable(name): _text(value) for name, value in values.items()}
 
 
 def check_alias(alias: str) -> str:
@@ -151,7 +152,7 @@ def load(env: Mapping[str, str] = os.environ, **given: object) -> Settings:
 
     SettingsError names each unknown or unusable setting.
     """
-    names = {PREFIX + name.upper(): name for name in Settings.model_fields}
+    names = {variable(name): name for name in Settings.model_fields}
     env = {key: env[key] for key in env if not _is_service_link(key, env[key])}
     known = (*names, SERVER, API_KEY)
     if strangers := sorted(key for key in env if key.startswith(PREFIX) and key not in known):
@@ -161,7 +162,7 @@ def load(env: Mapping[str, str] = os.environ, **given: object) -> Settings:
     try:
         return Settings.model_validate(told)
     except ValidationError as fault:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in fault.errors()]
+        lines = [f"{_place(e['loc'], given)}: {e['msg']}" for e in fault.errors()]
         raise SettingsError("; ".join(lines)) from fault
 
 
@@ -170,9 +171,53 @@ def client(env: Mapping[str, str] = os.environ) -> tuple[str, str]:
     return env.get(SERVER, ""), env.get(API_KEY, "")
 
 
+@contextmanager
+def naming_variables(settings: Settings, env: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """A SettingsError in there says which variables the values come from that it speaks of."""
+    try:
+        yield
+    except SettingsError as fault:
+        words = str(fault)
+        names = [
+            n for n in Settings.model_fields if variable(n) in env and variable(n) not in words
+        ]
+        spoken = [name for name in names if _speaks_of(words, name, getattr(settings, name))]
+        blamed = [variable(name) for name in spoken if _is_from(env, name, settings)]
+        if not blamed:
+            raise
+        raise SettingsError(f"{words}; set by {' and '.join(blamed)}") from fault
+
+
+def variable(name: str) -> str:
+    """Of a setting."""
+    return PREFIX + name.upper()
+
+
 def inherited(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The parent's own environment without our settings, for a child to add to."""
     return {key: value for key, value in env.items() if not key.startswith(PREFIX)}
+
+
+def _place(location: tuple[int | str, ...], given: Mapping[str, object]) -> str:
+    """A setting by its option's name, or its variable's where it came from there."""
+    name, *rest = map(str, location)
+    named = _option(name) if given.get(name) is not None else variable(name)
+    return ".".join([named, *rest])
+
+
+def _option(name: str) -> str:
+    return "--adapter" if name == "adapters" else "--" + name.replace("_", "-")
+
+
+def _speaks_of(words: str, name: str, value: object) -> bool:
+    text = _text(value)
+    return bool(re.search(rf"{_option(name)}(?![\w-])", words)) or (len(text) > 2 and text in words)
+
+
+def _is_from(env: Mapping[str, str], name: str, settings: Settings) -> bool:
+    """Whether it is what its variable says, and not what the command line said instead."""
+    alone = load({variable(name): env[variable(name)]})
+    return bool(getattr(alone, name) == getattr(settings, name))
 
 
 def _is_service_link(name: str, value: str) -> bool:
@@ -204,7 +249,7 @@ def _parsed(name: str, text: str) -> object:
     try:
         return Settings.model_validate_json(f'{{"{name}": {text}}}').model_dump()[name]
     except ValidationError as fault:
-        raise SettingsError(f"{PREFIX}{name.upper()} is not {_SHAPES[name]}: {text!r}") from fault
+        raise SettingsError(f"{variable(name)} is not {_SHAPES[name]}: {text!r}") from fault
 
 
 _SHAPES = {

@@ -6,7 +6,6 @@ models that are quantized already, and anything but a decoder-only language mode
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from quant import artifact, companions, interrupt, paths
+from quant import artifact, beforehand, companions, interrupt, paths
 from quant.artifact import Fingerprint
 from quant.errors import ArtifactError, SourceError, during
 from quant.headers import Headers, TensorHeader
@@ -47,9 +46,8 @@ from quant.lora import anatomy, merge, placement
 from quant.lora.adapter import Adapter
 from quant.lora.training import AS_STORED, Training
 
-DEMO = "demo"
+DEMO = beforehand.DEMO
 CACHE = Path("~/.cache/quantserve")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["config.json", "*.safetensors", artifact.INDEX, *companions.ALL]
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -267,19 +265,14 @@ def _untied(found: Admitted, outline: Outline, say: Say) -> dict[str, Any]:
 
 def _folder(spec: str, cache: Path, say: Say) -> Path:
     path = paths.full(spec)
+    beforehand.check_model(spec)
     if spec == DEMO and not path.exists():
         return gguf.folder(gguf.demo(), cache, say)
-    if path.is_file() and path.suffix.lower() == ".gguf":
+    if path.is_file():
         return gguf.folder(path, cache, say)
     if path.is_dir():
         files.check(path)
         return trainer.folder(path.resolve(), cache, say)
-    if path.exists():
-        raise SourceError(
-            f"{path} is neither a model folder nor a .gguf file: give the folder that it lies in"
-        )
-    if not _HUB_ID.match(spec):
-        raise SourceError(f"{path} does not exist")
     say(f"looking for {spec} on the hub")
     try:
         with interrupt.at_once():  # it goes on with what it has by itself

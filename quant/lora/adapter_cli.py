@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quant import artifact, bar, recipe
+from quant import artifact, bar, beforehand, recipe, usage
 from quant.errors import AdapterError, RecipeError
 from quant.lora import obstacles
 
@@ -19,36 +19,42 @@ if TYPE_CHECKING:
     from quant.lora.export import Exported
     from quant.lora.suitability import Suitability
 
-app = typer.Typer(
-    name="adapter",
-    help="Adapters: check, merge, export folders; put, swap, remove those of a running server.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = usage.App(name="adapter", help="Adapters: check, merge, export folders; put, swap, remove those of a running server.")
+
+ADAPTERS = "Adapters"  # a group of options
+_MIXING, _COMPENSATION = "How they are merged", "Compensation"
 
 TrainingBase = Annotated[
     artifact.TrainingBase,
     typer.Option(
+        rich_help_panel=ADAPTERS,
         help="what training saw of the full-precision model: its weights as stored; as QLoRA "
         "rounds them to NF4, without or with double quantization; or the model is what PiSSA, "
-        "LoftQ and the like left"
+        "LoftQ and the like left",
     ),
 ]
 Initial = Annotated[
     Path | None,
     typer.Option(
+        metavar="DIR",
+        rich_help_panel=ADAPTERS,
         help="the adapter that PiSSA, OLoRA or CorDA training started from "
-        "[START_init in ADAPTER or beside it]"
+        "[START_init in ADAPTER or beside it]",
     ),
 ]
 
-Cache = Annotated[Path | None, typer.Option(help="converted models [~/.cache/quantserve]")]
+Cache = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="converted models [~/.cache/quantserve]")
+]
 
 _Dtype = Literal["bfloat16", "float16", "float32"]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, the result last")]
 
 
-@app.command()
+@app.command(
+    cls=usage.Computing,
+    epilog="quantserve adapter check ./my-lora\nquantserve adapter check ./my-lora --base my-w4a16",
+)
 def check(
     adapter: Annotated[
         Path,
@@ -70,6 +76,8 @@ def check(
     Exit status 0 when at least one of the two works, 2 otherwise. Serving adds plain LoRA pairs to
     the base and nothing else; merging takes every variant.
     """
+    beforehand.Named(adapters=[adapter], folders=[base]).check()
+
     from quant.lora import suitability
 
     found = suitability.judge(adapter, base, cache)
@@ -81,7 +89,11 @@ def check(
         raise AdapterError(f"{adapter} can neither be merged nor served: the reasons are above")
 
 
-@app.command()
+@app.command(
+    cls=usage.Computing,
+    epilog="""quantserve adapter merge ./my-model --adapter ./my-lora --out my-merged
+quantserve adapter merge demo --adapter ./a=0.7 --adapter ./b=0.3 --method ties --out mixed""",
+)
 def merge(
     base: Annotated[
         str,
@@ -91,19 +103,25 @@ def merge(
         list[str],
         typer.Option(metavar="A[=WEIGHT]", help="a LoRA folder and its weight [1]; repeatable"),
     ],
-    out: Annotated[Path, typer.Option(help="the model folder to make; it must not exist yet")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="the model folder to make; it must not exist yet")
+    ],
     method: Annotated[
         Literal["linear", "cat", "ties", "dare"],
         typer.Option(
+            rich_help_panel=_MIXING,
             help="linear: the weighted sum; cat: the same from concatenated factors; ties: trim, "
-            "elect a sign, average what agrees; dare: drop at random, rescale, sum"
+            "elect a sign, average what agrees; dare: drop at random, rescale, sum",
         ),
     ] = "linear",
     density: Annotated[
         float | None,
-        typer.Option(help="the part of each change that ties or dare keeps [0.2, 0.5]"),
+        typer.Option(
+            rich_help_panel=_MIXING,
+            help="the part of each change that ties or dare keeps [0.2, 0.5]",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of what dare drops")] = 0,
+    seed: Annotated[int, typer.Option(rich_help_panel=_MIXING, help="of what dare drops")] = 0,
     training_base: TrainingBase = "stored",
     initial: Initial = None,
     dtype: Annotated[
@@ -118,14 +136,17 @@ def merge(
     head that an adapter changes alone gets weights of its own; a grown vocabulary brings its
     tokenizer along.
     """
+    named = [_weighted(text) for text in adapter]
+    folders = tuple(folder for folder, _ in named)
+    beforehand.Named(models=[base], targets=[out], adapters=[*folders, initial]).check()
+
     from quant.lora import blend, mixture
     from quant.lora.training import Training
 
-    named = [_weighted(text) for text in adapter]
     order = blend.Order(
         base=base,
         target=out,
-        adapters=tuple(folder for folder, _ in named),
+        adapters=folders,
         mixture=mixture.Mixture(tuple(weight for _, weight in named), method, density, seed),
         training=Training(training_base, initial),
         dtype=_dtype(dtype),
@@ -139,7 +160,11 @@ def merge(
     typer.echo(_merged(done))
 
 
-@app.command()
+@app.command(
+    cls=usage.Computing,
+    epilog="""quantserve adapter export ./my-lora --base my-w4a16 --out my-lora-ready
+quantserve adapter export ./my-lora --base my-w4a16 --out ready --compensate 8 --parent demo""",
+)
 def export(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA folder")],
     base: Annotated[
@@ -148,7 +173,9 @@ def export(
             metavar="ARTIFACT_OR_FOLDER", help="what it will be served on; decided by fingerprint"
         ),
     ],
-    out: Annotated[Path, typer.Option(help="the adapter folder to make; it must not exist yet")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="the adapter folder to make; it must not exist yet")
+    ],
     dtype: Annotated[
         _Dtype | None, typer.Option(help="of the factors [the base's 16 bits]")
     ] = None,
@@ -157,22 +184,42 @@ def export(
         int | None,
         typer.Option(
             "--compensate",
+            rich_help_panel=_COMPENSATION,
             metavar="RANK",
             help="make up for ARTIFACT's quantization in so much rank",
         ),
     ] = None,
     parent: Annotated[
         str | None,
-        typer.Option(metavar="PARENT", help="what was quantized, as `quantize` takes it"),
+        typer.Option(
+            rich_help_panel=_COMPENSATION,
+            metavar="PARENT",
+            help="what was quantized, as `quantize` takes it",
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help='JSONL of {"text"} or {"messages"} lines of its domain [self-written]'),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_COMPENSATION,
+            help='JSONL of {"text"} or {"messages"} lines of its domain [self-written]',
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="calibration sequences [48]")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens of each [256]")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the draw [0]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [cpu]")] = None,
+    samples: Annotated[
+        int | None, typer.Option(rich_help_panel=_COMPENSATION, help="calibration sequences [48]")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(rich_help_panel=_COMPENSATION, help="tokens of each [256]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=_COMPENSATION, help="of the draw [0]")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE", rich_help_panel=_COMPENSATION, help="cpu, cuda or cuda:N [cpu]"
+        ),
+    ] = None,
     cache: Cache = None,
     as_json: _Json = False,
 ) -> None:
@@ -192,6 +239,15 @@ def export(
         raise RecipeError(f"--{asked[0]} is for --compensate RANK; give that too, or leave it out")
     if rank is not None and parent is None:
         raise RecipeError("--compensate needs --parent: what the artifact was quantized from")
+
+    beforehand.Named(
+        models=[parent],
+        folders=[base],
+        targets=[out],
+        device=rows.device,
+        adapters=[adapter, initial],
+        texts=[calibration],
+    ).check()
 
     from quant.lora import export as exporting
     from quant.lora.compensate import Compensation

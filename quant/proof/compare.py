@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from quant import artifact, paths, tokens
+from quant import artifact, beforehand, paths, tokens
 from quant.artifact import Manifest
-from quant.errors import ArtifactError, CompareError, SpaceError, TooLossy
+from quant.errors import CompareError, SpaceError, TooLossy
 from quant.intake import architecture, source
 from quant.intake.source import Source
 from quant.lora import starts
@@ -160,9 +160,7 @@ def check_limit(found: TextFidelity | None, limit: float | None, hint: str) -> N
 
 def intact(folder: Path) -> Manifest:
     """The manifest of an artifact whose files are those that were sealed, its card aside."""
-    manifest = artifact.read(folder)
-    if manifest is None:
-        raise ArtifactError(f"{folder} has no {artifact.MANIFEST}: it is not an artifact of ours")
+    manifest = beforehand.artifact_of(folder)
     # A run that was killed between its two renames left a card that the manifest does not know.
     artifact.verify(folder, manifest, but=[card.NAME])
     return manifest

@@ -4,49 +4,72 @@ Exit status 3 with one line when the gate of --max-kl is shut; the result is sto
 torch, transformers and matplotlib are imported when the command runs, not before.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from quant import bar, paths, recipe
+from quant import bar, beforehand, paths, recipe, usage
 from quant.errors import RecipeError
-from quant.lora.adapter_cli import Initial
+from quant.lora.adapter_cli import ADAPTERS, Initial
 from quant.proof.evidence import Fidelity, Row, choice_rows, choice_title, text_rows, text_title
 
 if TYPE_CHECKING:
     from quant.proof.compare import Found
 
-app = typer.Typer()
+app = usage.App()
 
-Text = Annotated[Path | None, typer.Option(help="measure on windows of this UTF-8 text")]
+RESULT = "The result"  # a group of options
+_TEXTS = "What to measure on"
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", rich_help_panel=_TEXTS, help="measure on windows of this UTF-8 text"
+    ),
+]
 Lines = Annotated[
     Path | None,
-    typer.Option(help='or on JSONL of {"text": ...} or {"messages": [...]} lines'),
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=_TEXTS,
+        help='or on JSONL of {"text": ...} or {"messages": [...]} lines',
+    ),
 ]
 Choices = Annotated[
     list[Path] | None,
     typer.Option(
-        help='and on JSONL of {"question", "choices": [...], "answer": index} lines; repeatable'
+        metavar="FILE",
+        rich_help_panel=_TEXTS,
+        help='and on JSONL of {"question", "choices": [...], "answer": index} lines; repeatable',
     ),
 ]
-Windows = Annotated[int | None, typer.Option(help="windows of the text [32]")]
-Length = Annotated[int | None, typer.Option(help="tokens of each [512]")]
-Seed = Annotated[int | None, typer.Option(help="of the windows drawn and of the resamples [0]")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [cpu]")]
+Windows = Annotated[
+    int | None, typer.Option(rich_help_panel=_TEXTS, help="windows of the text [32]")
+]
+Length = Annotated[int | None, typer.Option(rich_help_panel=_TEXTS, help="tokens of each [512]")]
+Seed = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=_TEXTS, help="of the windows drawn and of the resamples [0]"),
+]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N [cpu]")]
 Cache = Annotated[
     Path | None,
-    typer.Option(help="converted models and self-written text [~/.cache/quantserve]"),
+    typer.Option(
+        metavar="DIR", help="converted models and self-written text [~/.cache/quantserve]"
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="a JSON object per line on stdout, the result last")
 ]
 
 
-@app.command()
+@app.command(
+    cls=usage.Computing,
+    epilog="""quantserve compare demo smollm2 --text book.txt
+quantserve compare ./my-model my-w8a8 --adapter ./my-lora --max-kl 0.05 --plot kl.png""",
+)
 def compare(
     parent: Annotated[
         str,
@@ -60,7 +83,11 @@ def compare(
     choices: Choices = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="a LoRA folder that was merged into the artifact; repeatable"),
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=ADAPTERS,
+            help="a LoRA folder that was merged into the artifact; repeatable",
+        ),
     ] = None,
     initial: Initial = None,
     windows: Windows = None,
@@ -69,10 +96,18 @@ def compare(
     device: Device = None,
     cache: Cache = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="exit with status 3 when the mean KL is above, in nats")
+        float | None,
+        typer.Option(
+            rich_help_panel=RESULT, help="exit with status 3 when the mean KL is above, in nats"
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="draw each layer's loss and each token's KL into this PNG")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=RESULT,
+            help="draw each layer's loss and each token's KL into this PNG",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -86,6 +121,13 @@ def compare(
     recipe.check_limit(max_kl)
     check_text({"--max-kl": max_kl, "--plot": plot}, text, calibration, choices)
     check_place(plot)
+    beforehand.Named(
+        models=[parent],
+        artifacts=[artifact_folder],
+        device=draw.device,
+        adapters=[*(adapter or ()), initial],
+        texts=[text, calibration, *(choices or ())],
+    ).check()
 
     from quant.lora.training import Training
     from quant.proof import compare
@@ -144,15 +186,8 @@ def _print(found: Fidelity) -> None:
 
 
 def _table(title: str, rows: Iterator[Row]) -> None:
-    console = Console(highlight=False)
-    console.print(title, markup=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("figure", justify="right")
-    table.add_column("95% interval", justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    shown = bar.table([("", "figure", "95% interval"), *rows], figures=True)
+    sys.stdout.write(f"{title}\n{shown}")
 
 
 def _draw(found: "Found", plot: Path | None, folder: Path) -> None:

@@ -3,17 +3,17 @@
 torch and transformers are imported when the command runs, not before.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from quant import bar, paths, recipe
+from quant import bar, beforehand, paths, recipe, usage
 from quant.errors import RecipeError
 from quant.lora.adapter_cli import Initial, TrainingBase
 from quant.proof.compare_cli import (
+    RESULT,
     Cache,
     Choices,
     Device,
@@ -30,10 +30,15 @@ from quant.proof.compare_cli import (
 if TYPE_CHECKING:
     from quant.proof.ways import Way
 
-app = typer.Typer()
+app = usage.App()
+_WAYS = "Ways beside the adapter as it is"  # a group of options
 
 
-@app.command()
+@app.command(
+    cls=usage.Computing,
+    epilog="""quantserve adapter compare ./my-lora --parent ./my-model --base my-w4a16 \\
+  --text book.txt --merged my-merged-w4a16""",
+)
 def compare(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA folder")],
     parent: Annotated[
@@ -44,17 +49,35 @@ def compare(
     ],
     ready: Annotated[
         list[Path] | None,
-        typer.Option(help="the same adapter as `adapter export` wrote it; repeatable"),
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=_WAYS,
+            help="the same adapter as `adapter export` wrote it; repeatable",
+        ),
     ] = None,
     merged: Annotated[
-        Path | None, typer.Option(help="an artifact that the adapter was merged into")
+        Path | None,
+        typer.Option(
+            metavar="ARTIFACT",
+            rich_help_panel=_WAYS,
+            help="an artifact that the adapter was merged into",
+        ),
     ] = None,
     merge: Annotated[
-        Path | None, typer.Option(help="or make one here first, by the recipe of ARTIFACT")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=_WAYS,
+            help="or make one here first, by the recipe of ARTIFACT",
+        ),
     ] = None,
     merge_calibration: Annotated[
         Path | None,
-        typer.Option(help="for --merge: the file that calibrated ARTIFACT [self-written]"),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_WAYS,
+            help="for --merge: the file that calibrated ARTIFACT [self-written]",
+        ),
     ] = None,
     training_base: TrainingBase = "stored",
     initial: Initial = None,
@@ -70,11 +93,17 @@ def compare(
         bool,
         typer.Option(
             "--latency",
+            rich_help_panel=RESULT,
             help="start `quantserve serve` for each way and time streamed answers to that text",
         ),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="draw KL, sizes and latency of each way into this PNG")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=RESULT,
+            help="draw KL, sizes and latency of each way into this PNG",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -91,6 +120,14 @@ def compare(
         raise RecipeError("--merged names an artifact and --merge makes one; give one of them")
     if merge_calibration is not None and merge is None:
         raise RecipeError("--merge-calibration is for --merge; give that too, or leave it out")
+    beforehand.Named(
+        models=[parent],
+        artifacts=[base, merged],
+        targets=[merge],
+        device=draw.device,
+        adapters=[adapter, initial, *(ready or ())],
+        texts=[text, calibration, *(choices or ()), merge_calibration],
+    ).check()
 
     from quant.lora.training import Training
     from quant.proof import compare, ways
@@ -118,10 +155,6 @@ def compare(
 def _print(found: "list[Way]") -> None:
     from quant.proof import ways
 
-    shown = Table(box=None, pad_edge=False)
-    shown.add_column("")
-    for way in found:
-        shown.add_column(f"{way.name}\n{way.artifact}", justify="right", overflow="fold")
-    for name, figures in ways.table(found):
-        shown.add_row(name, *figures)
-    Console(highlight=False).print(shown)
+    names = ("", *(way.name for way in found)), ("", *(str(way.artifact) for way in found))
+    rows = [(name, *figures) for name, figures in ways.table(found)]
+    sys.stdout.write(bar.table([*names, *rows], figures=True))
