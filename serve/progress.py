@@ -27,6 +27,7 @@ NOTES = {
 }
 QUIET = re.compile(r"\b(INFO|DEBUG|WARNING)\b|Loading safetensors|^\s*$|^\[?W\d{4} ")
 CAUSE = re.compile(r"(?:^|\s)(?:[\w.]*\.)?(\w*(?:Error|Exception|Refused)): (.+)$")
+REFUSAL = "SettingsError: "  # of our own worker's: an operator's mistake, in one line
 EFFECTS = ("Engine core initialization failed", "EngineDeadError", "cancelled")
 
 LINE_BYTES = 8 << 10  # a longer line is cut there
@@ -63,6 +64,9 @@ class Progress:
         self._grow(rest)
 
     def line(self, text: str) -> None:
+        if text.startswith(REFUSAL):  # the last line, which says how the start ended, has it
+            self._causes.append((time.monotonic(), text.removeprefix(REFUSAL)))
+            return
         for mark, stage in self._stages:
             if mark in text:
                 self._stages.remove((mark, stage))

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 from pydantic import TypeAdapter
 
@@ -45,6 +45,7 @@ from vllm.v1.executor import multiproc_executor
 
 from quant.lora.cell import TemplateFault
 from serve import forkserver, kernel_report, lifeline
+from serve.errors import SettingsError
 
 # messages, the base's tokenizer, the arguments of its apply_chat_template -> the chat, or None
 Render = Callable[[list[Any], Any, Mapping[str, Any]], Awaitable[str | None]]
@@ -98,11 +99,21 @@ def _is_elsewhere(manager: Any, module: str) -> bool:
     return any(f"{module}.".startswith(f"{name}.") for name in absent)
 
 
+class _Parser(FlexibleArgumentParser):  # type: ignore[misc] # vLLM is untyped
+    """Says what is wrong without 300 lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"vLLM's flags: {' '.join(message.split())}")
+
+
 def parse(argv: list[str]) -> Namespace:
-    """vLLM's own parsing and checks of its own flags; exits with 2 on a flag it does not know."""
+    """vLLM's own parsing and checks of its own flags; SettingsError for what it does not take."""
     cli_env_setup()
-    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
-    validate_parsed_serve_args(args)
+    args: Namespace = make_arg_parser(_Parser()).parse_args(argv)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as fault:
+        raise SettingsError(f"vLLM's flags: {' '.join(str(fault).split())}") from fault
     return args
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 
+from serve import vllm_release
 from serve.errors import SettingsError
 from serve.settings import Settings
 
@@ -44,7 +46,8 @@ REFUSED = {
 def adopt(settings: Settings, env: Mapping[str, str]) -> Settings:
     """`settings` with what their vLLM flags say of the address. SettingsError for what cannot be.
 
-    `env` is the environment that vLLM will see.
+    `env` is the environment that vLLM will see. A flag that vLLM does not know is refused too: it
+    would say so after a minute of imports, among 300 lines of usage.
     """
     if env.get("VLLM_API_KEY"):
         raise SettingsError(f"VLLM_API_KEY is set: {REFUSED['api-key']}")
@@ -52,6 +55,7 @@ def adopt(settings: Settings, env: Mapping[str, str]) -> Settings:
     for name, words in _options(settings.vllm_flags):
         if name in REFUSED:
             raise SettingsError(f"--{name} after the --: {REFUSED[name]}")
+        _refuse_unknown(words[0])
         if name == "config":
             _look_into(Path(_value(name, words)))
         if name in TAKEN_OVER:
@@ -62,6 +66,19 @@ def adopt(settings: Settings, env: Mapping[str, str]) -> Settings:
         return settings
     told = settings.model_dump() | taken | {"vllm_flags": tuple(kept)}
     return Settings.model_validate(told)
+
+
+def _refuse_unknown(word: str) -> None:
+    """SettingsError for what can only be a flag, and is none or the beginning of none."""
+    flag = word.partition("=")[0].partition(".")[0].replace("_", "-")
+    known = vllm_release.flags()
+    if not flag.startswith("--") or not known or any(each.startswith(flag) for each in known):
+        return
+    near = get_close_matches(flag, known, 1)
+    hint = f"did you mean {near[0]}?" if near else "`vllm serve --help=all` lists what it takes"
+    raise SettingsError(
+        f"{flag} after the --: vLLM {vllm_release.installed_version()[0]} has no such flag; {hint}"
+    )
 
 
 def given(settings: Settings) -> list[str]:

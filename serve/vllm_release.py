@@ -8,6 +8,7 @@ first request.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,11 @@ from serve.static_names import Declared, Packages, digest, mentioned, parameters
 from serve.vllm_internals import ON_CPU, PLACES, Place
 
 RELEASES: Final = ("0.32", "0.33")
+# Where flags are declared: the engine's, and the front end's by either release.
+_FLAGS = ("vllm.engine.arg_utils", "vllm.entrypoints.launchers.cli_args",
+          "vllm.entrypoints.common.cli_args")  # fmt: skip
+_FLAG = re.compile(r"--?[A-Za-z][\w-]*")
+_CERTAIN = {"--model", "--max-model-len", "--enable-auto-tool-choice"}  # of either file
 
 
 @cache
@@ -51,6 +57,29 @@ def check() -> None:
             f"vLLM {installed} is not the {release()} that quantserve knows: {found[0]}{more}; "
             "install the release that requirements/ names"
         )
+
+
+@cache
+def flags() -> frozenset[str]:
+    """The installed vLLM's command line; empty where we cannot read how it is declared."""
+    return declared_flags(Packages.installed("vllm"))
+
+
+def declared_flags(packages: Packages) -> frozenset[str]:
+    """Flags stand in the source as they are typed; the front end's are named after fields."""
+    found: set[str] = set()
+    for place in _FLAGS:
+        if (declared := packages.find(place)) is None:
+            continue
+        for node in ast.walk(declared.node):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("FrontendArgs"):
+                fields = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
+                found |= {f"--{ast.unparse(name).replace('_', '-')}" for name in fields}
+            elif isinstance(node, ast.Constant) and _FLAG.fullmatch(str(node.value)):
+                found.add(str(node.value))
+    if not found >= _CERTAIN:
+        return frozenset()
+    return frozenset(found | {f"--no-{flag[2:]}" for flag in found if flag.startswith("--")})
 
 
 def refuse_rust_front_end(asked: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from quant.artifact import LayerReport
-from quant.bar import Bar, Lines
+from quant.bar import Bar, Lines, table
 
 REPORT = LayerReport(name="model.layers.0.up_proj", loss=0.001, rounding_loss=0.01, damping=0.01)
 
@@ -21,6 +23,44 @@ def test_the_bar_writes_to_stderr_alone(capsys: pytest.CaptureFixture[str]) -> N
     assert out == ""
     assert err.startswith("quantserve: opening [odd]/name\n")
     assert "text [bold].txt" in err and "2/2" in err
+
+
+def test_without_a_terminal_there_is_a_line_for_each_tenth(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Bar("layers") as bar:
+        for _ in range(2):  # two rounds
+            for done in range(1, 211):
+                bar.measured(f"layer {done}", done, 210)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20
+    assert [line.split()[1] for line in lines[:10]] == [f"{n}/210" for n in range(21, 211, 21)]
+    assert lines[0].endswith(" left: layer 21") and "left" not in lines[9]
+
+
+@pytest.mark.parametrize(("width", "has_bar"), [(120, True), (60, False), (40, False)])
+def test_in_a_narrow_terminal_the_bar_goes_before_the_times(*, width: int, has_bar: bool) -> None:
+    screen = io.StringIO()
+    with Bar("layers") as bar:
+        bar._console = bar._progress.live.console = Console(
+            file=screen, width=width, force_terminal=True, color_system=None, legacy_windows=False
+        )
+        bar._progress.live.auto_refresh = False
+        bar.solved(REPORT.model_copy(update={"name": "model.layers.11.mlp.down_proj"}), 80, 210)
+        bar._progress.refresh()
+    last = screen.getvalue().replace("\r", "\n").split("\n")
+    shown = next(line for line in reversed(last) if "80/210" in line)
+    assert "0:00:00 left -:--:--" in shown and "e-03" in shown
+    assert ("━" in shown) == has_bar
+    assert "\n" not in shown and len(shown.split("\x1b")[0]) <= width
+
+
+def test_a_table_is_as_wide_as_it_has_to_be() -> None:
+    long = "model.layers.0." + "deep." * 30 + "weight"
+    shown = table([("layer", "loss", "bits"), (long, "1e-3", "4")], figures=True)
+    head, row = shown.splitlines()
+    assert row == f"{long}  1e-3     4" and head.rstrip() == head
+    assert table([("a", "b"), ("long", "")]) == "a     b\nlong\n"
 
 
 def test_a_bar_that_never_began_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,3 +79,10 @@ def test_a_long_line_is_cut_and_the_next_is_whole(said: list[str]) -> None:
 def test_verbose_passes_everything_on(said: list[str]) -> None:
     Progress(said.append, verbose=True).line("(APIServer) INFO chatter")
     assert said == ["(APIServer) INFO chatter"]
+
+
+def test_what_our_worker_refuses_is_told_once_at_the_end(said: list[str]) -> None:
+    progress = Progress(said.append, verbose=False)
+    progress.line("SettingsError: vLLM's flags: unrecognized arguments: --no-such-flag")
+    assert said == []
+    assert progress.cause(0.0) == "vLLM's flags: unrecognized arguments: --no-such-flag"

@@ -96,3 +96,40 @@ def test_a_kubernetes_service_of_our_name_is_no_setting() -> None:
 def test_what_only_looks_like_one_is_refused(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"QUANTSERVE_{name}|port"):
         settings.load({f"QUANTSERVE_{name}": value})
+
+
+def test_an_unusable_value_names_the_option_or_the_variable_that_it_came_from() -> None:
+    env = {"QUANTSERVE_PORT": "many", "QUANTSERVE_THREADS": "-1"}
+    with pytest.raises(SettingsError) as refused:
+        settings.load(env, threads=-2, adapters={"a:b": "/x"})
+    first, second, third = str(refused.value).split("; ")
+    assert {each.partition(": ")[0] for each in (first, second, third)} == {
+        "QUANTSERVE_PORT", "--threads", "--adapter",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "told", "blamed"),
+    [
+        ({"QUANTSERVE_HOST": "0.0.0.0"}, "refusing to listen on 0.0.0.0", "QUANTSERVE_HOST"),
+        ({"QUANTSERVE_MAX_ADAPTERS": "0"}, "--max-adapters is 0", "QUANTSERVE_MAX_ADAPTERS"),
+        ({"QUANTSERVE_ADAPTERS": '{"a": "/x"}'}, "--adapter a=/x: no", "QUANTSERVE_ADAPTERS"),
+    ],
+)
+def test_a_later_refusal_names_it_too(env: dict[str, str], told: str, blamed: str) -> None:
+    chosen = settings.load(env)
+    with (
+        pytest.raises(SettingsError, match=f"{told}; set by {blamed}$"),
+        settings.naming_variables(chosen, env),
+    ):
+        raise SettingsError(told)
+
+
+def test_a_variable_that_an_option_overrode_is_not_blamed() -> None:
+    env = {"QUANTSERVE_HOST": "10.0.0.1", "QUANTSERVE_ROOT_PATH": "/else"}
+    chosen = settings.load(env, host="0.0.0.0")
+    with (
+        pytest.raises(SettingsError, match=r"^--host 0\.0\.0\.0 has no keys$"),
+        settings.naming_variables(chosen, env),
+    ):
+        raise SettingsError("--host 0.0.0.0 has no keys")

@@ -13,7 +13,8 @@ from vllm.v1.engine.async_llm import logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from quant.lora.cell import TemplateFault
-from serve import vllm_compat
+from serve import vllm_compat, vllm_release
+from serve.errors import SettingsError
 
 BASE_TEMPLATE = "the operator's"
 
@@ -97,3 +98,25 @@ def test_an_engine_that_was_stopped_is_not_logged_as_dead() -> None:
         logger.removeFilter(vllm_compat._is_no_end)
     kinds = [type(record.exc_info[1]) for record in seen if record.exc_info]
     assert kinds == [EngineDeadError, ValueError] and asked == [3.0]
+
+
+def test_flags_read_from_the_source_are_those_of_the_parser() -> None:
+    parser = vllm_compat.make_arg_parser(vllm_compat.FlexibleArgumentParser())
+    taken = set(parser._option_string_actions) - {"-h", "--help"}
+    read = vllm_release.flags()
+    assert taken <= read
+    assert {flag for flag in read - taken if not flag.startswith("--no-")} <= {"--help"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [(["--no-such-flag"], "--no-such-flag"), (["--max-num-seqs", "many"], "--max-num-seqs"),
+     (["--enable-auto-tool-choice"], "--tool-call-parser")],
+)  # fmt: skip
+def test_what_the_parser_refuses_is_one_line(
+    flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SettingsError, match=f"vLLM's flags: .*{told}") as refused:
+        vllm_compat.parse(flags)
+    assert "\n" not in str(refused.value)
+    assert "usage" not in capsys.readouterr().err

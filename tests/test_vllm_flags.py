@@ -98,3 +98,25 @@ def test_what_we_told_vllm_passes() -> None:
     chosen = Settings(port=9000, root_path="/llm", ssl_certfile=Path("/c"), ssl_keyfile=Path("/k"))
     told = PLAIN | {"port": 9000, "root_path": "/llm", "ssl_certfile": "/c", "ssl_keyfile": "/k"}
     vllm_flags.check(Namespace(**told), chosen)
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [("--no-such-flag", "lists what it takes"), ("--max-model-length=8", "--max-model-len?"),
+     ("--max_num_seq_s", "--max-num-seqs?")],
+)  # fmt: skip
+def test_a_flag_that_vllm_does_not_know_is_refused_by_name(flag: str, hint: str) -> None:
+    named = flag.partition("=")[0].replace("_", "-")
+    with pytest.raises(SettingsError) as refused:
+        adopted("--max-num-seqs", "8", flag, "9")
+    told = str(refused.value)
+    assert told.startswith(f"{named} after the --: vLLM ") and told.endswith(hint)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--max-model-l", "9"), ("--no-enable-prefix-caching",), ("--compilation-config.mode=0",),
+     ("-O3",), ("--enable_auto_tool_choice",), ("--override-generation-config", "--x")[:1]],
+)  # fmt: skip
+def test_every_spelling_that_vllm_takes_passes(flags: tuple[str, ...]) -> None:
+    assert adopted(*flags).vllm_flags == flags
