@@ -232,14 +232,8 @@ def quantize(
         )
     if assistant_only:
         beforehand.check_answers(calibration)
-    beforehand.Named(
-        models=[source],
-        targets=[out],
-        force=force,
-        device=recipe.device,
-        adapters=[*(adapter or ()), initial],
-        texts=[calibration],
-    ).check()
+    beforehand.Named(models=[source], targets=[out], force=force, device=recipe.device,
+                     adapters=[*(adapter or ()), initial], texts=[calibration]).check()  # fmt: skip
     hold_threads()
 
     from quant import pipeline

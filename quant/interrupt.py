@@ -8,6 +8,7 @@ order. Only commands `listen`: to a caller of the library, `check` does nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class _State:
     program = ""
     asked = False  # to stop
     looked = False  # since when a signal waits for the next look
+    as_json = False  # whether a program reads stdout
 
 
 def listen(program: str) -> None:
@@ -37,7 +39,7 @@ def listen(program: str) -> None:
     Until the first look, and a second time, a signal ends the process at once, with one line of
     `program`'s and status 2: nothing was begun, or what lies on disk is what a crash leaves.
     """
-    _State.program, _State.asked, _State.looked = program, False, False
+    _State.program, _State.asked, _State.looked, _State.as_json = program, False, False, False
     # A shell starts background jobs with SIGINT ignored; a long job has to be stoppable too.
     for number in _SIGNALS:
         signal.signal(number, _note)
@@ -53,6 +55,11 @@ def listening(program: str) -> Iterator[None]:
     finally:
         for number, handler in zip(_SIGNALS, before, strict=True):
             signal.signal(number, handler)
+
+
+def tell_programs(wanted: bool) -> None:  # noqa: FBT001
+    """Whether a signal that ends the process at once is an object on stdout too."""
+    _State.as_json = wanted
 
 
 def ignore() -> None:
@@ -98,6 +105,10 @@ def _leave() -> None:
     left = (
         "the same command goes on from what is on disk" if _State.asked else "nothing was written"
     )
+    line = f"interrupted; {left}"
+    if _State.as_json:
+        event = {"event": "error", "kind": "Interrupted", "message": line, "status": STATUS}
+        os.write(1, f"{json.dumps(event)}\n".encode())
     cursor = _SHOW_CURSOR if os.isatty(2) else b""
-    os.write(2, cursor + f"{_State.program}: interrupted; {left}\n".encode())
+    os.write(2, cursor + f"{_State.program}: {line}\n".encode())
     os._exit(STATUS)

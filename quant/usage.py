@@ -17,6 +17,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from typer.exceptions import TyperException
 from typer.models import CommandFunctionType
 
+from quant import interrupt
 from quant.errors import QuantError, UsageError
 from quant.interrupt import Interrupted
 
@@ -138,6 +139,7 @@ class Commands(_Page, TyperGroup):
             return super().parse_args(ctx, args)
         ours = args[: args.index("--")] if "--" in args else args
         Asked.json = "--json" in ours
+        interrupt.tell_programs(Asked.json)
         others = [word for word in ours if word != "--debug"]
         asked = ["--debug"] if len(others) < len(ours) else []
         return super().parse_args(ctx, [*asked, *others, *args[len(ours) :]])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from quant import interrupt
+import sys
+
+try:
+    from quant import interrupt
+except KeyboardInterrupt:  # Python's own answer to Ctrl-C, until we listen
+    sys.stderr.write("quantserve: interrupted; nothing was written\n")
+    sys.exit(2)
 
 
 def main() -> None:

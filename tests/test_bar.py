@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -80,3 +86,19 @@ def test_lines_are_json_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     assert (layer["event"], layer["name"], layer["done"]) == ("layer", REPORT.name, 1)
     assert measured == {"event": "measured", "name": "book.txt", "done": 3, "total": 8}
     assert err == ""
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_color_is_honoured_in_a_terminal(no_color: str) -> None:
+    code = "from quant.bar import Bar\nwith Bar('x') as bar: bar.measured('a', 1, 2)"
+    ours, theirs = pty.openpty()
+    env = os.environ | {"NO_COLOR": no_color, "TERM": "xterm-256color", "COLUMNS": "100"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=env):
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # the other end is closed
+            while piece := os.read(ours, 4096):
+                shown += piece
+    os.close(ours)
+    assert "━".encode() in shown
+    assert bool(re.search(rb"\x1b\[[\d;]*3\d", shown)) == (not no_color)

@@ -86,30 +86,26 @@ def test_a_mistake_that_needs_nothing_is_told_before_the_imports(
     assert not places["free"].exists() and [*places["taken"].iterdir()]
 
 
-def test_what_is_there_passes(places: dict[str, Path]) -> None:
+def test_what_is_there_passes_and_what_is_not_has_an_error_of_its_own(
+    places: dict[str, Path],
+) -> None:
+    there, gone = places["model"], places["gone"]
     beforehand.Named(
-        models=["demo", "org/model", str(places["model"]), None],
-        folders=[places["model"], None],
+        models=["demo", "org/model", str(there), None],
+        folders=[there, None],
         adapters=[places["lora"]],
         texts=[places["file"]],
         targets=[places["free"]],
     ).check()
-
-
-@pytest.mark.parametrize(
-    ("named", "fault"),
-    [
-        (beforehand.Named(models=["/no/where"]), SourceError),
-        (beforehand.Named(artifacts=[Path("/no/where")]), ArtifactError),
-        (beforehand.Named(folders=[Path("/no/where")]), ArtifactError),
-        (beforehand.Named(adapters=[Path("/no/where")]), AdapterError),
-        (beforehand.Named(texts=[Path("/no/where")]), CalibrationError),
-    ],
-    ids=["model", "artifact", "folder", "adapter", "text"],
-)
-def test_each_has_an_error_of_its_own(named: beforehand.Named, fault: type[Exception]) -> None:
-    with pytest.raises(fault):
-        named.check()
+    for named, fault in {
+        beforehand.Named(models=(str(gone),)): SourceError,
+        beforehand.Named(artifacts=(gone,)): ArtifactError,
+        beforehand.Named(folders=(gone,)): ArtifactError,
+        beforehand.Named(adapters=(gone,)): AdapterError,
+        beforehand.Named(texts=(gone,)): CalibrationError,
+    }.items():
+        with pytest.raises(fault):
+            named.check()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ file.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -231,3 +232,37 @@ def test_where_nothing_was_done_that_is_said(
         cli.main(stopped)
     assert left.value.code == 2
     assert capsys.readouterr().err == "quantserve: interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize("module", ["quant.interrupt", "serve.cli", "typer", "quant.artifact"])
+def test_ctrl_c_in_the_first_second_is_one_line_wherever_it_comes(
+    module: str, tmp_path: Path
+) -> None:
+    code = (
+        "import importlib.abc, os, signal, sys\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from serve.__main__ import main\n"
+        "main()"
+    )
+    words = ["quantize", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "quantserve: interrupted; nothing was written\n"
+
+
+def test_a_signal_that_ends_it_at_once_is_an_object_for_programs_too() -> None:
+    code = (
+        "import os, signal; from quant import interrupt\n"
+        "interrupt.listen('quantserve'); interrupt.tell_programs(True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    event = json.loads(done.stdout)
+    assert (event["event"], event["kind"], event["status"]) == ("error", "Interrupted", 2)

@@ -110,6 +110,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake: str, home: Path, tmp_
     assert run.status == 2
     assert run.stderr.startswith("quantserve: ") and run.stderr.count("\n") == 1, run.stderr
     assert all(word in run.stderr for word in expected), run.stderr
+    last = json.loads(run.stdout.splitlines()[-1])
+    assert (last["event"], last["status"]) == ("error", 2)
+    assert run.stderr == f"quantserve: {last['message']}\n"
     assert set(home.iterdir()) <= before
     assert (home / "out-taken" / "precious.txt").read_text() == "mine"
 
@@ -152,6 +155,7 @@ def test_the_bar_goes_to_stderr_and_the_summary_to_stdout(home: Path, tmp_path: 
     assert "14/14" in run.stderr
     shown = ran("inspect", str(out), "--layers", said=tmp_path / "shown")
     assert (shown.status, shown.stderr) == (0, "")
+    assert all(line == line.rstrip() for line in shown.stdout.splitlines())
     facts = " ".join(shown.stdout.split())
     assert "LlamaForCausalLM" in facts and "w8a8, per channel" in facts
     assert "lora@" in facts and "x file" in facts
@@ -159,10 +163,10 @@ def test_the_bar_goes_to_stderr_and_the_summary_to_stdout(home: Path, tmp_path: 
 
 
 def test_a_mistake_at_the_bar_is_its_last_and_only_complaint(home: Path, tmp_path: Path) -> None:
-    run = ran(*quantize_words(home / "nowhere", tmp_path / "out"), said=tmp_path / "said")
+    run = ran(*quantize_words(home / "corrupt", tmp_path / "out"), said=tmp_path / "said")
     opening, complaint = run.stderr.splitlines()
-    assert run.status == 2 and opening == f"quantserve: opening {home / 'nowhere'}"
-    assert complaint == f"quantserve: {home / 'nowhere'} does not exist"
+    assert run.status == 2 and opening == f"quantserve: opening {home / 'corrupt'}"
+    assert "truncated" in complaint
 
 
 @pytest.mark.usefixtures("cold")
@@ -175,6 +179,11 @@ def test_inspect_as_json_is_the_manifest(home: Path, tmp_path: Path) -> None:
 def test_inspect_verifies_every_file(home: Path, tmp_path: Path) -> None:
     sound = ran("inspect", str(home / "out-json"), "--verify", said=tmp_path / "sound")
     assert (sound.status, sound.stderr) == (0, "")
+    manifest = artifact.read(home / "out-json")
+    assert manifest is not None
+    read = sum(digest.bytes for digest in manifest.files.values())
+    told = f"verified     {len(manifest.files)} files, {read:,} bytes: all as they were sealed"
+    assert told in sound.stdout.splitlines()
     damaged = shutil.copytree(home / "out-json", tmp_path / "out")
     with (damaged / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
