@@ -339,7 +339,10 @@ def _layers(manifest: Manifest) -> Iterator[tuple[str, ...]]:
 
 
 app.registered_commands += compare_cli.app.registered_commands
-app.command()(usage.completion)
+app.command(
+    epilog="quantserve completion bash >> ~/.bashrc\n"
+    "quantserve completion fish > ~/.config/fish/completions/quantserve.fish"
+)(usage.completion)
 
 if __name__ == "__main__":
     main()

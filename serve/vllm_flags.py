@@ -74,7 +74,7 @@ def _refuse_unknown(word: str) -> None:
     known = vllm_release.flags()
     if not flag.startswith("--") or not known or any(each.startswith(flag) for each in known):
         return
-    near = get_close_matches(flag, known, 1)
+    near = get_close_matches(flag, known, 1, 0.75)
     hint = f"did you mean {near[0]}?" if near else "`vllm serve --help=all` lists what it takes"
     raise SettingsError(
         f"{flag} after the --: vLLM {vllm_release.installed_version()[0]} has no such flag; {hint}"

@@ -94,7 +94,7 @@ def test_the_version() -> None:
         (["quantize", "demo"], "Missing option '--out'"),
         (["quantize", "demo", "--out", "x", "--samples", "many"], "'--samples'"),
         (["adapter", "merge", "a", "--method", "sum"], "'--method'"),
-        (["completion", "tcsh"], "'tcsh' is not known; take one of bash, zsh, fish"),
+        (["adapter", "check"], "Missing argument 'ADAPTER'"),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
@@ -131,6 +131,11 @@ def test_what_nobody_foresaw_is_an_object_too(capsys: pytest.CaptureFixture[str]
 def test_a_shell_gets_a_script_that_asks_us(shell: str) -> None:
     shown = CliRunner().invoke(serve_cli.app, ["completion", shell])
     assert shown.exit_code == 0 and usage.COMPLETE in shown.stdout and "quantserve" in shown.stdout
+
+
+def test_another_shell_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="'tcsh' is not known; take one of bash, zsh, fish"):
+        usage.completion("tcsh")
 
 
 def test_commands_and_options_are_completed() -> None:
