@@ -440,7 +440,7 @@ def test_a_disk_full_at_the_end_is_gone_on_with(parent: Path, tmp_path: Path, te
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(
-    ("device", "reason"), [("tpu9", "not a device"), ("meta", "cpu or cuda"), ("cuda:63", "CUDA")]
+    ("device", "reason"), [("tpu9", "is not cpu, cuda"), ("meta", "cuda:N"), ("cuda:63", "CUDA")]
 )
 def test_a_device_that_is_not_there_is_refused(
     device: str, reason: str, parent: Path, tmp_path: Path
