@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
+from quant import usage
 from serve import doctor
 from serve.doctor import GB, Facts, Finding
 
-app = typer.Typer()
+app = usage.App()
 
 
 @app.command("doctor")

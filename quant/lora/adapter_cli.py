@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from quant.lora.export import Exported
     from quant.lora.suitability import Suitability
 
-app = usage.App(name="adapter", help="Adapters: check, merge, export folders; put, swap, remove those of a running server.")
+app = usage.App(
+    name="adapter",
+    help="Adapters: check, merge, export folders; put, swap, remove those of a running server.",
+)
 
 ADAPTERS = "Adapters"  # a group of options
 _MIXING, _COMPENSATION = "How they are merged", "Compensation"

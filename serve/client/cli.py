@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from quant import usage
 from serve.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _Where = tuple[str | None, Path | None, Path | None]  # URL, key file, certificate
 
-app = typer.Typer()
-adapter_app = typer.Typer()
+app = usage.App()
+adapter_app = usage.App()
 
 QUESTION_BYTES = 16 << 20
 
