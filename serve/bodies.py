@@ -87,14 +87,19 @@ def _errors(read: Callable[[], Any], loc: tuple[int | str, ...]) -> Errors:
     parts: Iterable[tuple[int | str, Any]] = ()
     if isinstance(value, dict | list):
         parts = value.items() if isinstance(value, dict) else enumerate(value)
-    found = (_errors(lambda part=part: part, (*loc, place)) for place, part in parts)
+    found = (_errors(partial(_itself, part), (*loc, place)) for place, part in parts)
     return next(filter(None, found), [])
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 @lru_cache(maxsize=512)
 def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
     field = model.model_fields[name]
-    return TypeAdapter(Annotated[field.annotation, field])
+    kind: Any = Annotated[field.annotation, field]
+    return TypeAdapter(kind)
 
 
 def _words(fault: Exception) -> str:

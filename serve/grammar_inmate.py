@@ -5,17 +5,18 @@ and text, answered with a line: null, or what is wrong with it. Compiling stops 
 one that ends the process, which is what happens when its time or its memory is up.
 """
 
+import importlib
 import json
 import resource
 import sys
+from contextlib import suppress
 from typing import Any
 
 import xgrammar
 
-try:
-    import llguidance
-except ImportError:
-    llguidance = None
+llguidance: Any = None
+with suppress(ImportError):
+    llguidance = importlib.import_module("llguidance")
 
 MEMORY = 4 << 30  # bytes of its own
 
@@ -54,7 +55,7 @@ def try_the_other(kind: str, text: str) -> None:
     """
     if llguidance is None:
         return
-    try:
+    with suppress(LookupError, RuntimeError, TypeError, ValueError):
         if kind == "json":
             given = [llguidance.LLMatcher.grammar_from_json_schema(text)]
         elif kind == "regex":
@@ -66,8 +67,6 @@ def try_the_other(kind: str, text: str) -> None:
             return
         for one in given:
             llguidance.LLMatcher.validate_grammar(one, None)
-    except (LookupError, RuntimeError, TypeError, ValueError):
-        pass
 
 
 def last_line(fault: Exception) -> str:

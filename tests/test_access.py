@@ -241,12 +241,15 @@ async def test_a_handshake_without_a_key_is_told_why(app: Starlette) -> None:
     scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "app": app}
     told: list[Any] = []
 
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
     async def send(message: Any) -> None:
         told.append(message)
 
     gate = Gate(app)
-    await gate({**scope, "extensions": {"websocket.http.response": {}}}, send, send)
+    await gate({**scope, "extensions": {"websocket.http.response": {}}}, receive, send)
     assert told[0]["status"] == 401
     assert json.loads(told[1]["body"])["error"]["code"] in ("invalid_api_key", "not_found")
-    await gate(scope, send, send)
+    await gate(scope, receive, send)
     assert told[2] == {"type": "websocket.close", "code": 1008}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,8 @@ def test_what_is_closer_is_never_what_was_asked_for(
 
 def manifest(scheme: str, group: int, bits: float | None = None) -> Manifest:
     """As much of one as is asked for."""
-    return Manifest.model_construct(
-        scheme=scheme, group_size=group, bits_per_weight=bits, recipe={"bits_per_weight": bits}
-    )
+    known: dict[str, Any] = {
+        "scheme": scheme, "group_size": group, "bits_per_weight": bits,
+        "recipe": {"bits_per_weight": bits},
+    }  # fmt: skip
+    return Manifest.model_construct(None, **known)

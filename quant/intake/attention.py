@@ -38,7 +38,7 @@ def _loses(module: nn.Module) -> bool:
     """Whether `sdpa` passes over something that the layer has, and its own code reads."""
     return any(
         attribute is None or getattr(module, attribute, None) is not None
-        for attribute in _unread(type(module))
+        for attribute in _unread(type(module))  # type: ignore[arg-type] # a class hashes
     )
 
 
@@ -58,9 +58,10 @@ def _arguments(kind: type[nn.Module]) -> Iterator[tuple[str, ast.expr]]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         if isinstance(call.func, ast.Name):
-            yield from ((each.arg, each.value) for each in call.keywords if each.arg is not None)
+            yield from ((word.arg, word.value) for word in call.keywords if word.arg is not None)
 
 
 def _attribute(value: ast.expr) -> str | None:
-    plain = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name)
-    return value.attr if plain else None
+    if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
+        return value.attr
+    return None

@@ -275,7 +275,7 @@ def given_beside(decoder: Decoder, source: Source, rows: int, length: int) -> in
     blocks = list(model.get_submodule(decoder.prefix[:-1]).children())
     ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
     try:
-        with _Believing():
+        with _Believing():  # type: ignore[no-untyped-call]
             stream = _record(replace(decoder, model=model, blocks=blocks), ids, ids)
     except (RuntimeError, TypeError, ValueError):
         return 0
@@ -287,7 +287,7 @@ def given_beside(decoder: Decoder, source: Source, rows: int, length: int) -> in
     return sum(sizes.values())
 
 
-class _Believing(TorchDispatchMode):
+class _Believing(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own has no types
     """Answers yes where code asks what stands in a tensor without memory: that a row is one text,
     and counts from zero."""
 
