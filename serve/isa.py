@@ -26,4 +26,15 @@ def limit(level: str) -> None:
         setattr(torch.cpu, question, _no)
 
 
+def unlock() -> None:
+    """Have Linux let this process and its children use AMX, where it may be used.
+
+    vLLM's attention takes it and does not ask. oneDNN does, for a product that is large enough:
+    where a model has none, the first request was an illegal instruction.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 limit(settings.load().max_cpu_isa)
+unlock()
