@@ -53,6 +53,9 @@ class Bar:
 
     def say(self, line: str) -> None:
         self._console.print(f"quantserve: {line}", markup=False, soft_wrap=True)
+        if self._tenth == 0 and not self._progress.live.is_started:
+            self._began = time.monotonic()  # what comes next has taken no time yet
+            self._progress.reset(self._task, total=1)
 
     def foreseen(self, line: str, _facts: Mapping[str, float]) -> None:
         self.say(line)

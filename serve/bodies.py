@@ -35,19 +35,21 @@ def _validated(
     if kind is None:
         told: tuple[Any, Errors] = stock(value, values or {}, loc=loc)
         return told
-    try:
-        read, errors = stock(value, values or {}, loc=loc)
-    except Exception as fault:  # whatever a check stumbles over, the client sent it
-        if getattr(fault, "parameter", None):
-            raise
+    read, fault = _tried(lambda: stock(value, values or {}, loc=loc))
+    if fault is not None:
+        if getattr(fault, "parameter", None):  # it names its field
+            raise fault
         return None, _alone(kind, body, loc) or [_error(loc, _words(fault))]
-    if errors and (get_args(model) or not any(_is_placed(error, body) for error in errors)):
+    read, errors = read
+    if errors and (get_args(model) or not any(_is_placed(error, body, kind) for error in errors)):
         errors = _alone(kind, body, loc) or errors
     return read, errors
 
 
-def _is_placed(error: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
-    return error["type"] == "missing" or not body.keys().isdisjoint(error["loc"])
+def _is_placed(error: Mapping[str, Any], body: Mapping[str, Any], kind: type[BaseModel]) -> bool:
+    """Whether it names a field of the body; a check's own model has fields of its own."""
+    lacking = error["type"] == "missing" and error["loc"][-1] in kind.model_fields
+    return lacking or not body.keys().isdisjoint(error["loc"])
 
 
 def _meant(model: Any, body: Mapping[str, Any]) -> type[BaseModel] | None:
@@ -75,12 +77,11 @@ def _alone(kind: type[BaseModel], body: Mapping[str, Any], loc: tuple[int | str,
 
 def _errors(read: Callable[[], Any], loc: tuple[int | str, ...]) -> Errors:
     """What is wrong with a value, down to what pydantic looks at only when somebody takes it."""
-    try:
-        value = read()
-    except ValidationError as fault:
+    value, fault = _tried(read)
+    if isinstance(fault, ValidationError):
         told = fault.errors(include_url=False)
         return [{**error, "loc": (*loc, *error["loc"])} for error in told]
-    except Exception as fault:  # noqa: BLE001 - as above
+    if fault is not None:
         return [_error(loc, _words(fault))]
     if isinstance(value, Iterator):
         return _errors(partial(list, value), loc)
@@ -89,6 +90,14 @@ def _errors(read: Callable[[], Any], loc: tuple[int | str, ...]) -> Errors:
         parts = value.items() if isinstance(value, dict) else enumerate(value)
     found = (_errors(partial(_itself, part), (*loc, place)) for place, part in parts)
     return next(filter(None, found), [])
+
+
+def _tried(read: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What it gives, or what it stumbled over: a client sent that, whatever kind of fault it is."""
+    try:
+        return read(), None
+    except Exception as fault:  # noqa: BLE001 # the net of a body's checks, which are vLLM's
+        return None, fault
 
 
 def _itself(value: Any) -> Any:

@@ -16,7 +16,7 @@ from serve.doctor import GB, Facts, Finding
 app = usage.App()
 
 
-@app.command("doctor")
+@app.command("doctor", epilog="quantserve doctor\nquantserve doctor --json > report.json")
 def examine(
     as_json: Annotated[bool, typer.Option("--json", help="the same as a JSON object")] = False,
 ) -> None:

@@ -21,8 +21,10 @@ from serve.vllm_internals import ON_CPU, PLACES, Place
 
 RELEASES: Final = ("0.32", "0.33")
 # Where flags are declared: the engine's, and the front end's by either release.
-_FLAGS = ("vllm.engine.arg_utils", "vllm.entrypoints.launchers.cli_args",
-          "vllm.entrypoints.common.cli_args")  # fmt: skip
+_FLAGS = ("vllm.engine.arg_utils", *{
+    place.name.partition(":")[0] for place in PLACES["serve.vllm_compat"]
+    if place.name.endswith(":make_arg_parser")
+})  # fmt: skip
 _FLAG = re.compile(r"--?[A-Za-z][\w-]*")
 _CERTAIN = {"--model", "--max-model-len", "--enable-auto-tool-choice"}  # of either file
 

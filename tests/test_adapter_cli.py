@@ -93,7 +93,8 @@ def test_check_exits_with_two_when_nothing_works(run: Any, tmp_path: Path, base:
     wide = write_lora(tmp_path / "wide", {UP: (128, 32)})
     told = run("check", wide, "--base", base, "--json")
     assert told.status == 2 and told.stderr.count("\n") == 1
-    (found,) = told.lines
+    found, fault = told.lines
+    assert (fault["event"], fault["status"]) == ("error", 2)
     assert not found["merge"]["works"] and not found["swap"]["works"]
     assert "expected 128x64, found 128x32" in found["swap"]["reason"]
 

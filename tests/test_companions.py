@@ -141,6 +141,7 @@ def test_a_trainers_checkpoint_keeps_them_and_nothing_of_the_run(tmp_path: Path)
     torch.save(load_file(run / "model.safetensors"), run / "pytorch_model.bin")
     (run / "model.safetensors").unlink()
     written(run, ("LICENSE", "preprocessor_config.json", "vocab.txt", "trainer_state.json"))
+    (run / "preprocessor_config.json").write_text("{}")  # a model's settings are read
     opened = source.open(str(run), cache=tmp_path / "cache")
     assert companions.found(opened.folder) == companions.found(run)
     assert {BESIDE, "LICENSE", "preprocessor_config.json"} <= set(companions.found(run))

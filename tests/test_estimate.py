@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from quant import estimate, pipeline, recipe, room
+from quant import estimate, pipeline, recipe
 from quant.errors import RoomError, SpaceError
 from quant.estimate import Run
 from quant.intake import source
 from quant.pipeline import Order
-from quant.solver import blocks, preflight
+from quant.solver import blocks, devices, preflight
 from quant.solver.preflight import FLOAT
 from tests import families, test_selfcheck, tiny
 from tests.test_blocks import CPU
@@ -88,7 +88,7 @@ def test_too_little_memory_names_what_takes_it_and_the_way_out(
 def test_a_refused_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = tiny.model_folder(tmp_path / "parent")
     order = Order(str(parent), tmp_path / "made" / "out", calibration_file=calibration_file(parent))
-    monkeypatch.setattr(room, "left", lambda _device: 1000)
+    monkeypatch.setattr(devices, "left", lambda _device: 1000)
     told = Told()
     with pytest.raises(RoomError, match="0 MB of cpu's is free"):
         pipeline.run(recipe.build({"samples": 8, "length": 32}), order, told)

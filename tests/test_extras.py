@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from quant import extras
+from quant import artifact, extras
+from tests import tiny
+from tests.lora import write_lora
+from tests.test_artifact import FACTS
 
 ROOT = Path(__file__).parent.parent
 # As in an environment where only the wheel was installed: nothing finds these packages.
@@ -28,7 +31,7 @@ main()
 """
 COMMANDS = {
     "quantize": ("quantize", "demo", "--out", "made"),
-    "compare": ("compare", "parent", "artifact"),
+    "compare": ("compare", "demo", "parent"),
     "adapter": ("adapter", "check", "lora", "--base", "parent"),
     "serve": ("serve", "."),
     "serve-adapters": ("serve", ".", "--adapter", "one=lora"),
@@ -47,11 +50,15 @@ def without(names: set[str], arguments: tuple[str, ...], folder: Path) -> tuple[
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_says_which_extra_is_missing(name: str, tmp_path: Path) -> None:
+    """Where nothing else is wrong with what was typed."""
+    artifact.seal(tiny.model_folder(tmp_path / "parent"), FACTS)
+    write_lora(tmp_path / "lora", {"model.layers.0.mlp.up_proj": (128, 64)})
+    before = sorted(tmp_path.rglob("*"))
     status, _, said = without({"torch", "transformers", "vllm"}, COMMANDS[name], tmp_path)
     assert said.startswith("quantserve: the package "), said
     assert "'quantserve[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu" in said
     assert (status, said.count("\n")) == (2, 1), said
-    assert not list(tmp_path.iterdir())
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_server_needs_more_than_the_quantizer_does(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_every_page_has_an_example_that_can_be_typed(name: str) -> None:
     known = {word for each in command.params for word in (*each.opts, *each.secondary_opts)}
     for line in examples.replace("\\\n", " ").splitlines():
         ours = line.partition(" -- ")[0]
-        assert line.startswith(f"  {name} ")
+        assert f"{line} ".startswith(f"  {name} ")
         assert set(re.findall(r"--[a-z][a-z-]+", ours)) <= known
 
 

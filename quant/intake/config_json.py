@@ -61,7 +61,7 @@ def _walked(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
     for key, each in inner:
         at = f"{place}.{key}" if place else str(key)
         yield at, str(key), each
-        if isinstance(each, dict | list):
+        if isinstance(each, dict | list) and key != "quantization_config":  # whoever reads it knows
             yield from _walked(each, at)
 
 

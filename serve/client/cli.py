@@ -63,7 +63,7 @@ def join(commands: typer.Typer) -> None:
     group.registered_commands += adapter_app.registered_commands
 
 
-@app.command()
+@app.command(epilog='quantserve chat\nquantserve chat legal --ask "May a tenant keep a dog?"')
 def chat(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="an alias or version [the base]")
@@ -101,7 +101,7 @@ def chat(
     talking.say(connection.run(work, "the answer was stopped"))
 
 
-@app.command()
+@app.command(epilog="quantserve ps --server http://10.0.0.5:8000 --key-file admin.key")
 def ps(
     server: Server = None, key_file: KeyFile = None, cacert: CaCert = None, as_json: Json = False
 ) -> None:
@@ -112,7 +112,7 @@ def ps(
     _show(found, overview.lines, as_json)
 
 
-@adapter_app.command("list")
+@adapter_app.command("list", epilog="quantserve adapter list --json")
 def list_adapters(
     server: Server = None, key_file: KeyFile = None, cacert: CaCert = None, as_json: Json = False
 ) -> None:
@@ -123,7 +123,7 @@ def list_adapters(
     _show(found, overview.table, as_json)
 
 
-@adapter_app.command()
+@adapter_app.command(epilog="quantserve adapter put legal ./legal-v2")
 def put(
     alias: Alias,
     source: Source,
@@ -141,7 +141,7 @@ def put(
     _change((server, key_file, cacert), lambda c: adapters.put(c, alias, source, _say), as_json)
 
 
-@adapter_app.command()
+@adapter_app.command(epilog="quantserve adapter canary legal ./legal-v3 --percent 10")
 def canary(
     alias: Alias,
     source: Annotated[
@@ -171,7 +171,7 @@ def canary(
         _change(at, lambda c: adapters.canary(c, alias, source, percent, _say), as_json)
 
 
-@adapter_app.command()
+@adapter_app.command(epilog="quantserve adapter promote legal")
 def promote(
     alias: Alias,
     server: Server = None,
@@ -185,7 +185,7 @@ def promote(
     _change((server, key_file, cacert), lambda c: adapters.promote(c, alias, _say), as_json)
 
 
-@adapter_app.command()
+@adapter_app.command(epilog="quantserve adapter rollback legal")
 def rollback(
     alias: Alias,
     version: Annotated[
@@ -203,7 +203,7 @@ def rollback(
     _change(at, lambda c: adapters.roll_back(c, alias, version, _say), as_json)
 
 
-@adapter_app.command()
+@adapter_app.command(epilog="quantserve adapter rm legal")
 def rm(
     alias: Alias,
     server: Server = None,
