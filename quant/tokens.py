@@ -14,6 +14,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 from quant import content_format, conversation, foreign_json
 from quant.conversation import Chat, Message
 from quant.errors import CalibrationError, SourceError, TemplateRefusal
+from quant.lora import cell
 from quant.solver import heap
 
 # Some templates print today's date: the same seed must give the same tokens.
@@ -38,7 +39,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         reason = " ".join(str(fault).split())[:200]
         raise SourceError(f"{folder} has no tokenizer that can be read: {reason}") from fault
     heap.give_back()  # what built it leaves twice as much in holes: 300 MB for 262,144 tokens
+    for template in _templates(tokenizer):
+        if (why := cell.broken(template)) is not None:
+            raise SourceError(f"{folder}: its chat template: {why}; mend it or take it out")
     return tokenizer
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+    own = tokenizer.chat_template
+    return own.values() if isinstance(own, dict) else filter(None, [own])
 
 
 def of_text(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> list[int]:

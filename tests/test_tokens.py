@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from quant import tokens
 from quant.conversation import Chat
 from quant.errors import CalibrationError, SourceError, TemplateRefusal
+from quant.lora import cell
 from tests import tiny
 from tests.chats import TOOLS
 
@@ -212,6 +213,25 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     tiny.model_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(SourceError, match=rf"^{tmp_path} has no tokenizer that can be read: "):
+        tokens.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "took"),
+    ],
+    ids=["no template", "no end"],
+)
+def test_a_template_that_is_none_or_does_not_end_is_named(
+    template: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is asked of it: it would hold whoever renders a chat."""
+    monkeypatch.setattr(cell, "PATIENCE_S", 1.0)
+    tiny.tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(SourceError, match=f"its chat template: .*{says}.*; mend it or take it out"):
         tokens.load_tokenizer(tmp_path)
 
 

@@ -20,6 +20,7 @@ from quant.errors import AdapterError
 from quant.lora.voice import TEMPLATE, Voice
 
 SECONDS = 2.0  # of one rendering
+PATIENCE_S = 20.0  # of one of a model that the user has, on a machine that is busy
 START_S = 20.0  # of the first: python and jinja2 are loaded, perhaps by a machine that is busy
 LONGEST_ANSWER = 128 << 20  # bytes of JSON
 STOPPED = "stopped"
@@ -117,6 +118,20 @@ def check(voice: Voice, folder: Path) -> None:
         if fault is not None:
             which = "" if name == "default" else f" {name}"
             raise AdapterError(f"{folder}: its chat template{which}: {fault}", field=TEMPLATE)
+
+
+@lru_cache(maxsize=64)
+def broken(template: str) -> str | None:
+    """Why it is no template, or does not end; None where it ends, whatever it says of a chat."""
+    with Cell(PATIENCE_S) as cell:
+        for messages, tools in _chats():
+            variables = {"messages": messages, "tools": tools, "add_generation_prompt": True}
+            try:
+                cell.render(template, variables | _TOKENS)
+            except TemplateFault as fault:
+                if fault.kind in _FATAL:
+                    return str(fault)
+    return None
 
 
 def wants_lists(voice: Voice) -> bool:
