@@ -116,8 +116,10 @@ def test_no_row_is_worse_than_plain_rounding(
     inputs = correlated(tokens, seed=seed)
     solution = solved(weight, hessian_of(inputs), group, levels)
     rounded = output_loss(inputs, weight, plainly_rounded(weight, group, levels))
-    # With one token the errors of a row can cancel by chance to less than float32 resolves.
-    slack = 1e-4 * float(rounded.mean())
+    # With one token the errors of a row can cancel by chance to less than float32 resolves, or
+    # bfloat16, which rounding's loss is computed from on a CPU that multiplies it.
+    coarse = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    slack = (2**-6 if coarse else 1e-4) * float(rounded.mean())
     assert bool((output_loss(inputs, weight, solution.weight()) <= rounded * 1.001 + slack).all())
 
 
