@@ -72,7 +72,8 @@ def test_what_held_out_tokens_do_not_confirm_is_left() -> None:
     start, rows, noise = draw(ROWS, COLUMNS, seed=3), inputs(1), 30 * draw(TOKENS, ROWS, seed=4)
     other = inputs(2)
     fitted, held = misses(rows, rows @ start.T + noise), misses(other, other @ start.T)
-    assert torch.equal(wanted(start, fitted, held, 0.01), start)
+    # What was fitted asks for half of its norm; float32 sees a step of its last digit as a gain.
+    assert (wanted(start, fitted, held, 0.01) - start).norm() <= 1e-6 * start.norm()
 
 
 def test_the_miss_of_a_change_is_its_mean_square_up_to_a_constant() -> None:
