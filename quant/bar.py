@@ -81,8 +81,8 @@ class Bar:
         tenth, spent = done * _TENTHS // max(total, 1), time.monotonic() - self._began
         if tenth > self._tenth:
             left = f", about {_clock(spent * (total - done) / done)} left" if done < total else ""
+            self._tenth = tenth  # before it is said: the clock begins with what is said before
             self.say(f"{done}/{total} in {_clock(spent)}{left}: {name}")
-            self._tenth = tenth
         if done >= total:  # another round may follow
             self._tenth, self._began = 0, time.monotonic()
 

@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from quant import bar as bar_module
 from quant.artifact import LayerReport
 from quant.bar import Bar, Lines, table
 
@@ -42,6 +44,22 @@ def test_without_a_terminal_there_is_a_line_for_each_tenth(
     assert len(lines) == 20
     assert [line.split()[1] for line in lines[:10]] == [f"{n}/210" for n in range(21, 211, 21)]
     assert lines[0].endswith(" left: layer 21") and "left" not in lines[9]
+
+
+def test_the_clock_begins_with_what_was_said_last_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(bar_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Bar("layers") as bar:
+        now[0] = 100.0
+        bar.say("solving")
+        for done in range(1, 21):
+            now[0] += 1
+            bar.measured("layer", done, 20)
+    lines = capsys.readouterr().err.splitlines()[1:]
+    assert lines[0] == "quantserve: 2/20 in 0:00:02, about 0:00:18 left: layer"
+    assert lines[-1] == "quantserve: 20/20 in 0:00:20: layer"
 
 
 @pytest.mark.parametrize(("width", "has_bar"), [(120, True), (60, False), (40, False)])
