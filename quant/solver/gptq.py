@@ -20,7 +20,7 @@ from quant import interrupt
 from quant.errors import SolveError
 from quant.solver import columns, grid
 from quant.solver.grid import Levels
-from quant.solver.moments import energy, rounded_factors
+from quant.solver.moments import energy
 
 _PANEL = 128  # columns quantized one after another before the next matrix product
 _MOST_DAMPING = 10.0
@@ -152,8 +152,7 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, group: int, levels: L
     """
     weight = weight.float()
     codes, scale = _rounded(weight, group, levels)
-    with rounded_factors():  # of what hardly ever wins
-        loss = energy(weight - dequantize(codes, scale), hessian)
+    loss = energy(weight - dequantize(codes, scale), hessian)
     return bettered(Solution(codes, scale, loss, loss), weight, factor, levels)
 
 
