@@ -60,6 +60,10 @@ async def test_what_compiles_passes(trial: GrammarTrial) -> None:
         await trial.check(wanted(**given))
 
 
+async def test_what_is_no_schema_is_refused_with_the_compilers_reason(trial: GrammarTrial) -> None:
+    assert 'Unsupported type "banana"' in str(await refusal(trial, json='{"type": "banana"}'))
+
+
 async def test_what_never_ends_is_stopped_and_the_next_is_tried_again(trial: GrammarTrial) -> None:
     for given in ({"regex": "a?" * 2000}, {"grammar": "root ::= " + '[^"]? ' * 1000}):
         fault = await refusal(trial, **given)
