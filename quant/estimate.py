@@ -28,6 +28,8 @@ BESIDE = 200 << 20  # bytes that compiled loops, libraries and the allocator com
 _OF_A_BLOCK = 40  # times a stream's states: what a block's layers read and make, twice
 _MAKING = 3  # times what a stream's blocks get beside the states, while that is worked out
 _PER_TOKEN = 600  # bytes of a tokenizer, which is held while text is written
+_ASKED = 96 * 64  # tokens of the questions that both models are asked in the end, about
+_AT_ONCE = 16  # of the questions, whose logits are held in float64, of both models
 _FEW = 16  # threads of libraries, beside the lanes and OpenMP's
 _MARGIN = 32 << 20  # bytes of disk beside the tensors: tokenizer, configuration, headers
 
@@ -115,7 +117,9 @@ def checked(run: Run, target: Path, there: int, free: int) -> Estimate:
         )
     threads = _threads(run)
     device, work = run.decoder.device, preflight.operations(blocks, run.given, run.recipe.refine)
-    work = replace(work, forwards=work.forwards + _written(run) * _parameters(run.opened))
+    work = replace(
+        work, forwards=work.forwards + (_written(run) + 2 * _ASKED) * _parameters(run.opened)
+    )
     speed = preflight.speed(device)
     forwards = speed if device.type == "cpu" else preflight.speed(device, run.decoder.dtype)
     held = psutil.Process().memory_info().rss if device.type == "cpu" else 0
@@ -171,6 +175,7 @@ def phases(run: Run, blocks: preflight.Blocks) -> Iterator[Phase]:
         preflight.memory(blocks, given),
         "fewer --samples or a shorter --length need less",
     )
+    yield Phase("asking both models", _asking(run, blocks), "it is read block by block")
     if run.recipe.bits_per_weight is not None:
         yield Phase("measuring formats", _sensitivity(run, depth), "a shorter --length needs less")
     if run.gated:
@@ -194,6 +199,14 @@ def _written(run: Run) -> int:
     if not run.writes_text or scribe.kept_in(run.opened, run.recipe).is_file():
         return 0
     return run.given.tokens
+
+
+def _asking(run: Run, blocks: preflight.Blocks) -> int:
+    """States of both models, and a block of one or the output head, in float32."""
+    width, vocabulary = run.given.width, int(run.opened.config.get_text_config().vocab_size)
+    block = max(sum(unit.weights for unit in block) for block in blocks)
+    logits = 8 * _AT_ONCE * vocabulary * FLOAT
+    return 2 * _ASKED * width * FLOAT + max(block * FLOAT, vocabulary * width * FLOAT + logits)
 
 
 def _sensitivity(run: Run, depth: int) -> int:
