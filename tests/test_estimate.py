@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quant import estimate, pipeline, recipe
+from quant import estimate, pipeline, recipe, scribe, tokens
 from quant.errors import RoomError, SpaceError
 from quant.estimate import Run
 from quant.intake import source
@@ -57,6 +57,14 @@ def test_a_text_that_has_to_be_written_takes_work(tmp_path: Path) -> None:
     given = estimate.checked(run_of(tmp_path), tmp_path / "out", 0, PLENTY)
     written = estimate.checked(run_of(tmp_path, writes_text=True), tmp_path / "out", 0, PLENTY)
     assert written.operations > given.operations
+
+
+def test_the_questions_in_the_end_need_the_head_and_both_models_states(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    (asking,) = (each for each in estimate.phases(run, run.units()) if "asking" in each.name)
+    asked = sum(map(len, scribe.questions(tokens.load_tokenizer(run.opened.folder))))
+    width = run.given.width
+    assert asking.bytes > FLOAT * width * (2 * min(asked, estimate._ASKED) + tiny.VOCAB)
 
 
 def test_states_that_no_disk_holds_are_refused(tmp_path: Path) -> None:
