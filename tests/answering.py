@@ -30,7 +30,7 @@ from serve.serving import Serving
 
 QUANTSERVE = str(Path(sys.executable).with_name("quantserve"))
 KEY = "sk-ops-0123456789"
-HANG_S = 60.0  # what takes this long has failed
+HANG_S = 300.0
 
 
 @dataclass
@@ -199,19 +199,22 @@ class Terminal:
 
     async def ended(self) -> int:
         """Its exit status, all it showed read."""
-        with suppress(OSError):  # EIO: nobody has the other end any more
-            while piece := await asyncio.to_thread(os.read, self._fd, 4096):
-                self.shown += piece.decode()
-        return await asyncio.wait_for(self.process.wait(), HANG_S)
+        async with asyncio.timeout(HANG_S):
+            with suppress(OSError):  # EIO: nobody has the other end any more
+                while piece := await asyncio.to_thread(os.read, self._fd, 4096):
+                    self.shown += piece.decode()
+            return await self.process.wait()
 
 
 @asynccontextmanager
-async def terminal(*words: str, env: dict[str, str]) -> AsyncIterator[Terminal]:
-    """`quantserve WORDS`, killed when the block is left."""
+async def terminal(
+    *words: str, env: dict[str, str], program: str = QUANTSERVE
+) -> AsyncIterator[Terminal]:
+    """`quantserve WORDS`, or another program, killed when the block is left."""
     ours, theirs = os.openpty()
     try:
         process = await asyncio.create_subprocess_exec(
-            QUANTSERVE, *words, env={**env, "TERM": "dumb"},
+            program, *words, env={**env, "TERM": "dumb"},
             stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=lambda: os.login_tty(0),
         )  # fmt: skip
     finally:

@@ -6,7 +6,9 @@ The model is the stand-in of tests/answering.py.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
@@ -18,6 +20,19 @@ from serve.client.chat import Answer, Chat
 from serve.client.connection import Address, Connection, ServerError
 from tests.answering import KEY, QUANTSERVE, Answering, speaking, terminal
 
+# A signal that comes where readline has written its prompt and does not wait yet.
+BETWEEN = """
+import ctypes, readline, signal, sys
+from functools import partial
+from serve.client import chat
+readline.set_pre_input_hook(partial(getattr(ctypes.CDLL(None), "raise"), signal.SIGTERM))
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+try:
+    with chat.ticking():
+        input("base> ")
+except KeyboardInterrupt:
+    sys.exit("ended")
+"""
 TIMING = re.compile(r"first token \d+ ms, 4 tokens(, [\d.]+ tokens/s)?")
 
 
@@ -172,3 +187,8 @@ async def test_a_terminal_is_not_moved_by_what_is_said(live: Answering) -> None:
         assert "messages, a[2Jb" in await shown.until("base> ")
         shown.process.terminate()
         assert await shown.ended() == 2 and "the chat ended" in shown.shown
+
+
+async def test_a_signal_between_prompt_and_wait_is_not_lost() -> None:
+    async with terminal("-c", BETWEEN, env=dict(os.environ), program=sys.executable) as shown:
+        assert await shown.ended() == 1 and "ended" in shown.shown

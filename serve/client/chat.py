@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from quant.interrupt import Interrupted
 from serve.client import models
 from serve.client.connection import Address, Connection, ServerError, Signals, plain, tame
 
+TICK_S = 0.25
 COMPLETIONS = "/v1/chat/completions"
 HELP = """\
 /model ALIAS   talk to another model; alone: which there are
@@ -157,7 +159,8 @@ def talk(to: Address, model: str | None, system: str, line: Callable[[str], str]
 def _turn(chat: Chat, runner: asyncio.Runner, line: Callable[[str], str]) -> None:
     """Do what is typed next, or nothing on Ctrl-C. EOFError ends the conversation."""
     try:
-        typed = line(f"{plain(chat.model)}> ")
+        with ticking():
+            typed = line(f"{plain(chat.model)}> ")
     except (KeyboardInterrupt, EOFError) as end:
         write("\n")
         if isinstance(end, EOFError):
@@ -172,6 +175,21 @@ def _turn(chat: Chat, runner: asyncio.Runner, line: Callable[[str], str]) -> Non
         say(str(fault))
     except KeyboardInterrupt:
         say("stopped")
+
+
+@contextmanager
+def ticking() -> Iterator[None]:
+    """Has signals noticed while a line is typed.
+
+    readline does not see one that comes between its prompt and its wait, until something wakes it.
+    """
+    before = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _answer(chat: Chat, runner: asyncio.Runner, question: str) -> None:
