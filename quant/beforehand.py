@@ -27,7 +27,6 @@ class Named:
     """What one command line names. None is what an option is when it was not given."""
 
     artifacts: Sequence[Path | None] = ()  # what `quantize` wrote
-    folders: Sequence[Path | None] = ()  # models of any kind
     models: Sequence[str | None] = ()  # as `quantize` takes them
     adapters: Sequence[Path | None] = ()
     texts: Sequence[Path | None] = ()
@@ -44,8 +43,6 @@ class Named:
         check_device(self.device)
         for folder in filter(None, self.artifacts):
             artifact_of(paths.full(folder))
-        for folder in filter(None, self.folders):
-            check_folder(paths.full(folder))
         for folder in filter(None, self.adapters):
             lora.config_of(paths.full(folder))
         for file in filter(None, self.texts):

@@ -28,11 +28,18 @@ _OTHERS = {
 
 
 def check(file: Path) -> None:
-    """CalibrationError for a file that cannot be opened; nothing of it is read."""
+    """CalibrationError for what is no file or cannot be opened; nothing of it is read."""
     try:
+        _check_kind(file)
         file.open("rb").close()
     except OSError as fault:
         raise CalibrationError(f"{file} cannot be read: {fault.strerror}") from fault
+
+
+def _check_kind(file: Path) -> None:
+    mode = file.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it is read more than once
+        raise CalibrationError(f"{file} is a pipe or a device; write its content to a file")
 
 
 def read(file: Path) -> bytes:
@@ -41,9 +48,7 @@ def read(file: Path) -> bytes:
     Single bytes are not looked at: whoever decodes them knows the line to name.
     """
     try:
-        mode = file.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # it is read more than once
-            raise CalibrationError(f"{file} is a pipe or a device; write its content to a file")
+        _check_kind(file)
         content = file.read_bytes()
     except OSError as fault:
         raise CalibrationError(f"{file} cannot be read: {fault.strerror}") from fault

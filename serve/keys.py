@@ -13,8 +13,10 @@ import logging
 import os
 import stat
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from serve import given_files
 from serve.errors import InvalidKey, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -131,9 +133,7 @@ def _read(path: Path) -> dict[bytes, Caller]:
 def _text(path: Path) -> str:
     """What is in the file, which nobody but its owner may write."""
     try:
-        with path.open("rb") as file:
-            _check_mode(os.fstat(file.fileno()), path)
-            raw = file.read(LARGEST_FILE)
+        raw = given_files.content(path, LARGEST_FILE, partial(_check_mode, path))
     except OSError as fault:
         raise SettingsError(f"cannot read the key file {path}: {fault.strerror}") from fault
     try:
@@ -147,7 +147,7 @@ def _text(path: Path) -> str:
     return text
 
 
-def _check_mode(found: os.stat_result, path: Path) -> None:
+def _check_mode(path: Path, found: os.stat_result) -> None:
     """Whoever its owner is: in a container that is the host's user, whom nobody here knows."""
     writable = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if stat.S_ISREG(found.st_mode) and writable:  # others cannot write into a pipe of the shell's

@@ -6,6 +6,7 @@ import socket
 import ssl
 
 from serve.errors import SettingsError
+from serve.given_files import check_plain
 from serve.settings import Settings
 
 BACKLOG = 2048
@@ -44,6 +45,8 @@ def encryption(settings: Settings) -> ssl.SSLContext | None:
         if settings.ssl_keyfile is not None:
             raise SettingsError("ssl_keyfile without ssl_certfile: give both")
         return None
+    for path in (settings.ssl_certfile, settings.ssl_keyfile):
+        check_plain(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         # Without a password of ours, OpenSSL would ask for one at the terminal.

@@ -92,7 +92,6 @@ def test_what_is_there_passes_and_what_is_not_has_an_error_of_its_own(
     there, gone = places["model"], places["gone"]
     beforehand.Named(
         models=["demo", "org/model", str(there), None],
-        folders=[there, None],
         adapters=[places["lora"]],
         texts=[places["file"]],
         targets=[places["free"]],
@@ -100,7 +99,6 @@ def test_what_is_there_passes_and_what_is_not_has_an_error_of_its_own(
     for named, fault in {
         beforehand.Named(models=(str(gone),)): SourceError,
         beforehand.Named(artifacts=(gone,)): ArtifactError,
-        beforehand.Named(folders=(gone,)): ArtifactError,
         beforehand.Named(adapters=(gone,)): AdapterError,
         beforehand.Named(texts=(gone,)): CalibrationError,
     }.items():

@@ -79,7 +79,7 @@ def check(
     Exit status 0 when at least one of the two works, 2 otherwise. Serving adds plain LoRA pairs to
     the base and nothing else; merging takes every variant.
     """
-    beforehand.Named(adapters=[adapter], folders=[base]).check()
+    beforehand.Named(adapters=[adapter], models=[str(base) if base else None]).check()
 
     from quant.lora import suitability
 
@@ -244,8 +244,7 @@ def export(
         raise RecipeError("--compensate needs --parent: what the artifact was quantized from")
 
     beforehand.Named(
-        models=[parent],
-        folders=[base],
+        models=[parent, str(base)],
         targets=[out],
         device=rows.device,
         adapters=[adapter, initial],

@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 import httpx2
 
 from quant.interrupt import Interrupted
-from serve import settings
+from serve import given_files, settings
 from serve.errors import ServeError, SettingsError
 from serve.keys import SCOPES
 
@@ -99,8 +99,7 @@ def _url(text: str, origin: str) -> str:
 def _only_line(path: Path) -> str:
     """The key in a file that holds nothing else."""
     try:
-        with path.open("rb") as file:
-            text = file.read(KEY_BYTES).decode().strip()
+        text = given_files.content(path, KEY_BYTES).decode().strip()
     except OSError as fault:
         raise SettingsError(f"cannot read the key file {path}: {fault.strerror}") from fault
     except UnicodeDecodeError as fault:
@@ -122,6 +121,7 @@ class Connection:
         self.address = to
         trust: ssl.SSLContext | bool = True
         if to.cacert is not None:
+            given_files.check_plain(to.cacert)
             try:
                 trust = ssl.create_default_context(cafile=str(to.cacert))
             except OSError as fault:  # also what is no certificate
