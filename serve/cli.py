@@ -273,8 +273,9 @@ def _check(settings: Settings) -> None:
         from serve.adapters import database
 
         database.checked(settings.database_url)
-    if not settings.artifact.is_dir():
-        raise SettingsError(f"{settings.artifact} is not a folder")
+    for folder, may_come in ((settings.artifact, False), (settings.state_dir, True)):
+        if folder and not folder.is_dir() and (folder.exists() or not may_come):
+            raise SettingsError(f"{folder} is not a folder")
     _check_artifact(settings.artifact, whole=settings.verify)
     if settings.adapters and not settings.max_adapters:
         raise SettingsError("--adapter needs at least one slot: --max-adapters is 0")

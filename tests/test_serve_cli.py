@@ -49,6 +49,11 @@ def test_a_missing_folder(tmp_path: Path) -> None:
     assert "is not a folder" in refused(tmp_path / "nowhere")
 
 
+def test_a_state_folder_that_is_a_file(model: Path) -> None:
+    said = refused(model, "--state-dir", model / "config.json")
+    assert "config.json is not a folder" in said
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "no config.json" in refused(tmp_path)
 
