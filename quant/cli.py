@@ -323,6 +323,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         f"({text.digest[:12]})",
         "loss": f"{card.gain(manifest.layers):.3f} of plain rounding's over {len(manifest.layers)} "
         "layers" + (f"; worst {worst.name} ({worst.loss:.2e} of its output)" if worst else ""),
+        "answers": str(manifest.first_answers or "not asked"),
         "made": f"{manifest.created:%Y-%m-%d %H:%M} UTC in {manifest.seconds:.0f} s by quantserve "
         f"{manifest.quantserve}, torch {manifest.versions.get('torch', '?')}",
     }

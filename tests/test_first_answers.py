@@ -85,21 +85,26 @@ def test_a_far_artifact_is_a_warning_that_says_what_is_closer(differ: int, kl: f
     ("scheme", "group", "bits", "ways"),
     [
         ("w4a16", 32, None, "--bits-per-weight 5, --scheme w8a16"),
-        ("w4a16", 64, 5.0, "--bits-per-weight 6, --scheme w8a16"),
-        ("w8a8", -1, None, "--bits-per-weight 10, --scheme w8a16"),
+        ("w4a16", 64, 5.02, "--bits-per-weight 6, --scheme w8a16"),
+        ("w4a16", 64, 15.5, "--scheme w8a16"),
+        ("w8a8", -1, None, "--bits-per-weight 9, --scheme w8a16"),
+        ("w8a8", -1, 11.9, "--bits-per-weight 12, --scheme w8a16"),
+        ("w8a16", 128, None, "--group-size 32"),
+        ("w8a16", 32, None, "--refine 8"),
     ],
 )
 def test_what_is_closer_is_never_what_was_asked_for(
     scheme: str, group: int, bits: float | None, ways: str
 ) -> None:
     far = FirstAnswers(questions=96, differ=50, mean_kl=1.0)
-    assert first_answers.told(far, manifest(scheme, group, bits), {64}).endswith(f"larger: {ways}")
+    assert first_answers.told(far, manifest(scheme, group, bits), {64}).endswith(f"closer: {ways}")
 
 
 def manifest(scheme: str, group: int, bits: float | None = None) -> Manifest:
     """As much of one as is asked for."""
     known: dict[str, Any] = {
-        "scheme": scheme, "group_size": group, "bits_per_weight": bits,
+        "scheme": scheme, "bits": 4 if scheme == "w4a16" else 8, "group_size": group,
+        "bits_per_weight": bits,
         "recipe": {"bits_per_weight": bits},
     }  # fmt: skip
     return Manifest.model_construct(None, **known)

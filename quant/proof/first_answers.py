@@ -79,21 +79,22 @@ def told(found: FirstAnswers, manifest: Manifest, widths: Collection[int]) -> st
     if found.differ <= _MOST_DIFFER * found.questions and found.mean_kl <= _MOST_KL:
         return str(found)
     ways = ", ".join(_closer(manifest, widths))
-    return f"warning: {found}: that is far; closer, and larger: {ways}"
+    return f"warning: {found}: that is far; closer: {ways}"
 
 
 def _closer(manifest: Manifest, widths: Collection[int]) -> list[str]:
     """Options of `quantize` that lose less, the smallest artifact first."""
-    if manifest.scheme == "w8a16":
-        return ["--group-size 32"]
-    if manifest.scheme == "w8a8":
-        return ["--bits-per-weight 10", "--scheme w8a16"]
+    scheme, mixed = manifest.scheme, manifest.recipe.get("bits_per_weight") is not None
     finest = min(size for size in GROUP_SIZES if size > 0)
     divides = manifest.group_size != finest and not any(width % finest for width in widths)
-    mixed = manifest.recipe.get("bits_per_weight")
-    bits = 5 if mixed is None else int(manifest.bits_per_weight or 4) + 1
-    finer = [f"--group-size {finest}"] if divides and mixed is None else []
-    return [*finer, f"--bits-per-weight {bits}", "--scheme w8a16"]
+    more = int(manifest.bits_per_weight or manifest.bits) + 1
+    found = []
+    if divides and not mixed and scheme != "w8a8":
+        found.append(f"--group-size {finest}")
+    if scheme != "w8a16":
+        found += [f"--bits-per-weight {more}"] if more < FULL.bits else []
+        found.append("--scheme w8a16")
+    return found or ["--refine 8"]
 
 
 def _rows(source: Source) -> list[tuple[Tensor, Tensor]] | None:
